@@ -1,0 +1,70 @@
+"""weightlora finds out during fine-tuning which LoRA adapters matter, drops the rest, and leaves a stock PEFT adapter.
+
+    trainer = Trainer(peft_model, args, ..., callbacks=[WeightLoRA(keep=10)])
+
+Names are imported when they are first used, so that `import weightlora` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from weightlora.adapters import Adapter, list_adapters
+    from weightlora.errors import (
+        CheckpointError,
+        ConfigError,
+        DivergedError,
+        UnsupportedError,
+        WeightLoRAError,
+    )
+    from weightlora.methods import Method, RLoRA, WeightLoRA, WeightLoRAPlus, list_methods
+    from weightlora.output import export
+    from weightlora.selection import read_events
+
+_HOMES = {
+    "Adapter": "adapters",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DivergedError": "errors",
+    "Method": "methods",
+    "RLoRA": "methods",
+    "UnsupportedError": "errors",
+    "WeightLoRA": "methods",
+    "WeightLoRAError": "errors",
+    "WeightLoRAPlus": "methods",
+    "export": "output",
+    "list_adapters": "adapters",
+    "list_methods": "methods",
+    "read_events": "selection",
+}
+
+__all__ = [
+    "Adapter",
+    "CheckpointError",
+    "ConfigError",
+    "DivergedError",
+    "Method",
+    "RLoRA",
+    "UnsupportedError",
+    "WeightLoRA",
+    "WeightLoRAError",
+    "WeightLoRAPlus",
+    "export",
+    "list_adapters",
+    "list_methods",
+    "read_events",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'weightlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"weightlora.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,16 @@
+"""What is trained: gates on stock PEFT LoRA layers, and changes to a model's adapters in place."""
+
+from weightlora.adapters.attach import Adapter, add_gates, list_adapters
+from weightlora.adapters.surgery import disconnect, extend_gaussian, extend_qr, fold, resize, zero_pad
+
+__all__ = [
+    "Adapter",
+    "add_gates",
+    "disconnect",
+    "extend_gaussian",
+    "extend_qr",
+    "fold",
+    "list_adapters",
+    "resize",
+    "zero_pad",
+]

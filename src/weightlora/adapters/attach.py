@@ -1,0 +1,175 @@
+"""Finding the LoRA adapters of a PEFT model and putting gates on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from weightlora.adapters import seam
+from weightlora.errors import ConfigError, UnsupportedError
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One LoRA adapter on one module: a view, so rank and size are always those of the moment.
+
+    Attributes:
+        name: full module name in the base model, as `target_modules` would match it.
+        layer: PEFT's LoRA layer.
+        key: PEFT's adapter name, usually "default".
+    """
+
+    name: str
+    layer: LoraLayer
+    key: str
+
+    @property
+    def A(self) -> nn.Linear:
+        """`lora_A`, weight of shape (r, in_features)."""
+        return self.layer.lora_A[self.key]  # type: ignore[return-value]
+
+    @property
+    def B(self) -> nn.Linear:
+        """`lora_B`, weight of shape (out_features, r)."""
+        return self.layer.lora_B[self.key]  # type: ignore[return-value]
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        """omega, shape (1,), or None once it is folded into B."""
+        return seam.gate_of(self.layer, self.key)
+
+    @property
+    def r(self) -> int:
+        return self.A.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.A.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.weight.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.key]
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters of A and B, without the gate."""
+        return [*self.A.parameters(), *self.B.parameters()]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in A and B; the gate is not counted."""
+        return sum(p.numel() for p in self.weights)
+
+    @property
+    def bytes(self) -> int:
+        """Size of A and B as they are stored."""
+        return sum(p.numel() * p.element_size() for p in self.weights)
+
+
+def peft_model(model: nn.Module) -> PeftModel:
+    """The `PeftModel` inside a DDP or compiled wrapper.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    inner = model
+    while not isinstance(inner, PeftModel) and any(hasattr(inner, a) for a in ("module", "_orig_mod")):
+        inner = getattr(inner, "module", None) or inner._orig_mod
+    if not isinstance(inner, PeftModel):
+        raise ConfigError(
+            f"expected a PEFT model, got {type(inner).__name__}; wrap it first: "
+            "`model = peft.get_peft_model(model, LoraConfig(...))`."
+        )
+    return inner
+
+
+def active_adapter(model: PeftModel) -> str:
+    """The one active adapter, which is the one that is trained.
+
+    Raises:
+        ConfigError: none or several are active, so name one.
+    """
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ConfigError(
+            f"the model has {len(active)} active adapters {active}; activate the one to select in with "
+            "`model.set_adapter(name)`."
+        )
+    return active[0]
+
+
+def list_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
+    """The LoRA adapters of a model in module order.
+
+    Args:
+        model: a `PeftModel` with a stock `LoraConfig`.
+        adapter_name: PEFT's name of the adapter. Default: the active one.
+    """
+    peft = peft_model(model)
+    key = adapter_name or active_adapter(peft)
+    return [
+        Adapter(name, module, key)
+        for name, module in peft.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and (key in module.lora_A or key in module.lora_embedding_A)
+    ]
+
+
+def add_gates(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
+    """Give every adapter a trainable gate of 1 and return the adapters; outputs do not change.
+
+    Raises:
+        ConfigError: not a LoRA, nothing attached, or one of the target names matches nothing.
+        UnsupportedError: a layer that cannot take a gate, named with the reason.
+    """
+    adapters = checked_adapters(model, adapter_name)
+    for adapter in adapters:
+        if adapter.gate is None:
+            seam.add_gate(adapter.layer, adapter.key)
+    return adapters
+
+
+def checked_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
+    """The adapters of a model that selection can work on; raises as `add_gates` does, and changes nothing."""
+    peft = peft_model(model)
+    key = adapter_name or active_adapter(peft)
+    if key not in peft.peft_config:
+        raise ConfigError(f"the model has no adapter {key!r}; it has {sorted(peft.peft_config)}.")
+    config = peft.peft_config[key]
+    if config.peft_type != "LORA":
+        raise UnsupportedError(
+            f"adapter {key!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}; selection works on "
+            "LoRA: use `peft.LoraConfig`."
+        )
+    if getattr(config, "target_parameters", None):
+        raise UnsupportedError(
+            f"`target_parameters={config.target_parameters}` attaches to bare parameters, which take no gate; "
+            "target modules instead."
+        )
+    adapters = list_adapters(peft, key)
+    for adapter in adapters:
+        seam.check_supported(adapter.name, adapter.layer, key)
+    if not adapters:
+        raise ConfigError(f"adapter {key!r} is attached to no module; check `target_modules` of its LoraConfig.")
+    _check_every_target_matches(config.target_modules, adapters)  # type: ignore[attr-defined]
+    return adapters
+
+
+def _check_every_target_matches(targets: Sequence[str] | set[str] | str | None, adapters: list[Adapter]) -> None:
+    """PEFT is silent when some of several target names match nothing; a typo then costs the layers it meant."""
+    if targets is None or isinstance(targets, str):
+        return
+    names = [a.name for a in adapters]
+    for target in sorted(targets):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(
+                f"target module {target!r} matches nothing in the model, while the other names match "
+                f"{len(names)} modules; correct it or take it out of `target_modules`."
+            )

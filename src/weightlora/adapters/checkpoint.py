@@ -1,0 +1,101 @@
+"""Going on from a checkpoint: the exact state beside the stock adapter, and the structure before the weights.
+
+The adapter in a checkpoint is a stock one, with omega folded into a copy of B. To resume bit for bit the gates and the
+unfolded B are needed too; they lie beside it in `weightlora.safetensors`, with the selector's state as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from weightlora.adapters import attach, seam, structure, surgery
+from weightlora.adapters.attach import Adapter
+from weightlora.errors import CheckpointError
+
+STATE_FILE = "weightlora.safetensors"
+
+
+def save_state(folder: Path, adapters: list[Adapter], facts: dict[str, Any]) -> None:
+    """Write gates, unfolded B and `facts` (JSON data) into a checkpoint, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {key: t.detach().cpu().contiguous().clone() for a in adapters for key, t in _exact(a).items()}
+    temporary = folder / (STATE_FILE + ".tmp")
+    save_file(tensors, temporary, metadata={"weightlora": json.dumps(facts)})
+    os.replace(temporary, folder / STATE_FILE)
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / STATE_FILE
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            facts = json.loads((tensors.metadata() or {})["weightlora"])
+            return {key: tensors.get_tensor(key) for key in tensors.keys()}, facts
+    except (SafetensorError, KeyError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); resume from an earlier checkpoint.") from None
+
+
+def restore(model: PeftModel, adapter_name: str, folder: Path, load: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """Bring a freshly attached model to the state of a checkpoint.
+
+    First the structure follows the checkpoint, then PEFT loads the weights with `load`, then gates and unfolded B.
+
+    Returns:
+        What `load` returned, and the facts given to `save_state`.
+    """
+    tensors, facts = read_state(folder)
+    _match_structure(model, adapter_name, structure.saved_ranks(folder))
+    loaded = load()
+    for adapter in attach.list_adapters(model, adapter_name):
+        _restore_exact(adapter, tensors, frozen=facts["done"])
+    structure.sync_config(model, adapter_name)
+    return loaded, facts
+
+
+def _exact(adapter: Adapter) -> dict[str, Tensor]:
+    """Tensors that a stock checkpoint does not hold as they are; none once the gate is gone."""
+    if adapter.gate is None:
+        return {}
+    factors = {f"{adapter.name}.lora_B.{part}": p for part, p in adapter.B.named_parameters()}
+    return {f"{adapter.name}.{seam.GATES}": adapter.gate, **factors}
+
+
+def _match_structure(model: PeftModel, adapter_name: str, ranks: dict[str, int]) -> None:
+    adapters = attach.list_adapters(model, adapter_name)
+    unknown = sorted(ranks.keys() - {a.name for a in adapters})
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint has an adapter on {unknown[0]} ({len(unknown)} in all) where this model has none; start "
+            "from the model and LoraConfig the run was started with."
+        )
+    surgery.disconnect(model, [a for a in adapters if a.name not in ranks])
+    for adapter in attach.list_adapters(model, adapter_name):
+        r = ranks[adapter.name]
+        if r != adapter.r:
+            A, B = adapter.A.weight, adapter.B.weight
+            surgery.resize(adapter, A.new_zeros(r, A.shape[1]), B.new_zeros(B.shape[0], r))
+
+
+@torch.no_grad()
+def _restore_exact(adapter: Adapter, tensors: dict[str, Tensor], *, frozen: bool) -> None:
+    if adapter.gate is not None and f"{adapter.name}.{seam.GATES}" not in tensors:
+        seam.remove_gate(adapter.layer, adapter.key)
+    for key, parameter in _exact(adapter).items():
+        parameter.copy_(tensors[key])
+    if frozen and adapter.gate is not None:
+        seam.freeze_gate(adapter.layer, adapter.key)

@@ -1,0 +1,158 @@
+"""The seam to PEFT: a trainable gate (omega) on one stock LoRA layer. The only file that touches PEFT's private hooks.
+
+PEFT asks `layer.lora_variant[adapter]` for the forward and the merge of an adapter. We put a `GatedVariant` there,
+instance by instance, and its scalar next to `lora_A` and `lora_B` in a `ParameterDict` called `lora_gate`:
+
+    h = W_0 x + b + omega * scaling * B A dropout(x)                         (WeightLoRA, section 3.1)
+
+Whoever asks the model for its `state_dict`, PEFT's own saving included, gets B already multiplied by omega and no
+gate. So everything that reaches a disk is an ordinary LoRA, and loading such weights back sets omega to 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from weightlora.errors import UnsupportedError
+
+GATES = "lora_gate"
+
+# Quantised LoRA layers that hand their forward to a variant, by name: importing them needs their backends.
+_QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
+
+
+class GatedVariant(LoraVariant):
+    """The forward, merge and unmerge of a LoRA adapter whose update is multiplied by `lora_gate[adapter]`."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """PEFT calls this when it rebuilds the adapter, for example at another rank; the gate stays as it is."""
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:  # x: (..., d_in), result: (..., d_out)
+        lora_B = module.lora_B[active_adapter]
+        h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (..., r)
+        gain = (getattr(module, GATES)[active_adapter] * module.scaling[active_adapter]).to(h.dtype)
+        # On the rank-r side the product and the gate's gradient cost r numbers a token, not d_out.
+        return result + (lora_B(h * gain) if lora_B.bias is None else lora_B(h) * gain)
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        _shift_bias(module, active_adapter, +1)
+        return orig_weight + _delta(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        _shift_bias(module, active_adapter, +1)
+        orig_weight.data += _delta(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        _shift_bias(module, active_adapter, -1)
+        return orig_weight - _delta(module, active_adapter, orig_weight)
+
+
+def _delta(layer: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
+    gate = getattr(layer, GATES)[adapter].detach()
+    return (layer.get_delta_weight(adapter) * gate).to(weight.dtype)  # type: ignore[operator]
+
+
+def _shift_bias(layer: LoraLayer, adapter: str, sign: int) -> None:
+    """PEFT merges `lora_B.bias` itself, without the gate; add what is missing: (omega - 1) * scaling * bias."""
+    bias = layer.lora_B[adapter].bias
+    if layer.lora_bias[adapter] and bias is not None:
+        missing = (getattr(layer, GATES)[adapter].detach() - 1) * layer.scaling[adapter] * bias.detach()
+        layer.get_base_layer().bias.data += sign * missing  # type: ignore[union-attr]
+
+
+def check_supported(name: str, layer: nn.Module, adapter: str) -> None:
+    """Raise `UnsupportedError` unless `layer` can take a gate for `adapter`.
+
+    Raises:
+        UnsupportedError: the base layer is not linear (embedding, convolution, expert parameters), its quantised
+            kernel has no variant hook, another LoRA variant (DoRA, ...) holds the adapter, or it is merged.
+    """
+    kinds = {cls.__name__ for cls in type(layer).__mro__}
+    if not isinstance(layer, LoraLinear) and not kinds.intersection(_QUANTISED):
+        base = type(layer.get_base_layer()).__name__ if isinstance(layer, LoraLayer) else type(layer).__name__
+        raise UnsupportedError(
+            f"{name}: a LoRA layer on {base} cannot be gated; leave it out of `target_modules` (supported: "
+            "nn.Linear, Conv1D, and bitsandbytes, GPTQ and HQQ linear layers)."
+        )
+    assert isinstance(layer, LoraLayer)
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, GatedVariant):
+        kind = type(variant).__name__.removesuffix("LinearVariant") or type(variant).__name__
+        raise UnsupportedError(
+            f"{name}: adapter {adapter!r} already uses the LoRA variant {kind}, and a layer takes one variant; "
+            "make the LoraConfig without it (for example `use_dora=False`)."
+        )
+    if adapter in layer.merged_adapters:
+        raise UnsupportedError(
+            f"{name}: adapter {adapter!r} is merged into the base weights, so it cannot be trained; call "
+            "`model.unmerge_adapter()` first."
+        )
+
+
+def add_gate(layer: LoraLayer, adapter: str) -> nn.Parameter:
+    """Put omega = 1 on one adapter of a layer; shape (1,), dtype and device of `lora_A`."""
+    if not hasattr(layer, GATES):
+        setattr(layer, GATES, nn.ParameterDict())
+        layer.register_state_dict_post_hook(_fold_on_save)  # type: ignore[operator]
+        layer.register_load_state_dict_pre_hook(_unit_gate_on_load)  # type: ignore[operator]
+    if GATES not in layer.adapter_layer_names:
+        layer.adapter_layer_names = (*layer.adapter_layer_names, GATES)
+    weight = layer.lora_A[adapter].weight
+    gate = nn.Parameter(torch.ones(1, dtype=weight.dtype, device=weight.device))
+    getattr(layer, GATES)[adapter] = gate
+    layer.lora_variant[adapter] = GatedVariant()
+    return gate
+
+
+def gate_of(layer: LoraLayer, adapter: str) -> nn.Parameter | None:
+    """The gate of one adapter of a layer, or None where it has none."""
+    gates = getattr(layer, GATES, None)
+    return gates[adapter] if gates is not None and adapter in gates else None
+
+
+def freeze_gate(layer: LoraLayer, adapter: str) -> None:
+    """Hold omega where it is. PEFT's `set_adapter` no longer sees the gate, so it cannot make it trainable again."""
+    getattr(layer, GATES)[adapter].requires_grad_(False)
+    layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != GATES)
+
+
+def remove_gate(layer: LoraLayer, adapter: str) -> None:
+    """Take the gate away; the adapter is a stock one again, without omega in its output."""
+    del getattr(layer, GATES)[adapter]
+    del layer.lora_variant[adapter]
+
+
+def remove_adapter(layer: LoraLayer, adapter: str) -> None:
+    """Delete one adapter of a layer. Unlike PEFT's `delete_adapter` this activates no other adapter in its place."""
+    for attribute in (*layer.adapter_layer_names, *layer.other_param_names, GATES):
+        container = getattr(layer, attribute, {})
+        if adapter in container:
+            del container[adapter]
+    layer.lora_variant.pop(adapter, None)
+
+
+def _fold_on_save(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for adapter in getattr(layer, GATES):
+        gate = state.pop(f"{prefix}{GATES}.{adapter}", None)
+        for part in ("weight", "bias"):
+            key = f"{prefix}lora_B.{adapter}.{part}"
+            if gate is not None and key in state:
+                state[key] = state[key].detach() * gate.detach().to(state[key].dtype)
+
+
+def _unit_gate_on_load(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for adapter, gate in getattr(layer, GATES).items():
+        if f"{prefix}lora_B.{adapter}.weight" in state:
+            state.setdefault(f"{prefix}{GATES}.{adapter}", torch.ones_like(gate))

@@ -1,0 +1,83 @@
+"""Writing what is attached into the `LoraConfig`, so that stock PEFT rebuilds exactly that, and reading it back."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from weightlora.adapters.attach import list_adapters, peft_model
+from weightlora.adapters.surgery import alpha_for
+from weightlora.errors import CheckpointError
+
+# From this many names on PEFT replaces a list of target modules by suffixes of its own finding, which can match
+# modules that were dropped; a regular expression is taken as it is.
+LONGEST_LIST = 19
+
+
+def sync_config(model: nn.Module, adapter_name: str) -> None:
+    """Make `peft_config[adapter_name]` say which modules carry the adapter, at which rank and alpha.
+
+    The commonest rank becomes `r`; the others go into `rank_pattern` and `alpha_pattern` under anchored full names.
+    """
+    peft = peft_model(model)
+    adapters = list_adapters(peft, adapter_name)
+    config = peft.peft_config[adapter_name]
+    others = {n for n, m in peft.get_base_model().named_modules() if not _inside_adapter(n)}
+    config.target_modules = target_modules([a.name for a in adapters], others)  # type: ignore[attr-defined]
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # type: ignore[attr-defined]
+    form = Counter((a.r, alpha_for(a)) for a in adapters)
+    (config.r, config.lora_alpha), _ = form.most_common(1)[0]  # type: ignore[attr-defined]
+    config.rank_pattern = {anchored(a.name): a.r for a in adapters if a.r != config.r}  # type: ignore[attr-defined]
+    config.alpha_pattern = {  # type: ignore[attr-defined]
+        anchored(a.name): alpha_for(a)
+        for a in adapters
+        if alpha_for(a) != config.lora_alpha  # type: ignore[attr-defined]
+    }
+
+
+def target_modules(names: Sequence[str], others: Iterable[str]) -> list[str] | str:
+    """The `target_modules` that match `names` and nothing else among `others`: a list where that is safe."""
+    suffixes = tuple(f".{name}" for name in names)
+    ambiguous = any(other.endswith(suffixes) for other in others)
+    if len(names) <= LONGEST_LIST and not ambiguous:
+        return list(names)
+    return "|".join(re.escape(name) for name in names)
+
+
+def anchored(name: str) -> str:
+    """A pattern key for exactly this module: PEFT reads keys as regular expressions and matches them as suffixes."""
+    return f"^{re.escape(name)}"
+
+
+def _inside_adapter(name: str) -> bool:
+    return ".base_layer" in name or ".lora_" in name
+
+
+def saved_ranks(folder: Path) -> dict[str, int]:
+    """{module name: rank} of a saved LoRA adapter, read from its tensors' shapes.
+
+    Raises:
+        CheckpointError: no adapter there, or its file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no adapter_model.safetensors; give the folder of a saved adapter.")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {
+                key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): tensors.get_slice(
+                    key
+                ).get_shape()[0]
+                for key in tensors.keys()
+                if key.endswith(".lora_A.weight")
+            }
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} is not a readable safetensors file ({error}); restore it or save again."
+        ) from None

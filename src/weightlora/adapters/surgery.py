@@ -1,0 +1,143 @@
+"""Changing adapters of a model in place: disconnect, fold, resize. What the layer computes stays as each one says."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from weightlora.adapters import seam
+from weightlora.adapters.attach import Adapter, peft_model
+
+
+def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Parameter]:
+    """Remove adapters for good: where a layer holds no other one, the base module takes its old place again.
+
+    Returns:
+        The parameters that are no longer part of the model, gates included, for the optimizer to forget.
+    """
+    base = peft_model(model).get_base_model()
+    removed: list[nn.Parameter] = []
+    for adapter in adapters:
+        removed += [*adapter.weights, *([adapter.gate] if adapter.gate is not None else [])]
+        seam.remove_adapter(adapter.layer, adapter.key)
+        if not adapter.layer.lora_A and not adapter.layer.lora_embedding_A:
+            parent, _, child = adapter.name.rpartition(".")
+            setattr(base.get_submodule(parent), child, adapter.layer.base_layer)
+    return removed
+
+
+@torch.no_grad()
+def fold(adapter: Adapter) -> tuple[nn.Parameter, float]:
+    """B <- omega B, and the gate goes: the layer computes what it did and is a stock LoRA layer again.
+
+    Returns:
+        The gate that was removed and its value.
+    """
+    gate = adapter.gate
+    assert gate is not None
+    for parameter in adapter.B.parameters():
+        parameter.mul_(gate.to(parameter.dtype))
+    seam.remove_gate(adapter.layer, adapter.key)
+    return gate, gate.item()
+
+
+def resize(adapter: Adapter, A: Tensor, B: Tensor) -> dict[nn.Parameter, nn.Parameter]:
+    """Give an adapter new factors of another rank and hold its scaling, so that only B A decides the output.
+
+    Args:
+        A: (r', in_features).
+        B: (out_features, r').
+
+    Returns:
+        {old parameter: new parameter}, for the optimizer.
+    """
+    swapped = {}
+    for linear, weight in ((adapter.A, A), (adapter.B, B)):
+        old = linear.weight
+        linear.weight = nn.Parameter(weight.to(old).contiguous(), requires_grad=old.requires_grad)
+        swapped[old] = linear.weight
+    adapter.A.out_features = adapter.B.in_features = A.shape[0]
+    layer, key = adapter.layer, adapter.key
+    layer.r[key] = A.shape[0]
+    layer.lora_alpha[key] = alpha_for(adapter)
+    return swapped
+
+
+def alpha_for(adapter: Adapter) -> float:
+    """The `lora_alpha` with which PEFT's own rule gives this adapter's scaling at its present rank."""
+    alpha = adapter.scaling * (math.sqrt(adapter.r) if adapter.layer.use_rslora[adapter.key] else adapter.r)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def extend_gaussian(
+    A: Tensor, B: Tensor, r: int, noise: Tensor | None = None, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Rank extension with zero columns in B and noise rows in A; B A is unchanged (WeightLoRA, "dummy").
+
+    The noise has the spread of PEFT's own initialisation of A, so that new directions learn as old ones did.
+
+    Args:
+        A: (r_old, d_in).
+        B: (d_out, r_old).
+        r: new rank, at least r_old.
+        noise: (r - r_old, d_in) to use instead.
+    """
+    extra = r - A.shape[0]
+    if noise is None:
+        noise = gaussian(extra, A.shape[1], seed) / math.sqrt(3 * A.shape[1])
+    return torch.cat([A, noise.to(A)]), torch.cat([B, B.new_zeros(B.shape[0], extra)], dim=1)
+
+
+def extend_qr(A: Tensor, B: Tensor, r: int, noise: Tensor | None = None, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rank extension by QR: A^T = Q R, new A^T = [Q, N] with N orthogonal to Q, new B = [B R^T, 0]; B A is unchanged.
+
+    N is the part of zero-mean noise outside span(Q), with columns of unit length as those of Q; given `noise` is
+    projected but not normalised, as in the authors' code (WeightLoRA, "smart").
+
+    Args:
+        A, B, r, noise: as in `extend_gaussian`; r may not exceed d_in.
+    """
+    Q, R = torch.linalg.qr(A.detach().double().T)  # (d_in, r_old), (r_old, r_old)
+    given = noise is not None
+    N = (gaussian(r - A.shape[0], A.shape[1], seed) if noise is None else noise).to(Q).T
+    for _ in range(2):  # the second pass removes what rounding left of Q in N
+        N = N - Q @ (Q.T @ N)
+    if not given:
+        N = N / N.norm(dim=0, keepdim=True)
+    zeros = B.new_zeros(B.shape[0], N.shape[1], dtype=torch.float64)
+    return torch.cat([Q, N], dim=1).T.to(A), torch.cat([B.detach().double() @ R.T, zeros], dim=1).to(B)
+
+
+def gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    """Standard normal noise that is the same on every process and device: drawn on the CPU from its own generator."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def zero_pad(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Pad both factors with zeros to rank r; B A is unchanged. For export, not for training: zeros never move."""
+    extra = r - A.shape[0]
+    return (
+        torch.cat([A, A.new_zeros(extra, A.shape[1])]),
+        torch.cat([B, B.new_zeros(B.shape[0], extra)], dim=1),
+    )
+
+
+@torch.no_grad()
+def start_as_authors(adapter: Adapter, seed: int) -> None:
+    """The initialisation of the WeightLoRA authors' code, for a fresh adapter: A uniform in +-1/sqrt(r), no dropout.
+
+    Their (d_in, r) matrix has fan-in r, so A comes out about sqrt(d_in / r) larger than LoRA's.
+    """
+    generator = torch.Generator().manual_seed(name_seed(seed, adapter.name))
+    A = adapter.A.weight
+    A.copy_((2 * torch.rand(A.shape, generator=generator) - 1) / math.sqrt(adapter.r))
+    adapter.layer.lora_dropout[adapter.key] = nn.Identity()
+
+
+def name_seed(seed: int, *names: object) -> int:
+    """A seed of its own for everything that is named, the same on every process."""
+    return zlib.crc32("/".join(map(str, (seed, *names))).encode())

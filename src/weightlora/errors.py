@@ -1,0 +1,36 @@
+"""What can go wrong, as one small tree. Every message names the value and says what to do about it.
+
+WeightLoRAError(ValueError)
+├── ConfigError       a recipe or an argument that cannot work; raised before any training time is spent
+├── UnsupportedError  a layer, adapter variant or library version that the method cannot run on
+├── CheckpointError   a folder that cannot be read, or an export whose outputs do not match
+└── DivergedError     NaN or infinity while the adapters were being selected
+"""
+
+
+class WeightLoRAError(ValueError):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigError(WeightLoRAError):
+    """An argument or a recipe entry that cannot work. Raised before any training time is spent."""
+
+
+class UnsupportedError(WeightLoRAError):
+    """A base layer, an adapter variant or a library version that the method cannot run on."""
+
+
+class CheckpointError(WeightLoRAError):
+    """A run, checkpoint or adapter folder that cannot be read, or an export that does not reproduce the model."""
+
+
+class DivergedError(WeightLoRAError):
+    """The gradients became NaN or infinite while adapters were being selected; nothing was updated with them."""
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """`", did you mean 'keep'?"` for the known name nearest to `name`, or an empty string."""
+    import difflib
+
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

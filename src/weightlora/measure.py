@@ -1,0 +1,132 @@
+"""Measures what a training step costs: bytes kept for backward, time, floating point operations, parameters.
+
+Every number is taken from a step that really runs, nothing is estimated. `run` is always a function without
+arguments that does a forward pass and returns the loss (or any tensor); `step` does whatever is to be timed.
+
+    saved_bytes(lambda: model(**batch).loss, exclude=model)     # memory between forward and backward
+    interleaved_step_times({"lora": step_a, "weightlora": step_b})
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_bytes(run: Callable[[], Tensor], *, exclude: nn.Module | None = None) -> int:
+    """Bytes that autograd keeps alive from the forward pass until backward.
+
+    A storage that several operations saved counts once, with its full size: a small view keeps all of it
+    alive. Storages held by the parameters and buffers of `exclude` are not counted; they exist anyway. Inputs
+    are counted when an operation saves them. Gradient checkpointing shows as it is: only what the first
+    forward pass keeps is seen.
+    """
+    owned = {_storage_key(t) for t in _parameters_and_buffers(exclude)}
+    held: WeakSet[_Saved] = WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        held.add(saved)
+        return saved
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        result = run()
+    # Only now: what the graph behind `result` did not keep is gone, as it would be in training.
+    storages = {_storage_key(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in held}
+    del result
+    return sum(nbytes for key, nbytes in storages.items() if key not in owned)
+
+
+class _Saved:
+    """Stands in the graph for a saved tensor, and so lives exactly as long as the graph needs that tensor."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def step_time(step: Callable[[], object], *, repeats: int = 10, warmup: int = 2) -> float:
+    """Median seconds of one call of `step`, after `warmup` calls that are not timed."""
+    return interleaved_step_times({"step": step}, repeats=repeats, warmup=warmup)["step"]
+
+
+def interleaved_step_times(
+    steps: Mapping[str, Callable[[], object]], *, repeats: int = 10, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of one call of each step, taken in turns: a drift of the machine hits all alike."""
+    if repeats < 1 or warmup < 0:
+        raise ValueError(
+            f"`interleaved_step_times(repeats={repeats}, warmup={warmup})`: "
+            "repeats must be at least 1 and warmup at least 0."
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(warmup + repeats):
+        for name, step in steps.items():
+            elapsed = _timed(step)
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating point operations of the matrix products, convolutions and attention that `run` executes.
+
+    A product of (m, k) by (k, n) counts 2 m n k. Let `run` call `backward()` to count the backward pass too.
+    Elementwise work is not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Number of parameters with `requires_grad`; a shared parameter counts once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state, for example both moments of AdamW; parameters are not counted.
+
+    Empty before the first step, since PyTorch's optimizers create their state in it.
+    """
+    tensors = _state_tensors(list(optimizer.state.values()))
+    return sum({_storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _timed(step: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    step()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    """Wait for queued device work; a kernel launch returns before the kernel is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _storage_key(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _parameters_and_buffers(model: nn.Module | None) -> list[Tensor]:
+    return [] if model is None else [*model.parameters(), *model.buffers()]
+
+
+def _state_tensors(state: object) -> list[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, dict):
+        return _state_tensors(list(state.values()))
+    if isinstance(state, list | tuple):
+        return [tensor for item in state for tensor in _state_tensors(item)]
+    return []

@@ -1,0 +1,240 @@
+"""What every method is to its user: one object for HF `Trainer`, TRL, or a loop of one's own.
+
+As a callback, the one added line; the rest of the script stays as it is:
+
+    trainer = Trainer(peft_model, args, ..., callbacks=[WeightLoRA(keep=10)])
+
+In a loop:
+
+    method = WeightLoRA(keep=10, after=100).attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    method.plan(total_steps=len(loader) * epochs)
+    for batch in loader:
+        model(**batch).loss.backward()
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
+
+`method.bind(optimizer)` registers `observe` and `step` as hooks of `optimizer.step` instead. Under a `torch` learning
+rate scheduler omega's rate follows that of A and B.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import MethodType
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from weightlora.adapters import attach, checkpoint
+from weightlora.adapters.attach import Adapter
+from weightlora.adapters.distributed import rewrap
+from weightlora.errors import ConfigError
+from weightlora.selection.events import EVENTS_FILE, Event
+from weightlora.selection.selector import Selector, Strategy
+
+logger = logging.getLogger(__name__)
+
+
+class Method(TrainerCallback, ABC):
+    """A selection method. Subclasses are final and only say which `Strategy` they are."""
+
+    def __init__(self, *, seed: int | None = None) -> None:
+        self.seed = seed
+        self._selector: Selector | None = None
+        self._ddp: DistributedDataParallel | None = None
+        self._resumed = False
+        self._reported = 0
+        self.strategy(0)  # bad arguments are refused where they are written
+
+    @abstractmethod
+    def strategy(self, seed: int) -> Strategy:
+        """The method as data; `seed` serves whatever it draws at random."""
+
+    # -- in any loop ---------------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module, *, adapter_name: str | None = None, seed: int | None = None) -> Self:
+        """Put gates on the model's LoRA adapters. Make the optimizer afterwards.
+
+        Args:
+            model: a `PeftModel` with a stock `LoraConfig`.
+            adapter_name: which of several adapters to select in. Default: the active one.
+            seed: used where the method itself was given none. Default 0.
+
+        Raises:
+            ConfigError, UnsupportedError: the model or the budget cannot work; nothing was changed.
+        """
+        peft = attach.peft_model(model)
+        chosen = next((s for s in (self.seed, seed) if s is not None), 0)
+        self._selector = Selector(peft, self.strategy(chosen), adapter_name=adapter_name, seed=chosen)
+        # Trainer resumes with `model.load_adapter(checkpoint)`, before it makes the optimizer.
+        peft._weightlora_method = self  # type: ignore[assignment]
+        peft.load_adapter = MethodType(_load_adapter, peft)  # type: ignore[method-assign]
+        return self
+
+    def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
+        """Tell the length of the run in optimizer steps; returns the steps after which adapters are cut.
+
+        Raises:
+            ConfigError: a cut lies beyond the run or before anything is known.
+        """
+        return self.selector.plan(total_steps, steps_per_epoch)
+
+    def bind(self, optimizer: torch.optim.Optimizer, ddp: DistributedDataParallel | None = None) -> None:
+        """Run `observe` and `step` as hooks of `optimizer.step`. Give the DDP wrapper, if any, to be rebuilt at a cut."""
+        self._ddp = ddp
+        self.selector.bind(optimizer)
+
+    def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After backward and before `optimizer.step()`; see `Selector.observe`."""
+        self.selector.observe(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """After `optimizer.step()`; returns whether adapters were cut."""
+        return self.selector.step(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The selection's own state as JSON data; `save_state` writes it with the exact weights."""
+        return self.selector.state_dict()
+
+    def save_state(self, folder: str | Path) -> None:
+        """Write what resuming needs beside an adapter that `model.save_pretrained(folder)` wrote."""
+        checkpoint.save_state(Path(folder), self.adapters, self.state_dict())
+
+    # -- what it did ---------------------------------------------------------------------------------------------
+
+    @property
+    def selector(self) -> Selector:
+        """The selection at work; raises ConfigError before `attach`."""
+        if self._selector is None:
+            raise ConfigError(f"{type(self).__name__} is attached to no model yet; call `attach(model)` first.")
+        return self._selector
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The adapters that are still attached."""
+        return self.selector.adapters
+
+    @property
+    def kept(self) -> list[str]:
+        """Module names of the adapters kept at the last cut, the best first; empty before it."""
+        return self.selector.kept
+
+    @property
+    def dropped(self) -> list[str]:
+        """Module names of the adapters that were disconnected."""
+        return self.selector.dropped
+
+    @property
+    def events(self) -> list[Event]:
+        """Everything that was decided, as in `events.jsonl`."""
+        return self.selector.events.events
+
+    # -- as a callback of HF Trainer -----------------------------------------------------------------------------
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The trainer is built and its optimizer is not: the gates join the model here."""
+        self.attach(kwargs["model"], seed=args.seed)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Everything that can be wrong about the schedule is said here, before the first step."""
+        trainer = _calling_trainer()
+        if attach.peft_model(kwargs["model"]) is not self.selector.model:
+            self.attach(kwargs["model"], seed=args.seed)  # `model_init` made a new one
+        _refuse_sharding(trainer)
+        epochs = max(1, state.num_train_epochs)
+        cuts = self.plan(state.max_steps, max(1, -(-state.max_steps // epochs)))
+        if not self._resumed and state.global_step > self.selector.global_step and not self.selector.done:
+            raise ConfigError(
+                f"the run goes on at step {state.global_step}, but its checkpoint holds no {checkpoint.STATE_FILE}; "
+                "resume from a checkpoint that this method wrote."
+            )
+        if state.is_world_process_zero:
+            goes_on = state.global_step if state.global_step > 0 else None
+            self.selector.events.open(Path(args.output_dir) / EVENTS_FILE, resume_at=goes_on)
+        wrapped = getattr(trainer, "model_wrapped", None)
+        self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
+        if not self.selector.done:
+            logger.info("selecting among %d adapters, cut after step %s", len(self.adapters), cuts)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        new = self.events[self._reported :]
+        self._reported = len(self.events)
+        if any(e["event"] == "cut" for e in new):
+            if self._ddp is not None:
+                rewrap(self._ddp)
+            # A checkpoint from before the cut is not the model that was asked for, so it cannot be the best one.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            self._log({f"weightlora/{k}": v for e in new if e["event"] == "cut" for k, v in _summary(e).items()})
+        elif control.should_log and not self.selector.done and (gates := self.selector.gate_values()):
+            values = list(gates.values())
+            self._log({"weightlora/gates_on": sum(v != 0 for v in values), "weightlora/gate_max": max(values)})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.save_state(folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.selector.unbind()
+
+    def _log(self, values: dict[str, float]) -> None:
+        trainer = _calling_trainer()
+        if trainer is not None:
+            Trainer.log(trainer, values)  # not a subclass's: TRL's empties its own averages
+
+
+def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel.load_adapter`, which for a checkpoint of this run lets the structure follow first."""
+
+    def load() -> Any:
+        return PeftModel.load_adapter(model, model_id, adapter_name, *args, **kwargs)
+
+    method: Method = model._weightlora_method  # type: ignore[assignment]
+    folder = Path(str(model_id))
+    if adapter_name != method.selector.key or not (folder / checkpoint.STATE_FILE).is_file():
+        return load()
+    loaded, facts = checkpoint.restore(model, adapter_name, folder, load)
+    method.selector.load_state_dict(facts)
+    method._resumed = True
+    return loaded
+
+
+def _summary(cut: Event) -> dict[str, int]:
+    return {
+        "adapters": len(cut["kept"]),
+        "adapter_parameters": cut["parameters_after"],
+        "cut_step": cut["step"],
+    }
+
+
+def _calling_trainer() -> Trainer | None:
+    """The Trainer whose event we are in. Callbacks are not given it, and only it can log and knows its DDP wrapper."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(owner := frame.f_locals.get("self"), Trainer):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _refuse_sharding(trainer: Trainer | None) -> None:
+    if trainer is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        raise ConfigError(
+            "adapters cannot be disconnected under FSDP or DeepSpeed, which own the parameters; select in a short run "
+            "without them, then train the exported adapter (`is_trainable=True`) with them."
+        )

@@ -1,0 +1,250 @@
+"""WeightLoRA: Keep Only Necessary Adapters (Veprikov, Solodkin, Zyl, Savchenko, Beznosikov, 2025).
+
+    h = W_0 x + omega_i s B_i A_i x,      min over omega, A, B of the loss subject to ||omega||_0 <= K
+
+omega is trained by stochastic hard thresholding; after T steps the adapters with omega = 0 are disconnected.
+WeightLoRA+ then raises the rank of the others to the parameters there were before. RLoRA draws the K at random.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from weightlora.errors import ConfigError, did_you_mean
+from weightlora.methods._registry import MethodInfo, register
+from weightlora.methods.base import Method
+from weightlora.optim import THRESHOLDS, GateRule, StoGradMP, StoIHT, Threshold
+from weightlora.selection import budgets
+from weightlora.selection.actions import Action, Disconnect, Expand, Settle
+from weightlora.selection.schedules import After
+from weightlora.selection.scores import GateValue, RandomScore
+from weightlora.selection.selector import Strategy
+
+Mode = Literal["default", "paper"]
+GateOptimizer = Literal["stoiht", "stogradmp"]
+
+# The gradient of omega is exactly 0 at step 1, where B = 0.
+FIRST_INFORMED_STEP = 2
+
+
+class WeightLoRA(Method):
+    """Learn one weight omega per adapter, keep the best, disconnect the rest.
+
+    Args:
+        keep: how much stays: a number of adapters (10), a share (0.25), '61440 parameters' or '2 MB'.
+        after: T, the optimizer step of the cut, or a share of the run (0.1). Default: a tenth of the run and at most
+            one epoch.
+        mode: "default" or "paper". "paper" is the paper to the letter: plain SGD on omega at 5.0, top-K after every
+            step, omega <= 0 gated off, and omega held fixed in the forward after T.
+        threshold: which omega is large: "positive" (by value, above 0), "signed" (by value) or "magnitude".
+        gate_lr: eta of omega's own step; follows the schedule of the main learning rate. Default 5.0.
+        gate_optimizer: "stoiht" or "stogradmp".
+        project_from, project_every: when StoIHT thresholds, in optimizer steps.
+        gate: what becomes of omega after T: "fold" (into B) or "keep" (held fixed). Default "fold", in paper mode "keep".
+        compat: reproduce what only the authors' code does, see `AUTHORS_CODE`. Implies the signed threshold.
+        seed: of the whole method; default the Trainer's.
+
+    Raises:
+        ConfigError: an argument that cannot work.
+    """
+
+    def __init__(
+        self,
+        keep: Any = 10,
+        after: int | float | None = None,
+        *,
+        mode: Mode = "default",
+        threshold: Threshold | None = None,
+        gate_lr: float | None = None,
+        gate_optimizer: GateOptimizer = "stoiht",
+        project_from: int = FIRST_INFORMED_STEP,
+        project_every: int = 1,
+        gate: Literal["fold", "keep"] | None = None,
+        compat: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        _one_of("mode", mode, ("default", "paper"))
+        self.keep = budgets.parse(keep)
+        self.when = After(after, first=FIRST_INFORMED_STEP)
+        self.gate = gate or ("keep" if mode == "paper" else "fold")
+        self.compat = compat
+        self.rule = _gate_rule(mode, threshold, gate_lr, gate_optimizer, project_from, project_every, compat)
+        super().__init__(seed=seed)
+
+    def strategy(self, seed: int) -> Strategy:
+        return Strategy(
+            method="weightlora",
+            gates=self.rule,
+            score=GateValue(self.rule.threshold),
+            keep=self.keep,
+            when=self.when,
+            then=(Disconnect(), Settle(self.gate)),
+            reference_code=self.compat,
+        )
+
+
+class WeightLoRAPlus(Method):
+    """WeightLoRA whose survivors grow: their rank rises until the trainable parameters are as many as before.
+
+    Args:
+        keep: as in `WeightLoRA`; None halves the number of adapters at each of `rounds` cuts, as the authors do.
+        after: the step of the last cut.
+        rounds: reach `keep` in one cut, or in several at equal distances, growing at each.
+        init: "qr" or "gaussian", how factors are extended without changing what a layer computes.
+        the others: as in `WeightLoRA`. With `compat` ranks double at each cut, before the others are dropped, and
+            omega is not thresholded in between.
+    """
+
+    def __init__(
+        self,
+        keep: Any = 10,
+        after: int | float | None = None,
+        *,
+        rounds: int = 1,
+        init: Literal["qr", "gaussian"] = "qr",
+        mode: Mode = "default",
+        threshold: Threshold | None = None,
+        gate_lr: float | None = None,
+        gate_optimizer: GateOptimizer = "stoiht",
+        project_from: int = FIRST_INFORMED_STEP,
+        project_every: int = 1,
+        gate: Literal["fold", "keep"] | None = None,
+        compat: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        _one_of("mode", mode, ("default", "paper"))
+        self.keep = None if keep is None else budgets.parse(keep)
+        self.when = After(after, rounds=rounds, first=FIRST_INFORMED_STEP)
+        self.gate = gate or ("keep" if mode == "paper" else "fold")
+        self.init = init
+        self.compat = compat
+        if compat:
+            # FatAdamW does not project between its events, and unlike the plain optimizer it drops omega <= 0.
+            project_every, threshold = 0, threshold or "positive"
+        self.rule = _gate_rule(mode, threshold, gate_lr, gate_optimizer, project_from, project_every, compat)
+        super().__init__(seed=seed)
+
+    def strategy(self, seed: int) -> Strategy:
+        expand = Expand(self.init, double=self.compat)
+        cut: tuple[Action, ...] = (expand, Disconnect()) if self.compat else (Disconnect(), expand)
+        return Strategy(
+            method="weightlora_plus",
+            gates=self.rule,
+            score=GateValue(self.rule.threshold),
+            keep=self.keep,
+            when=self.when,
+            then=(*cut, Settle(self.gate)),
+            reference_code=self.compat,
+        )
+
+
+class RLoRA(Method):
+    """The random ablation: K adapters drawn uniformly, the rest disconnected, no omega.
+
+    Args:
+        keep: as in `WeightLoRA`.
+        after: 0 (default) draws before the first step, as in the paper; a later step first trains all adapters.
+        seed: of the draw; default the Trainer's.
+    """
+
+    def __init__(self, keep: Any = 10, after: int | float | None = 0, *, seed: int | None = None) -> None:
+        self.keep = budgets.parse(keep)
+        self.when = After(after)
+        super().__init__(seed=seed)
+
+    def strategy(self, seed: int) -> Strategy:
+        return Strategy(
+            method="rlora",
+            gates=None,
+            score=RandomScore(seed),
+            keep=self.keep,
+            when=self.when,
+            then=(Disconnect(),),
+        )
+
+
+# What `compat=True` reproduces of the authors' code and nothing in the paper asks for.
+AUTHORS_CODE = {
+    "initialisation": "A is uniform in +-1/sqrt(r), about sqrt(d/r) larger than LoRA's +-1/sqrt(d_in)",
+    "signed top-K": "plain WeightLoRA keeps the K largest signed omega, negative ones too, and multiplies by them",
+    "masked adapters move": "A and B of adapters with omega = 0 still follow momentum and weight decay",
+    "no dropout": "`lora_dropout` is ignored on the adapted layers",
+    "uniform noise": "WeightLoRA+ extends A with uniform [0, 1) noise that is not normalised",
+    "all double first": "at a WeightLoRA+ cut every adapter doubles its rank, then half of them are dropped",
+    "scaling": "the scaling stays alpha / r_start after growth (ours holds it too, and saves an alpha that says so)",
+    "omega drifts": "omega is a free scale and is neither 0 nor 1 (so is ours, until it is folded)",
+}
+
+
+def _gate_rule(
+    mode: Mode,
+    threshold: Threshold | None,
+    gate_lr: float | None,
+    gate_optimizer: GateOptimizer,
+    project_from: int,
+    project_every: int,
+    compat: bool,
+) -> GateRule:
+    threshold = threshold or ("signed" if compat else "positive")
+    lr = 5.0 if gate_lr is None else gate_lr
+    _one_of("threshold", threshold, THRESHOLDS)
+    _one_of("gate_optimizer", gate_optimizer, ("stoiht", "stogradmp"))
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < float("inf"):
+        raise ConfigError(f"`gate_lr={gate_lr!r}` must be a finite number above 0; the authors use 5.0.")
+    for name, value, least in (("project_from", project_from, 1), ("project_every", project_every, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"`{name}={value!r}` must be a whole number of optimizer steps, at least {least}.")
+    if gate_optimizer == "stogradmp":
+        return StoGradMP(lr=lr, threshold=threshold)
+    paper = mode == "paper"
+    return StoIHT(
+        lr=lr,
+        threshold=threshold,
+        project_from=1 if paper else project_from,
+        project_every=1 if paper else project_every,
+    )
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"`{name}={value!r}` is unknown{did_you_mean(str(value), list(known))}; use one of {known}.")
+
+
+_PAPER = "Veprikov et al. 2025, WeightLoRA: Keep Only Necessary Adapters"
+
+register(
+    MethodInfo(
+        name="weightlora",
+        title="WeightLoRA",
+        paper=_PAPER,
+        scores="omega, one trained weight per adapter",
+        action="hard thresholding while training; after T steps all but the best are disconnected",
+        parameters="before T: n + sum over all of r (d_in + d_out); after: sum over the kept",
+        source="weightlora",
+        callback=WeightLoRA,
+    )
+)
+register(
+    MethodInfo(
+        name="weightlora_plus",
+        title="WeightLoRA+",
+        paper=_PAPER,
+        scores="omega, one trained weight per adapter",
+        action="as WeightLoRA, then the kept ones grow in rank to the parameters there were",
+        parameters="as LoRA, never above",
+        source="weightlora",
+        callback=WeightLoRAPlus,
+    )
+)
+register(
+    MethodInfo(
+        name="rlora",
+        title="RLoRA",
+        paper=_PAPER,
+        scores="a uniform random draw",
+        action="all but K adapters are disconnected before the first step",
+        parameters="sum over the kept of r (d_in + d_out)",
+        source="weightlora",
+        callback=RLoRA,
+    )
+)

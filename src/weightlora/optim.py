@@ -1,0 +1,215 @@
+"""Sparse optimisers for the gates, and surgery on the optimizer of a run in progress. Depends on torch alone.
+
+Two words to keep apart: *thresholding* sets a gate to 0, and it may come back; *disconnecting* removes an adapter.
+
+    StoIHT      w <- H_K(w - eta g)                               Nguyen, Needell, Woolf 2014 (arXiv 1407.0088)
+    StoGradMP   w <- H_K(argmin F over top_2K(g) + supp(w))       the same paper
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+Threshold = Literal["positive", "signed", "magnitude"]
+THRESHOLDS: tuple[str, ...] = get_args(Threshold)
+
+# Chooses what stays: (scores, eligible) -> mask, all of shape (n,). `top_k` is the plain case.
+Choose = Callable[[Tensor, Tensor], Tensor]
+
+
+def rank(values: Tensor, threshold: Threshold) -> tuple[Tensor, Tensor]:
+    """What counts as large: (scores to sort by, which entries may be kept at all), shapes (n,).
+
+    positive: by value, only values above 0 (the paper's forward gates off omega <= 0). signed: by value, negative
+    ones too (the authors' code). magnitude: by |value|, zeros left out (the StoIHT literature).
+    """
+    if threshold == "positive":
+        return values, values > 0
+    if threshold == "signed":
+        return values, torch.ones_like(values, dtype=torch.bool)
+    return values.abs(), values != 0
+
+
+def top_k(k: int) -> Choose:
+    """Keep the k best eligible entries; the earlier of two equals wins, on every device."""
+
+    def choose(scores: Tensor, eligible: Tensor) -> Tensor:
+        order = torch.sort(scores.masked_fill(~eligible, -torch.inf), descending=True, stable=True).indices
+        mask = torch.zeros_like(eligible)
+        mask[order[:k]] = True
+        return mask & eligible
+
+    return choose
+
+
+def hard_threshold(values: Tensor, k: int | Choose, threshold: Threshold = "magnitude") -> Tensor:
+    """H_K: the entries that `threshold` calls largest, the others 0. Idempotent; shape (n,).
+
+    Args:
+        k: how many to keep, or a function that chooses.
+    """
+    choose = top_k(k) if isinstance(k, int) else k
+    return torch.where(choose(*rank(values, threshold)), values, torch.zeros_like(values))
+
+
+class GateRule(Protocol):
+    """One optimizer step on the vector of all gates."""
+
+    lr: float
+    threshold: Threshold
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether A and B must not move in the step to come."""
+        ...
+
+    def update(self, w: Tensor, g: Tensor, *, lr: float, step: int, choose: Choose) -> Tensor:
+        """Gates (n,) and their gradients (n,) to new gates (n,); `step` counts optimizer steps from 1."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class StoIHT:
+    """A plain gradient step on the gates, then hard thresholding. No momentum: that would be another method.
+
+    Attributes:
+        lr: eta, 5.0 in every script of the authors; follows the schedule of the learning rate of A and B.
+        threshold: what counts as large, see `rank`.
+        project_from: first optimizer step after which gates are thresholded. Gradients are exactly zero at step 1
+            (B = 0), so nothing is known before step 2.
+        project_every: threshold after every so many steps; 0 never does, which leaves the choice to the cut.
+    """
+
+    lr: float = 5.0
+    threshold: Threshold = "positive"
+    project_from: int = 2
+    project_every: int = 1
+    holds_weights: bool = field(default=False, init=False)
+
+    def update(self, w: Tensor, g: Tensor, *, lr: float, step: int, choose: Choose) -> Tensor:
+        w = w - lr * g
+        if self.threshold == "positive":
+            w = w.clamp(min=0)  # omega <= 0 is gated off
+        due = self.project_every and step >= self.project_from and step % self.project_every == 0
+        # As in the authors' code: while no gradient has arrived all gates are equal, and a choice would be arbitrary.
+        return hard_threshold(w, choose, self.threshold) if due and g.norm() > 1e-10 else w
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass
+class StoGradMP:
+    """Gradient matching pursuit: merge the 2K steepest gates with those in use, estimate on them, keep K.
+
+    The estimate has no closed form here; it is `inner` gradient steps on the merged support, the first with the
+    gradient that chose it. A and B stand still during the others, so a round costs `inner` training steps.
+    """
+
+    lr: float = 5.0
+    threshold: Threshold = "positive"
+    inner: int = 3
+    holds_weights: bool = field(default=False, init=False)
+    _support: list[bool] | None = field(default=None, init=False, repr=False)
+    _left: int = field(default=0, init=False, repr=False)
+
+    def update(self, w: Tensor, g: Tensor, *, lr: float, step: int, choose: Choose) -> Tensor:
+        if self._support is None:
+            if not g.norm() > 1e-10:
+                return w
+            k = int(choose(g.abs(), torch.ones_like(g, dtype=torch.bool)).sum())
+            steepest = top_k(2 * k)(g.abs(), g != 0)
+            self._support, self._left = (steepest | (w != 0)).tolist(), self.inner
+        support = torch.tensor(self._support, device=w.device)
+        w = torch.where(support, w - lr * g, torch.zeros_like(w))
+        self._left -= 1
+        self.holds_weights = self._left > 0
+        if self._left:
+            return w
+        self._support = None
+        return hard_threshold(w, choose, self.threshold)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"support": self._support, "left": self._left}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._support, self._left = state["support"], state["left"]
+        self.holds_weights = self._left > 0
+
+
+def param_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, gate_lr: float = 5.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer of your own: weights, and gates apart, without weight decay.
+
+    The host optimizer never steps the gates itself (their gradients are taken before its step), so they may also
+    stay among the other parameters; a group of their own lets a scheduler treat them differently.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    weights = [p for n, p in named if ".lora_gate." not in n]
+    gates = [p for n, p in named if ".lora_gate." in n]
+    groups = [{"params": weights, "lr": lr, "weight_decay": weight_decay}]
+    return groups + ([{"params": gates, "lr": gate_lr, "weight_decay": 0.0}] if gates else [])
+
+
+def host(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def lr_scale(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) -> float:
+    """How far a scheduler has moved the learning rate of `parameter`'s group from where it started; 1 without one."""
+    groups = host(optimizer).param_groups
+    group = next((g for g in groups if any(p is parameter for p in g["params"])), groups[0])
+    initial = group.get("initial_lr")
+    return float(group["lr"] / initial) if initial else 1.0
+
+
+def drop_params(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Make a live optimizer forget parameters: out of its groups, their moments freed."""
+    optimizer = host(optimizer)
+    gone = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for parameter in [p for p in optimizer.state if id(p) in gone]:
+        del optimizer.state[parameter]
+
+
+def swap_params(optimizer: torch.optim.Optimizer, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Put new parameters in the places of old ones; their moments start afresh, since shapes and bases changed."""
+    optimizer = host(optimizer)
+    new = {id(old): parameter for old, parameter in swapped.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(id(p), p) for p in group["params"]]
+    for old in swapped:
+        optimizer.state.pop(old, None)
+
+
+# How AdamW's and SGD's moments follow when a parameter is multiplied by c: gradients by 1/c, their squares by 1/c^2.
+_MOMENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+
+
+def rescale_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, factor: float) -> None:
+    """Adapt the moments of a parameter that was multiplied by `factor`; at 0, where nothing can match, clear them."""
+    optimizer = host(optimizer)
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    tensors = {k for k, v in state.items() if torch.is_tensor(v) and v.shape == parameter.shape}
+    if factor == 0 or not tensors <= _MOMENT_POWERS.keys():
+        del optimizer.state[parameter]
+        return
+    for key in tensors:
+        state[key].div_(factor ** _MOMENT_POWERS[key])

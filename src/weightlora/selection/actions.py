@@ -1,0 +1,144 @@
+"""What is done about a choice, in place, on the model and on the optimizer of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from weightlora import optim
+from weightlora.adapters import seam, surgery
+from weightlora.adapters.attach import Adapter
+from weightlora.errors import ConfigError
+from weightlora.selection.budgets import fill
+
+
+@dataclass
+class Cut:
+    """One decision and what it may act on.
+
+    Attributes:
+        kept, dropped: adapters, the best first.
+        capacity: parameters of all adapters before the first cut, which WeightLoRA+ refills.
+        last: no more cuts follow.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    kept: Sequence[Adapter]
+    dropped: Sequence[Adapter]
+    step: int
+    seed: int
+    capacity: int
+    last: bool
+
+
+class Action(Protocol):
+    """Carries out a cut and returns (event name, facts), or None where there was nothing to do."""
+
+    def __call__(self, cut: Cut) -> tuple[str, dict[str, Any]] | None: ...
+
+
+@dataclass(frozen=True)
+class Disconnect:
+    """Remove the dropped adapters: module, parameters, gradients, optimizer state, forward and backward work."""
+
+    def __call__(self, cut: Cut) -> None:
+        removed = surgery.disconnect(cut.model, cut.dropped)
+        if cut.optimizer is not None:
+            optim.drop_params(cut.optimizer, removed)
+
+
+@dataclass(frozen=True)
+class Expand:
+    """Raise the survivors' rank to the parameters there were before, never above (WeightLoRA+, section 3.3).
+
+    No layer's output changes: `scaling` is held and B A is unchanged. The moments of the grown factors start afresh.
+
+    Attributes:
+        init: "qr" or "gaussian", see `surgery.extend_qr` and `surgery.extend_gaussian`.
+        double: instead, multiply every rank by 2, of dropped adapters too where they are still there, with the
+            uniform noise of the authors' code (methods: `compat`).
+    """
+
+    init: Literal["qr", "gaussian"] = "qr"
+    double: bool = False
+
+    def __post_init__(self) -> None:
+        if self.init not in ("qr", "gaussian"):
+            raise ConfigError(f"`init={self.init!r}` is not a rank extension; use 'qr' or 'gaussian'.")
+
+    def __call__(self, cut: Cut) -> tuple[str, dict[str, Any]]:
+        grown = [*cut.kept, *cut.dropped] if self.double else list(cut.kept)
+        before = sum(a.parameters for a in grown)
+        for adapter, r in zip(grown, self._ranks(grown, cut), strict=True):
+            self._extend(adapter, r, cut)
+        return "expand", {
+            "init": self.init,
+            "ranks": {a.name: a.r for a in grown},
+            "parameters_before": before,
+            "parameters_after": sum(a.parameters for a in grown),
+        }
+
+    def _ranks(self, grown: Sequence[Adapter], cut: Cut) -> list[int]:
+        caps = [max(a.r, min(a.in_features, a.out_features)) for a in grown]
+        if self.double:
+            return [min(2 * a.r, cap) for a, cap in zip(grown, caps, strict=True)]
+        fixed = sum(a.B.bias.numel() for a in grown if a.B.bias is not None)
+        costs = [a.in_features + a.out_features for a in grown]
+        return fill(costs, cut.capacity - fixed, caps, [a.r for a in grown])
+
+    def _extend(self, adapter: Adapter, r: int, cut: Cut) -> None:
+        if r == adapter.r:
+            return
+        # The seed knows step and name, so that every process draws the same noise for the same adapter.
+        seed = surgery.name_seed(cut.seed, cut.step, adapter.name)
+        noise = None
+        if self.double:
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.rand(r - adapter.r, adapter.in_features, generator=generator, dtype=torch.float64)
+        extend = surgery.extend_qr if self.init == "qr" else surgery.extend_gaussian
+        A, B = extend(adapter.A.weight.detach(), adapter.B.weight.detach(), r, noise, seed=seed)
+        swapped = surgery.resize(adapter, A, B)
+        if cut.optimizer is not None:
+            optim.swap_params(cut.optimizer, swapped)
+
+
+@dataclass(frozen=True)
+class Settle:
+    """After the last cut omega is fixed: folded into B, or held as it is.
+
+    "fold": B <- omega B, AdamW's moments rescaled to match, and the gate goes: from here on the model is a LoRA with
+    fewer adapters. "keep": omega stays in the forward as a constant, as the paper writes it; saving folds a copy.
+    """
+
+    gate: Literal["fold", "keep"] = "fold"
+
+    def __post_init__(self) -> None:
+        if self.gate not in ("fold", "keep"):
+            raise ConfigError(f"`gate={self.gate!r}` is not a way to fix the gates; use 'fold' or 'keep'.")
+
+    def __call__(self, cut: Cut) -> tuple[str, dict[str, Any]] | None:
+        if not cut.last:
+            return None
+        values = {a.name: a.gate.item() for a in cut.kept if a.gate is not None}
+        for adapter in cut.kept:
+            self._settle(adapter, cut.optimizer)
+        return "settle", {"gate": self.gate, "gates": values}
+
+    def _settle(self, adapter: Adapter, optimizer: torch.optim.Optimizer | None) -> None:
+        if adapter.gate is None:
+            return
+        if self.gate == "keep":
+            seam.freeze_gate(adapter.layer, adapter.key)
+            gone = [adapter.gate]
+        else:
+            gate, factor = surgery.fold(adapter)
+            gone = [gate]
+            for parameter in adapter.B.parameters() if optimizer is not None else ():
+                optim.rescale_moments(optimizer, parameter, factor)  # type: ignore[arg-type]
+        if optimizer is not None:
+            optim.drop_params(optimizer, gone)

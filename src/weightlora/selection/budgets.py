@@ -1,0 +1,193 @@
+"""How much may be kept. One mechanism: take adapters from the best down while their costs fit a limit.
+
+keep=10                  ten adapters                 keep={"adapters": 10}
+keep=0.25                a quarter of them            keep={"share": 0.25}
+keep="61440 parameters"  weights in A and B           keep={"parameters": 61440}
+keep="2 MB"              their size as stored         keep={"bytes": 2_000_000}
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightlora.adapters.attach import Adapter
+from weightlora.errors import ConfigError, did_you_mean
+
+UNITS = ("adapters", "share", "parameters", "bytes")
+_SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_WRITTEN = re.compile(r"\s*([\d_.]+(?:e\d+)?)\s*(%|[kmg]i?(?=b\b|\s|$|p))?\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit in one of `UNITS`.
+
+    Raises:
+        ConfigError: when made with a limit that keeps nothing or is not a number.
+    """
+
+    unit: str
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ConfigError(
+                f"`keep` has no unit {self.unit!r}{did_you_mean(self.unit, list(UNITS))}; use one of {UNITS}."
+            )
+        if not math.isfinite(self.limit) or self.limit <= 0:
+            raise ConfigError(f"`keep={self}` keeps nothing; it must be above 0.")
+        if self.unit == "share" and self.limit > 1:
+            raise ConfigError(
+                f"`keep={self.limit}` is a share above 1; give a whole number of adapters or a share up to 1."
+            )
+        if self.unit != "share" and self.limit != int(self.limit):
+            raise ConfigError(f"`keep={self.limit}` {self.unit}: give a whole number, or a share between 0 and 1.")
+
+    def __str__(self) -> str:
+        return f"{self.limit:.4g} of all adapters" if self.unit == "share" else f"{int(self.limit):,} {self.unit}"
+
+    def cost(self, adapter: Adapter) -> int:
+        """What one adapter takes from the budget."""
+        return {"parameters": adapter.parameters, "bytes": adapter.bytes}.get(self.unit, 1)
+
+    def resolve(self, adapters: Sequence[Adapter]) -> Limit:
+        """Fix the budget for the adapters that are attached.
+
+        Raises:
+            ConfigError: more is asked for than there is, or not even one adapter fits.
+        """
+        costs = [self.cost(a) for a in adapters]
+        limit = math.floor(self.limit * len(adapters)) if self.unit == "share" else int(self.limit)
+        if self.unit == "adapters" and limit > len(adapters):
+            raise ConfigError(f"`keep={limit}` exceeds the {len(adapters)} attached adapters; lower it.")
+        if min(costs) > limit:
+            raise ConfigError(
+                f"`keep={self}` has no room for a single adapter: the smallest of {len(adapters)} takes {min(costs):,}; "
+                "raise it."
+            )
+        return Limit(tuple(costs), limit)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget in numbers: the cost of each adapter and the sum they may reach."""
+
+    costs: tuple[int, ...]
+    limit: int
+
+    def choose(self, scores: Tensor, eligible: Tensor) -> Tensor:
+        """Mask (n,) of what is kept: from the best score down, skipping what no longer fits; ties go to the earlier."""
+        order = torch.sort(scores.detach().cpu(), descending=True, stable=True).indices.tolist()
+        allowed, room, mask = eligible.tolist(), self.limit, [False] * len(order)
+        for i in order:
+            if allowed[i] and self.costs[i] <= room:
+                mask[i], room = True, room - self.costs[i]
+        return torch.tensor(mask, device=scores.device)
+
+    def among(self, kept: Sequence[int]) -> Limit:
+        """The same limit when only these adapters are left."""
+        return Limit(tuple(self.costs[i] for i in kept), self.limit)
+
+
+def parse(keep: Any) -> Budget:
+    """Read what a user writes for `keep`, see the table above.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if isinstance(keep, Budget):
+        return keep
+    if isinstance(keep, Mapping) and len(keep) == 1:
+        (unit, limit), *_ = keep.items()
+        if isinstance(limit, int | float) and not isinstance(limit, bool):
+            return Budget(str(unit), limit)
+    elif isinstance(keep, str):
+        return _from_text(keep)
+    elif isinstance(keep, int) and not isinstance(keep, bool):
+        return Budget("adapters", keep)
+    elif isinstance(keep, float):
+        whole = keep >= 1 and keep == int(keep) and keep != 1.0
+        return Budget("adapters" if whole else "share", keep)
+    raise ConfigError(
+        f"`keep={keep!r}` cannot be read; give a number of adapters (10), a share (0.25), '61440 parameters' or '2 MB'."
+    )
+
+
+def _from_text(text: str) -> Budget:
+    match = _WRITTEN.fullmatch(text)
+    unit = {"": "adapters", "b": "bytes", "byte": "bytes", "params": "parameters"}
+    try:
+        number, prefix, word = match.groups() if match else (None, None, None)
+        value = float(number or "")
+    except ValueError:
+        raise ConfigError(f"`keep={text!r}` cannot be read; try '10', '25%', '61440 parameters' or '2 MB'.") from None
+    if prefix == "%":
+        return Budget("share", value / 100)
+    word = (word or "").lower()
+    if not prefix and not word and value < 1:
+        return Budget("share", value)
+    return Budget(unit.get(word, word), round(value * _SIZES[(prefix or "").lower()], 6))
+
+
+def fill(costs: Sequence[int], budget: int, caps: Sequence[int], floors: Sequence[int]) -> list[int]:
+    """Ranks that bring sum(rank * cost) as close to `budget` as possible and never above it, as even as possible.
+
+    All get the same rank first; what is left over goes out in single ranks, chosen so that the sum comes nearest.
+
+    Args:
+        costs: parameters of one rank of each adapter, d_in + d_out, best adapter first.
+        caps: highest rank of each, min(d_in, d_out).
+        floors: lowest rank of each, the present one; assumed to fit.
+    """
+
+    def spend(level: int) -> list[int]:
+        return [max(low, min(level, high)) for low, high in zip(floors, caps, strict=True)]
+
+    level, top = 0, max(caps)
+    while level < top:  # the highest level that fits, by bisection
+        middle = (level + top + 1) // 2
+        fits = sum(r * c for r, c in zip(spend(middle), costs, strict=True)) <= budget
+        level, top = (middle, top) if fits else (level, middle - 1)
+    ranks = spend(level)
+    left = budget - sum(r * c for r, c in zip(ranks, costs, strict=True))
+    for i in _closest(costs, [high - r for high, r in zip(caps, ranks, strict=True)], left):
+        ranks[i] += 1
+    return ranks
+
+
+def _closest(costs: Sequence[int], room: Sequence[int], budget: int) -> list[int]:
+    """Which adapters get one more rank (an adapter may come more than once) so that their costs come nearest to budget."""
+    step = math.gcd(*costs)
+    cells = budget // step
+    if not costs or cells <= 0:
+        return []
+    came_from: list[int] = [-1] * (cells + 1)  # the kind of adapter whose rank reached this sum
+    reached = [True] + [False] * cells
+    kinds: dict[int, list[int]] = {}
+    for i, cost in enumerate(costs):
+        kinds.setdefault(cost // step, []).append(i)
+    for kind, members in kinds.items():
+        used = [0] * (cells + 1)
+        most = sum(room[i] for i in members)
+        for cell in range(kind, cells + 1):
+            if not reached[cell] and reached[cell - kind] and used[cell - kind] < most:
+                reached[cell], came_from[cell], used[cell] = True, kind, used[cell - kind] + 1
+    cell = max(c for c, hit in enumerate(reached) if hit)
+    wanted: dict[int, int] = {}
+    while cell:
+        wanted[came_from[cell]] = wanted.get(came_from[cell], 0) + 1
+        cell -= came_from[cell]
+    return [i for kind, n in wanted.items() for i in _deal(kinds[kind], room, n)]
+
+
+def _deal(members: Sequence[int], room: Sequence[int], n: int) -> list[int]:
+    """Hand out n ranks round by round, best adapter first, to those with room."""
+    turns = sorted((turn, place) for place, i in enumerate(members) for turn in range(min(room[i], n)))
+    return [members[place] for _, place in turns[:n]]

@@ -1,0 +1,71 @@
+"""`events.jsonl`: one JSON line for everything that was decided, written as it happens and read by everything else.
+
+    attach   which adapters there are             method, adapters: {name: {r, parameters}}
+    gates    omega on the way                     gates: {name: value}
+    cut      what was kept and why                kept, dropped, scores, parameters_before, parameters_after
+    expand   new ranks of the survivors           ranks: {name: r}
+    settle   the run is an ordinary LoRA now      gate: "fold" or "keep", gates: {name: value}
+
+Every line carries `event` and `step` (optimizer steps done).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+EVENTS_FILE = "events.jsonl"
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """All events of a run, oldest first."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+class EventLog:
+    """The events of this run in memory and, once `open` was called, on disk."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._path: Path | None = None
+
+    def add(self, event: str, step: int, **facts: Any) -> Event:
+        """Record one event; a line is written whole or not at all."""
+        record = {"event": event, "step": step, **facts}
+        self.events.append(record)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        return record
+
+    @property
+    def decisions(self) -> list[Event]:
+        """The events a run cannot do without: all but omega on the way."""
+        return [e for e in self.events if e["event"] != "gates"]
+
+    def open(self, path: Path, *, resume_at: int | None = None) -> None:
+        """Start writing to `path`. The record of an earlier run there is kept under another name.
+
+        Args:
+            resume_at: the file belongs to this run, which goes on after this step; later lines are taken back.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and resume_at is None:
+            path.rename(_free_name(path))
+        elif path.exists():
+            self.events = [e for e in read_events(path) if e["step"] <= resume_at]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(e) + "\n" for e in self.events), encoding="utf-8")
+        os.replace(temporary, path)
+        self._path = path
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (candidate := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return candidate

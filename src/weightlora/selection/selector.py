@@ -1,0 +1,316 @@
+"""Running a selection in any training loop: a frozen `Strategy` says what, the `Selector` does it.
+
+In the order of one optimizer step:
+
+    loss.backward()
+    selector.observe(optimizer)    the gates' gradients are read and taken away, so that the optimizer passes them by
+    optimizer.step()
+    selector.step(optimizer)       the gates take their own step; at a cut: score -> keep -> actions -> events
+
+`bind(optimizer)` registers the two calls as hooks of `optimizer.step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlora import optim
+from weightlora.adapters import attach, structure, surgery
+from weightlora.errors import ConfigError, DivergedError
+from weightlora.optim import GateRule
+from weightlora.selection.actions import Action, Cut
+from weightlora.selection.budgets import Budget, Limit
+from weightlora.selection.events import EventLog
+from weightlora.selection.schedules import After
+from weightlora.selection.scores import Score
+
+logger = logging.getLogger(__name__)
+
+GATE_RECORDS = 50  # how many times omega is written to the events during a run's selection
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A method, as data.
+
+    Attributes:
+        method: its name.
+        gates: how omega is trained, or None where the method trains none.
+        score: what an adapter is worth at a cut.
+        keep: the budget after the last cut; None halves the number of adapters at every cut.
+        when: the cuts.
+        then: what is done about each, in order.
+        reference_code: train as the authors' code does: their initialisation of A, no dropout, and momentum and weight
+            decay go on moving adapters whose gate is 0.
+    """
+
+    method: str
+    gates: GateRule | None
+    score: Score
+    keep: Budget | None
+    when: After
+    then: tuple[Action, ...]
+    reference_code: bool = False
+
+
+class Selector:
+    """The one object that changes: a strategy at work on a model.
+
+    Attributes:
+        adapters: those still attached.
+        global_step: optimizer steps done.
+        done: the last cut is behind us, the model is an ordinary LoRA.
+        kept, dropped: names, once something was cut.
+        events: what was decided so far.
+    """
+
+    def __init__(self, model: nn.Module, strategy: Strategy, *, adapter_name: str | None = None, seed: int = 0) -> None:
+        self.model = model
+        self.strategy = copy.deepcopy(strategy)
+        self.key = adapter_name or attach.active_adapter(attach.peft_model(model))
+        self.seed = seed
+        self.events = EventLog()
+        self.global_step = 0
+        self.rounds_done = 0
+        self.done = False
+        self.kept: list[str] = []
+        self.dropped: list[str] = []
+        self.adapters = attach.checked_adapters(model, self.key)
+        self._limits = self._plan_limits()
+        if strategy.gates is not None:
+            attach.add_gates(model, self.key)
+        if strategy.reference_code:
+            for adapter in self.adapters:
+                surgery.start_as_authors(adapter, seed)
+        self.capacity = sum(a.parameters for a in self.adapters)
+        self._cuts: tuple[int, ...] | None = (0,) if strategy.when.after == 0 else None
+        self._gradients: torch.Tensor | None = None
+        self._hooks: list[Any] = []
+        self._record_attached()
+        if self._cuts == (0,):
+            self._cut(None)
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def _plan_limits(self) -> list[Limit]:
+        """The limit at each cut: a straight way down on a logarithmic scale from all adapters to the budget."""
+        n, rounds = len(self.adapters), self.strategy.when.rounds
+        if self.strategy.keep is None:
+            if n >> rounds < 1:
+                raise ConfigError(
+                    f"`rounds={rounds}` halves {n} adapters to none; use at most {int(math.log2(n))} rounds."
+                )
+            return [Budget("adapters", n >> (i + 1)).resolve(self.adapters) for i in range(rounds)]
+        final = self.strategy.keep.resolve(self.adapters)
+        total = sum(final.costs)
+        ratio = min(1.0, final.limit / total)
+        return [
+            Limit(final.costs, max(final.limit, math.floor(total * ratio ** ((i + 1) / rounds))))
+            for i in range(rounds - 1)
+        ] + [final]
+
+    def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
+        """Fix the steps of the cuts for a run of `total_steps` optimizer steps; raises ConfigError as `After.steps`."""
+        if self._cuts is None:
+            self._cuts = self.strategy.when.steps(total_steps, steps_per_epoch)
+        return self._cuts
+
+    @property
+    def cuts(self) -> tuple[int, ...] | None:
+        """Steps of the cuts, once planned."""
+        return self._cuts
+
+    # -- the training step ---------------------------------------------------------------------------------------
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have `optimizer.step` call `observe` before and `step` after it, until the selection is done."""
+        self.unbind()
+        if not self.done:
+            hooked = optim.host(optimizer)
+            self._hooks = [
+                hooked.register_step_pre_hook(lambda *_: self.observe(optimizer)),
+                hooked.register_step_post_hook(lambda *_: self.step(optimizer)),
+            ]
+
+    def unbind(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Read the gates' gradients, after backward and clipping and before the optimizer's step.
+
+        The optimizer then finds none on the gates, and none on adapters whose gate is 0, so that neither momentum nor
+        weight decay moves them.
+
+        Raises:
+            DivergedError: a gradient is NaN or infinite; nothing has been updated with it.
+        """
+        rule = self.strategy.gates
+        if self.done or rule is None:
+            return
+        gates = self._gates()
+        self._gradients = torch.cat([torch.zeros_like(g) if g.grad is None else g.grad for g in gates])
+        if not torch.isfinite(self._gradients).all():
+            raise DivergedError(
+                f"step {self.global_step + 1}: the gradients of the gates are NaN or infinite while adapters are being "
+                "selected, so the loss has diverged. The weights are those of the step before, and checkpoints are "
+                "untouched; lower the learning rate (or `gate_lr`), or look at the batch."
+            )
+        off = [False] * len(gates) if self.strategy.reference_code else (torch.cat(list(gates)) == 0).tolist()
+        for adapter, gate, masked in zip(self.adapters, gates, off, strict=True):
+            gate.grad = None
+            if masked or rule.holds_weights:
+                for parameter in adapter.weights:
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Count one optimizer step, move the gates, and cut if it is time. Returns whether adapters were cut."""
+        if self.done:
+            return False
+        if self._cuts is None:
+            raise ConfigError("the length of the run is not known; call `plan(total_steps)` or give `after` in steps.")
+        self.global_step += 1
+        if self._gradients is not None:
+            self._move_gates(optimizer)
+        if self.global_step not in self._cuts:
+            return False
+        self._cut(optimizer)
+        return True
+
+    def _gates(self) -> list[nn.Parameter]:
+        return [gate for a in self.adapters if (gate := a.gate) is not None]
+
+    def _move_gates(self, optimizer: torch.optim.Optimizer | None) -> None:
+        rule, gates = self.strategy.gates, self._gates()
+        assert rule is not None and self._gradients is not None
+        lr = rule.lr * (1.0 if optimizer is None else optim.lr_scale(optimizer, gates[0]))
+        limit = self._limits[self.rounds_done]
+        values = rule.update(torch.cat(list(gates)), self._gradients, lr=lr, step=self.global_step, choose=limit.choose)
+        torch._foreach_copy_([g.data for g in gates], list(values.split(1)))
+        self._gradients = None
+        every = max(1, (self._cuts or (1,))[-1] // GATE_RECORDS)
+        if self.global_step % every == 0:
+            self.events.add("gates", self.global_step, gates=self.gate_values())
+
+    def gate_values(self) -> dict[str, float]:
+        """omega of every adapter that has one, by name."""
+        return {a.name: a.gate.item() for a in self.adapters if a.gate is not None}
+
+    # -- the cut -------------------------------------------------------------------------------------------------
+
+    def _cut(self, optimizer: torch.optim.Optimizer | None) -> None:
+        scores = self.strategy.score(self.adapters)
+        kept = self._choose(scores)
+        order = torch.sort(scores, descending=True, stable=True).indices.tolist()
+        self.rounds_done += 1
+        cut = Cut(
+            model=self.model,
+            optimizer=optimizer,
+            kept=[self.adapters[i] for i in order if i in kept],
+            dropped=[self.adapters[i] for i in order if i not in kept],
+            step=self.global_step,
+            seed=self.seed,
+            capacity=self.capacity,
+            last=self.rounds_done == len(self._limits),
+        )
+        before = sum(a.parameters for a in self.adapters)
+        self._record_cut(cut, scores, before)
+        notes = [note for action in self.strategy.then if (note := action(cut))]
+        self.adapters = [a for i, a in enumerate(self.adapters) if i in kept]
+        self._limits = [limit.among(sorted(kept)) for limit in self._limits]
+        for name, facts in notes:
+            self.events.add(name, self.global_step, **facts)
+        structure.sync_config(self.model, self.key)
+        self.done = cut.last
+        if self.done:
+            self.unbind()
+
+    def _choose(self, scores: torch.Tensor) -> set[int]:
+        mask = self._limits[self.rounds_done].choose(scores, scores > -torch.inf)
+        if mask.any():
+            return set(mask.nonzero().flatten().tolist())
+        logger.warning("no gate is above 0 at the cut; one adapter is kept all the same, since a LoRA needs one.")
+        gates = torch.cat([g.detach() for g in self._gates()]) if self._gates() else scores
+        return {int(gates.argmax())}
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def _record_attached(self) -> None:
+        self.events.add(
+            "attach",
+            0,
+            method=self.strategy.method,
+            adapter=self.key,
+            adapters={a.name: {"r": a.r, "parameters": a.parameters} for a in self.adapters},
+            parameters=self.capacity,
+        )
+
+    def _record_cut(self, cut: Cut, scores: torch.Tensor, before: int) -> None:
+        self.kept = [a.name for a in cut.kept]
+        self.dropped += [a.name for a in cut.dropped]
+        self.events.add(
+            "cut",
+            self.global_step,
+            kept=self.kept,
+            dropped=[a.name for a in cut.dropped],
+            scores={a.name: _number(s) for a, s in zip(self.adapters, scores.tolist(), strict=True)},
+            gates=self.gate_values(),
+            parameters_before=before,
+            parameters_after=sum(a.parameters for a in cut.kept),
+        )
+        logger.info("step %d: kept %d of %d adapters", self.global_step, len(cut.kept), len(self.adapters))
+
+    # -- resuming ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on beside the weights, as plain JSON data."""
+        return {
+            "method": self.strategy.method,
+            "global_step": self.global_step,
+            "rounds_done": self.rounds_done,
+            "done": self.done,
+            "cuts": self._cuts,
+            "capacity": self.capacity,
+            "seed": self.seed,
+            "kept": self.kept,
+            "dropped": self.dropped,
+            "rule": self.strategy.gates.state_dict() if self.strategy.gates is not None else None,
+            "events": self.events.decisions,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the model must already have the structure and the gates of then.
+
+        Raises:
+            ConfigError: the state belongs to another method.
+        """
+        if state["method"] != self.strategy.method:
+            raise ConfigError(
+                f"the checkpoint was written by method {state['method']!r}, this run uses {self.strategy.method!r}; "
+                "resume with the method it was started with."
+            )
+        attached = [i for i, a in enumerate(self.adapters) if a.name not in set(state["dropped"])]
+        self._limits = [limit.among(attached) for limit in self._limits]
+        self.adapters = attach.list_adapters(self.model, self.key)
+        self.global_step, self.rounds_done = state["global_step"], state["rounds_done"]
+        self.done, self.capacity, self.seed = state["done"], state["capacity"], state["seed"]
+        self._cuts = None if state["cuts"] is None else tuple(state["cuts"])
+        self.kept, self.dropped = list(state["kept"]), list(state["dropped"])
+        self.events.events = list(state["events"])
+        if self.strategy.gates is not None:
+            self.strategy.gates.load_state_dict(state["rule"])
+
+
+def _number(score: float) -> float | None:
+    """JSON has no infinity."""
+    return score if math.isfinite(score) else None

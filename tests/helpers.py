@@ -1,0 +1,83 @@
+"""A tiny BERT with LoRA, a learnable toy task for it, and a Trainer around both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+
+def bert(layers: int = 3, **lora: Any) -> PeftModel:
+    """9 adapters (q, k, v of 3 layers, d=32), the same weights every time."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=100,
+        max_position_embeddings=64,
+    )
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "task_type": "SEQ_CLS"} | lora
+    settings.setdefault("target_modules", ["query", "key", "value"])
+    return get_peft_model(BertForSequenceClassification(config), LoraConfig(**settings))
+
+
+def rows(n: int = 64, length: int = 12) -> list[dict[str, Any]]:
+    """Sequences whose label is whether the first token is in the upper half of the vocabulary."""
+    tokens = torch.randint(5, 100, (n, length), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": t.tolist(), "attention_mask": [1] * length, "labels": int(t[0] > 52)} for t in tokens]
+
+
+def batch(n: int = 8, start: int = 0) -> dict[str, Tensor]:
+    """Some rows as tensors."""
+    chosen = rows()[start : start + n]
+    return {key: torch.tensor([row[key] for row in chosen]) for key in chosen[0]}
+
+
+def make_trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, **args: Any) -> Trainer:
+    """A silent Trainer on the toy task, in evaluation every `save_steps`."""
+    settings: dict[str, Any] = {
+        "max_steps": 10,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 5,
+        "dataloader_pin_memory": False,
+    }
+    settings |= {"save_strategy": "steps" if "save_steps" in args else "no"} | args
+    if settings.get("load_best_model_at_end"):
+        settings |= {"eval_strategy": "steps", "eval_steps": settings["save_steps"]}
+    return Trainer(
+        model or bert(),
+        TrainingArguments(str(folder), **settings),
+        train_dataset=rows(),
+        eval_dataset=rows(16),
+        callbacks=list(callbacks),
+    )
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of every LoRA, gate and head parameter by name."""
+    wanted = ("lora_", "modules_to_save")
+    return {n: p.detach().clone() for n, p in model.named_parameters() if any(w in n for w in wanted)}
+
+
+def train(model: nn.Module, method: Any, steps: int, *, lr: float = 1e-2, **attach: Any) -> torch.optim.Optimizer:
+    """A plain loop over the toy task with the method's two calls in it."""
+    method.attach(model, **attach)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    method.plan(total_steps=steps)
+    for step in range(steps):
+        model(**batch(start=8 * (step % 8))).loss.backward()
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
+    return optimizer

@@ -1,0 +1,58 @@
+"""Two gloo processes and one process with the doubled batch keep the same adapters and go on to the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+
+
+def run(folder: Path, processes: int, *arguments: str) -> None:
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
+    running = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+        command = [sys.executable, str(SCRIPT), str(folder), *arguments]
+        environment = shared | (own if processes > 1 else {})
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    run(folder / "two", 2, "8")
+    run(folder / "one", 1, "16")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["weightlora", "weightlora_plus", "rlora"])
+def test_two_processes_agree_with_one(method, runs):
+    first, second, alone = (
+        (json.loads((f / f"{method}-{rank}.json").read_text()), load_file(f / f"{method}-{rank}.safetensors"))
+        for f, rank in ((runs / "two", 0), (runs / "two", 1), (runs / "one", 0))
+    )
+    assert [facts["processes"] for facts, _ in (first, second, alone)] == [2, 2, 1]
+    assert first[0]["kept"] == second[0]["kept"] == alone[0]["kept"] and len(alone[0]["kept"]) == 3
+    for name, value in alone[1].items():
+        assert torch.equal(first[1][name], second[1][name]), f"{name} differs between the processes"
+        torch.testing.assert_close(first[1][name], value, atol=1e-5, rtol=1e-4)

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 Threshold = Literal["positive", "signed", "magnitude"]
 THRESHOLDS: tuple[str, ...] = get_args(Threshold)
 
+# As in the authors' code: while no gradient has arrived all gates are equal, and any choice would be arbitrary.
+NO_GRADIENT = 1e-10
+
 # Chooses what stays: (scores, eligible) -> mask, all of shape (n,). `top_k` is the plain case.
 Choose = Callable[[Tensor, Tensor], Tensor]
 
@@ -96,12 +99,13 @@ class StoIHT:
     holds_weights: bool = field(default=False, init=False)
 
     def update(self, w: Tensor, g: Tensor, *, lr: float, step: int, choose: Choose) -> Tensor:
+        if g.norm() <= NO_GRADIENT:
+            return w
         w = w - lr * g
         if self.threshold == "positive":
             w = w.clamp(min=0)  # omega <= 0 is gated off
         due = self.project_every and step >= self.project_from and step % self.project_every == 0
-        # As in the authors' code: while no gradient has arrived all gates are equal, and a choice would be arbitrary.
-        return hard_threshold(w, choose, self.threshold) if due and g.norm() > 1e-10 else w
+        return hard_threshold(w, choose, self.threshold) if due else w
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -127,7 +131,7 @@ class StoGradMP:
 
     def update(self, w: Tensor, g: Tensor, *, lr: float, step: int, choose: Choose) -> Tensor:
         if self._support is None:
-            if not g.norm() > 1e-10:
+            if g.norm() <= NO_GRADIENT:
                 return w
             k = int(choose(g.abs(), torch.ones_like(g, dtype=torch.bool)).sum())
             steepest = top_k(2 * k)(g.abs(), g != 0)

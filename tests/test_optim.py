@@ -1,0 +1,137 @@
+"""Thresholding, the two sparse optimisers, and surgery on a live optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from weightlora import optim
+from weightlora.optim import StoGradMP, StoIHT, hard_threshold, top_k
+
+
+def test_hard_threshold_keeps_the_largest_magnitudes_and_is_idempotent():
+    values = torch.tensor([0.1, -3.0, 2.0, 0.0, -0.5])
+    kept = hard_threshold(values, 2)
+    assert kept.tolist() == [0.0, -3.0, 2.0, 0.0, 0.0]
+    assert torch.equal(hard_threshold(kept, 2), kept)
+    assert (hard_threshold(torch.randn(50), 7) != 0).sum() == 7
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [("positive", [0.0, 0.0, 2.0, 0.0]), ("signed", [-1.0, 0.0, 2.0, 0.0]), ("magnitude", [0.0, -3.0, 2.0, 0.0])],
+)
+def test_what_counts_as_large(threshold, expected):
+    values = torch.tensor([-1.0, -3.0, 2.0, -2.0])
+    assert hard_threshold(values, 2, threshold).tolist() == expected
+
+
+def test_ties_go_to_the_earlier_entry():
+    assert hard_threshold(torch.ones(6), 3, "positive").tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def sparse_problem(n: int = 60, k: int = 5, m: int = 240) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.zeros(n, dtype=torch.float64)
+    places = torch.randperm(n, generator=generator)[:k]
+    truth[places] = torch.rand(k, generator=generator, dtype=torch.float64) + 0.5
+    measure = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    return measure, measure @ truth, truth
+
+
+@pytest.mark.parametrize("threshold", ["positive", "magnitude"])
+@pytest.mark.parametrize("rule", [StoIHT, StoGradMP])
+def test_the_support_of_a_known_sparse_problem_is_recovered(rule, threshold):
+    """Least squares with a 5-sparse solution, mini-batches of 40 of 240 measurements."""
+    measure, target, truth = sparse_problem()
+    if threshold == "magnitude":
+        truth[::2] *= -1
+        target = measure @ truth
+    generator, w, k = torch.Generator().manual_seed(1), torch.zeros_like(truth), 5
+    rule = rule(lr=0.5, threshold=threshold)
+    for step in range(1, 400):
+        rows = torch.randperm(len(target), generator=generator)[:40]
+        gradient = measure[rows].T @ (measure[rows] @ w - target[rows]) / len(rows)
+        w = rule.update(w, gradient, lr=rule.lr, step=step, choose=top_k(k))
+    assert torch.equal(w != 0, truth != 0)
+    torch.testing.assert_close(w, truth, atol=1e-3, rtol=0)
+
+
+def test_on_a_quadratic_both_pick_the_largest_at_once():
+    """F(w) = |w - c|^2 / 2 with step 1 (methods: StoIHT needs one step, StoGradMP from 0 the same set)."""
+    c = torch.tensor([0.3, -2.0, 1.0, 0.1, -0.7, 1.5])
+    for rule in (StoIHT(lr=1.0, threshold="magnitude"), StoGradMP(lr=1.0, threshold="magnitude", inner=1)):
+        w = rule.update(torch.zeros(6), -c, lr=1.0, step=2, choose=top_k(2))
+        assert torch.equal(w, hard_threshold(c, 2))
+
+
+def test_nothing_is_chosen_before_a_gradient_arrives():
+    """At step 1 B = 0: all gates are equal, and top-K of equals would be the first K."""
+    ones, zero = torch.ones(6), torch.zeros(6)
+    for rule in (StoIHT(project_from=1), StoGradMP()):
+        assert torch.equal(rule.update(ones, zero, lr=5.0, step=1, choose=top_k(2)), ones)
+
+
+def test_positive_gates_never_go_below_zero():
+    w = StoIHT(project_every=0).update(torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0]), lr=5.0, step=1, choose=top_k(2))
+    assert w.tolist() == [0.0, 6.0]
+
+
+def test_stogradmp_holds_the_weights_while_it_estimates():
+    rule, w, g = StoGradMP(lr=0.1, inner=3), torch.ones(8), torch.linspace(-1, 1, 8)
+    held = []
+    for step in range(1, 4):
+        w = rule.update(w, g, lr=0.1, step=step, choose=top_k(2))
+        held.append(rule.holds_weights)
+    assert held == [True, True, False] and (w != 0).sum() == 2
+    twin = StoGradMP(lr=0.1, inner=3)
+    twin.load_state_dict(rule.state_dict())
+    assert torch.equal(twin.update(w, g, lr=0.1, step=4, choose=top_k(2)), rule.update(w, g, lr=0.1, step=4, choose=top_k(2)))
+
+
+def stepped(n: int = 3) -> tuple[list[nn.Parameter], torch.optim.AdamW]:
+    parameters = [nn.Parameter(torch.ones(4, 2)) for _ in range(n)]
+    optimizer = torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:], "weight_decay": 0.0}])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return parameters, optimizer
+
+
+def test_dropped_parameters_leave_groups_and_state():
+    parameters, optimizer = stepped()
+    optim.drop_params(optimizer, [parameters[0], parameters[2]])
+    assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == [[id(parameters[1])], []]
+    assert list(optimizer.state) == [parameters[1]]
+    optimizer.step()
+
+
+def test_swapped_parameters_take_the_same_place_with_fresh_state():
+    parameters, optimizer = stepped()
+    new = nn.Parameter(torch.zeros(7, 2))
+    optim.swap_params(optimizer, {parameters[0]: new})
+    assert optimizer.param_groups[0]["params"][0] is new and optimizer.param_groups[0]["params"][1] is parameters[1]
+    assert new not in optimizer.state and parameters[0] not in optimizer.state
+
+
+def test_moments_follow_a_rescaled_parameter():
+    """Training c B with rescaled moments is, in its gradients' units, training B: checked on the moments' ratio."""
+    parameters, optimizer = stepped()
+    before = {k: v.clone() for k, v in optimizer.state[parameters[0]].items()}
+    optim.rescale_moments(optimizer, parameters[0], 0.5)
+    after = optimizer.state[parameters[0]]
+    torch.testing.assert_close(after["exp_avg"], before["exp_avg"] / 0.5)
+    torch.testing.assert_close(after["exp_avg_sq"], before["exp_avg_sq"] / 0.25)
+    assert torch.equal(after["step"], before["step"])
+    optim.rescale_moments(optimizer, parameters[1], 0.0)
+    assert parameters[1] not in optimizer.state
+
+
+def test_lr_scale_follows_the_scheduler_of_the_gates_group():
+    gate, weight = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0}, {"params": [gate], "lr": 5.0}])
+    assert optim.lr_scale(optimizer, gate) == 1.0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 0.5, lambda _: 0.25])
+    assert optim.lr_scale(optimizer, gate) == 0.25 and optim.lr_scale(optimizer, weight) == 0.5
+    assert schedule.last_epoch == 0

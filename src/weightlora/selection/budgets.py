@@ -113,8 +113,7 @@ def parse(keep: Any) -> Budget:
     elif isinstance(keep, int) and not isinstance(keep, bool):
         return Budget("adapters", keep)
     elif isinstance(keep, float):
-        whole = keep >= 1 and keep == int(keep) and keep != 1.0
-        return Budget("adapters" if whole else "share", keep)
+        return Budget("adapters" if keep > 1 and keep.is_integer() else "share", keep)
     raise ConfigError(
         f"`keep={keep!r}` cannot be read; give a number of adapters (10), a share (0.25), '61440 parameters' or '2 MB'."
     )
@@ -137,9 +136,10 @@ def _from_text(text: str) -> Budget:
 
 
 def fill(costs: Sequence[int], budget: int, caps: Sequence[int], floors: Sequence[int]) -> list[int]:
-    """Ranks that bring sum(rank * cost) as close to `budget` as possible and never above it, as even as possible.
+    """Even ranks that bring sum(rank * cost) as close to `budget` as possible and never above it.
 
-    All get the same rank first; what is left over goes out in single ranks, chosen so that the sum comes nearest.
+    All get the highest common rank that fits; what is left over goes out in single ranks, chosen so that the sum comes
+    nearest to the budget.
 
     Args:
         costs: parameters of one rank of each adapter, d_in + d_out, best adapter first.

@@ -1,0 +1,419 @@
+"""Selecting in a plain loop: what happens at each step, what a cut removes, what growth leaves unchanged."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import batch, bert, train, trainable_state
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from weightlora import ConfigError, DivergedError, RLoRA, WeightLoRA, WeightLoRAPlus, list_adapters
+from weightlora.adapters import extend_gaussian, extend_qr, surgery
+from weightlora.selection import After
+
+
+def first_steps(method, steps: int):
+    """The gates' gradients and values after each of some steps."""
+    model = bert()
+    method.attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    method.plan(100)
+    seen = []
+    for step in range(steps):
+        model(**batch(start=8 * step)).loss.backward()
+        gradients = torch.cat([a.gate.grad for a in method.adapters])
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
+        seen.append((gradients, torch.tensor(list(method.selector.gate_values().values()))))
+    return seen
+
+
+# -- the first steps ---------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_every_gate_is_zero_at_step_1_and_not_at_step_2():
+    (first, after_first), (second, after_second) = first_steps(WeightLoRA(keep=3, after=50), 2)
+    assert (first == 0).all() and (after_first == 1).all()
+    assert (second != 0).all()
+    assert (after_second > 0).sum() == 3 and set(after_second.nonzero().flatten().tolist()) == set(
+        torch.argsort(second)[:3].tolist()
+    ), "the steepest three are kept"
+
+
+def test_paper_mode_is_sgd_at_5_with_top_k_after_every_step():
+    torch.manual_seed(3)
+    seen = first_steps(WeightLoRA(keep=4, after=50, mode="paper"), 4)
+    omega = torch.ones(9)
+    for gradient, found in seen:
+        omega = (omega - 5.0 * gradient).clamp(min=0)
+        if gradient.norm() > 0:
+            keep = torch.sort(omega, descending=True, stable=True).indices[:4]
+            omega = torch.zeros(9).index_copy(0, keep, omega[keep])
+        torch.testing.assert_close(found, omega)
+
+
+def test_the_host_optimizer_never_touches_the_gates():
+    model = bert()
+    method = WeightLoRA(keep=3, after=50, project_from=40).attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    method.plan(100)
+    gates = [a.gate for a in method.adapters]
+    model(**batch()).loss.backward()
+    method.observe(optimizer)
+    optimizer.step()
+    assert all(g.item() == 1.0 and g not in optimizer.state for g in gates), "no Adam step, no weight decay, no moments"
+
+
+def test_adapters_whose_gate_is_off_do_not_move():
+    model, method = bert(), WeightLoRA(keep=2, after=50)
+    method.attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    method.plan(100)
+    method.bind(optimizer)
+    for step in range(5):
+        off = {a.name: a.B.weight.clone() for a in method.adapters if a.gate.item() == 0}
+        model(**batch(start=8 * step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for adapter in method.adapters:
+            if adapter.name in off and adapter.gate.item() == 0:
+                assert torch.equal(adapter.B.weight, off[adapter.name])
+    assert len(off) == 7
+
+
+def test_a_gate_that_is_off_is_still_evaluated_and_can_return():
+    (_, _), (_, _), (third, _) = first_steps(WeightLoRA(keep=2, after=50), 3)
+    assert (third != 0).all()
+
+
+def test_a_scheduler_moves_the_rate_of_the_gates_too():
+    model, method = bert(), WeightLoRA(keep=3, after=50, project_every=0, gate_lr=1.0)
+    method.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+    method.plan(100)
+    for start in (0, 8):
+        model(**batch(start=start)).loss.backward()
+        gradients = torch.cat([a.gate.grad for a in method.adapters])
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
+    moved = 1 - torch.tensor(list(method.selector.gate_values().values()))
+    torch.testing.assert_close(moved, 0.5 * gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda: WeightLoRA(keep=3, after=6), lambda: WeightLoRAPlus(keep=3, after=6), lambda: RLoRA(keep=3)])
+def test_the_same_seed_gives_the_same_adapters_and_weights(make):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        model = bert()
+        method = make()
+        train(model, method, 10, seed=5)
+        states.append((method.kept, trainable_state(model)))
+    assert states[0][0] == states[1][0]
+    assert all(torch.equal(states[0][1][k], v) for k, v in states[1][1].items())
+
+
+def test_rlora_draws_another_set_with_another_seed():
+    drawn = {tuple(sorted(RLoRA(keep=3, seed=seed).attach(bert()).kept)) for seed in range(12)}
+    assert len(drawn) > 6
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_the_step_named():
+    model, method = bert(), WeightLoRA(keep=3, after=50)
+    method.attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    method.plan(100)
+    method.bind(optimizer)
+    (model(**batch()).loss).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = trainable_state(model)
+    (model(**batch()).loss * float("nan")).backward()
+    with pytest.raises(DivergedError, match=r"step 2: .*NaN"):
+        optimizer.step()
+    assert all(torch.equal(before[k], v) for k, v in trainable_state(model).items())
+
+
+# -- the cut -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["fold", "keep"])
+def test_no_layer_changes_its_output_at_the_cut(gate):
+    model, method = bert(lora_dropout=0.0).eval(), WeightLoRA(keep=3, after=7, gate=gate, gate_lr=300.0)
+    train(model, method, 6)
+    x = torch.randn(5, 32)
+    live = {a.name: a for a in method.adapters if a.gate.item() > 0}
+    before = {name: (a.layer(x), a.gate.item()) for name, a in live.items()}
+    assert any(abs(value - 1) > 0.05 for _, value in before.values())
+    with torch.no_grad():
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        method.step(optimizer)
+    for adapter in method.adapters:
+        torch.testing.assert_close(adapter.layer(x), before[adapter.name][0], atol=1e-6, rtol=1e-5)
+        assert (adapter.gate is None) == (gate == "fold")
+    assert set(method.kept) == set(live)
+
+
+def test_after_the_cut_the_optimizer_holds_exactly_the_survivors():
+    model, method = bert(), WeightLoRA(keep=3, after=5)
+    optimizer = train(model, method, 9)
+    held = {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for p in optimizer.state} == held
+    assert not [n for n, _ in model.named_parameters() if "gate" in n]
+    names = [n for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")]
+    assert sorted(names) == sorted(method.kept)
+
+
+def same_structure_from_scratch(kept: list[str]) -> nn.Module:
+    return bert(target_modules=kept, lora_dropout=0.05)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    known, total = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            total[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch()).loss
+    loss.backward()
+    return sum(total.values())
+
+
+def flops(model: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(**batch()).loss.backward()
+    return counter.get_total_flops()
+
+
+def test_after_the_cut_a_step_saves_and_computes_what_a_smaller_lora_does():
+    model, method = bert(), WeightLoRA(keep=3, after=5)
+    everything = saved_bytes(bert()), flops(bert())
+    train(model, method, 6)
+    built = same_structure_from_scratch(method.kept)
+    assert flops(model) == flops(built) < everything[1]
+    assert saved_bytes(model) == saved_bytes(built) < everything[0]
+
+
+def test_what_is_below_the_lowest_kept_adapter_is_out_of_the_graph():
+    model = bert(layers=4)
+    method = RLoRA(keep=12).attach(model)
+    lower = [a for a in method.adapters if "layer.3." not in a.name]
+    surgery.disconnect(model, lower)
+    outputs = []
+    for layer in model.get_base_model().bert.encoder.layer:
+        layer.register_forward_hook(lambda m, i, o: outputs.append(o[0] if isinstance(o, tuple) else o))
+    model(**batch()).loss.backward()
+    assert [o.requires_grad for o in outputs] == [False, False, False, True]
+
+
+def test_budgets_of_parameters_and_bytes_hold():
+    for keep in ("600 parameters", {"bytes": 2100}, 0.25):
+        method = WeightLoRA(keep=keep, after=5)
+        train(bert(), method, 7)
+        assert len(method.kept) == 2
+
+
+def test_only_positive_gates_survive_and_one_always_does(caplog):
+    model, method = bert(), WeightLoRA(keep=5, after=6)
+    train(model, method, 5)
+    for adapter in method.adapters:
+        adapter.gate.data.fill_(0.0)
+    method.adapters[4].gate.data.fill_(0.3)
+    method.step(None)
+    assert method.kept == [method.adapters[0].name] and "layer.1.attention.self.key" in method.kept[0]
+    model, method = bert(), WeightLoRA(keep=5, after=6)
+    train(model, method, 5)
+    for adapter in method.adapters:
+        adapter.gate.data.fill_(0.0)
+    with caplog.at_level("WARNING", logger="weightlora"):
+        method.step(None)
+    assert len(method.kept) == 1 and "no gate is above 0" in caplog.text
+
+
+def test_the_config_says_what_is_attached():
+    model, method = bert(), WeightLoRAPlus(keep=2, after=5)
+    train(model, method, 6)
+    config = model.peft_config["default"]
+    assert sorted(config.target_modules) == sorted(method.kept)
+    twin = get_peft_model(bert().unload(), LoraConfig(**{k: getattr(config, k) for k in
+        ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "task_type")}))
+    for a, b in zip(list_adapters(model), list_adapters(twin), strict=True):
+        assert (a.name, a.r) == (b.name, b.r) and math.isclose(a.scaling, b.scaling)
+
+
+# -- growth ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extend", [extend_gaussian, extend_qr])
+def test_extending_leaves_the_product_unchanged_and_adds_directions(extend):
+    A, B = torch.randn(3, 20), torch.randn(12, 3)
+    longer, wider = extend(A, B, 8, seed=1)
+    assert longer.shape == (8, 20) and wider.shape == (12, 8)
+    torch.testing.assert_close(wider @ longer, B @ A, atol=1e-5, rtol=1e-5)
+    assert torch.linalg.matrix_rank(longer) == 8
+    assert torch.equal(extend(A, B, 8, seed=1)[0], longer) and not torch.equal(extend(A, B, 8, seed=2)[0], longer)
+
+
+def test_qr_extension_has_orthonormal_old_rows_and_unit_new_ones_outside_their_span():
+    longer, _ = extend_qr(torch.randn(4, 30), torch.randn(9, 4), 20)
+    old, new = longer[:4], longer[4:]
+    torch.testing.assert_close(old @ old.T, torch.eye(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(new @ old.T, torch.zeros(16, 4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(new.norm(dim=1), torch.ones(16))
+
+
+@pytest.mark.parametrize("init", ["qr", "gaussian"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_growth_changes_no_layer_and_no_parameter_count(init, rslora):
+    model = bert(lora_dropout=0.0, use_rslora=rslora, target_modules=["query", "value", "dense"]).eval()
+    method = WeightLoRAPlus(keep=3, after=7, init=init, gate_lr=300.0)
+    train(model, method, 6)
+    capacity = sum(a.parameters for a in method.adapters)
+    inputs = {a.name: torch.randn(5, a.in_features) for a in method.adapters}
+    before = {a.name: a.layer(inputs[a.name]) for a in method.adapters}
+    method.step(torch.optim.SGD(model.parameters(), lr=0.0))
+    for adapter in method.adapters:
+        torch.testing.assert_close(adapter.layer(inputs[adapter.name]), before[adapter.name], atol=1e-6, rtol=1e-5)
+        assert adapter.r > 4
+    after = sum(a.parameters for a in method.adapters)
+    assert capacity - min(a.in_features + a.out_features for a in method.adapters) < after <= capacity
+
+
+def test_growth_keeps_training():
+    model, method = bert(), WeightLoRAPlus(keep=2, after=4)
+    optimizer = train(model, method, 5)
+    before = {a.name: (a.A.weight.clone(), a.B.weight.clone()) for a in method.adapters}
+    model(**batch()).loss.backward()
+    optimizer.step()
+    for adapter in method.adapters:
+        A, B = before[adapter.name]
+        assert not torch.equal(adapter.A.weight, A) and not torch.equal(adapter.B.weight[:, 4:], B[:, 4:])
+
+
+def test_several_rounds_reach_the_budget_at_constant_parameters():
+    model, method = bert(), WeightLoRAPlus(keep=1, after=9, rounds=3)
+    train(model, method, 12)
+    cuts = [e for e in method.events if e["event"] == "cut"]
+    grown = [e for e in method.events if e["event"] == "expand"]
+    assert [e["step"] for e in cuts] == [3, 6, 9]
+    counts = [len(e["kept"]) for e in cuts]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 1
+    assert all(e["parameters_after"] <= method.selector.capacity for e in grown)
+
+
+def eight_adapters() -> nn.Module:
+    return bert(layers=4, r=2, target_modules=["query", "value"])
+
+
+@pytest.mark.parametrize(("compat", "dropped_ranks"), [(True, [4, 8]), (False, [2, 4])])
+def test_halving_and_doubling_leaves_two_of_eight_at_rank_eight(compat, dropped_ranks):
+    """n=8, r=2, F=5, M=2. In the authors' code all adapters double before half are dropped."""
+    method = WeightLoRAPlus(keep=None, after=10, rounds=2, compat=compat, gate_lr=1e-3)
+    ranks: list[set[int]] = []
+    disconnect = surgery.disconnect
+
+    def watched(model, adapters):
+        ranks.append({a.r for a in adapters})
+        return disconnect(model, adapters)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weightlora.adapters.surgery.disconnect", watched)
+        train(eight_adapters(), method, 14)
+    assert [e["step"] for e in method.events if e["event"] == "cut"] == [5, 10]
+    assert [a.r for a in method.adapters] == [8, 8]
+    assert ranks == [{r} for r in dropped_ranks]
+
+
+def test_compat_reproduces_the_authors_initialisation_and_drops_no_input():
+    method = WeightLoRA(keep=2, after=5, compat=True).attach(bert(lora_dropout=0.5))
+    for adapter in method.adapters:
+        bound = 1 / math.sqrt(adapter.r)
+        assert 0.9 * bound < adapter.A.weight.abs().max() <= bound
+        assert isinstance(adapter.layer.lora_dropout["default"], nn.Identity)
+    assert method.rule.threshold == "signed"
+
+
+def test_compat_lets_masked_adapters_move():
+    method = WeightLoRA(keep=2, after=9, compat=True)
+    model = bert()
+    train(model, method, 4)
+    off = {a.name: a.A.weight.clone() for a in method.adapters if a.gate.item() == 0}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    model(**batch()).loss.backward()
+    method.observe(optimizer)
+    optimizer.step()
+    assert off and all(not torch.equal(a.A.weight, off[a.name]) for a in method.adapters if a.name in off)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_a_tenth_of_the_run_and_at_most_one_epoch():
+    assert After(first=2).steps(1000, 400) == (100,)
+    assert After(first=2).steps(1000, 60) == (60,)
+    assert After(first=2).steps(12) == (2,)
+    assert After(0.25, first=2).steps(1000) == (250,)
+    assert After(40, rounds=2).steps(100) == (20, 40)
+
+
+@pytest.mark.parametrize("after", [-1, -0.5, float("nan"), float("inf"), 1.5, True, "soon", 1])
+def test_after_is_refused_where_it_is_written(after):
+    with pytest.raises(ConfigError, match="after"):
+        WeightLoRA(keep=3, after=after)
+
+
+@pytest.mark.parametrize("after", [100, 250])
+def test_after_beyond_the_run_is_refused(after):
+    with pytest.raises(ConfigError, match=f"after={after}.*ends at step 100"):
+        WeightLoRA(keep=3, after=after).attach(bert()).plan(100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": 0}, "keep"),
+        ({"mode": "papre"}, "did you mean 'paper'"),
+        ({"threshold": "biggest"}, "threshold"),
+        ({"gate_lr": -1.0}, "gate_lr"),
+        ({"gate_lr": float("nan")}, "gate_lr"),
+        ({"gate": "melt"}, "gate"),
+        ({"gate_optimizer": "adam"}, "gate_optimizer"),
+        ({"project_from": 0}, "project_from"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        WeightLoRA(**arguments)
+
+
+def test_more_adapters_than_attached_and_too_many_rounds():
+    with pytest.raises(ConfigError, match="exceeds the 9"):
+        WeightLoRA(keep=10).attach(bert())
+    with pytest.raises(ConfigError, match="at most 3 rounds"):
+        WeightLoRAPlus(keep=None, rounds=4).attach(bert())
+    with pytest.raises(ConfigError, match="rounds"):
+        WeightLoRAPlus(rounds=0)
+    with pytest.raises(ConfigError, match="init"):
+        WeightLoRAPlus(init="zeros")
+
+
+def test_stepping_without_a_plan_says_so():
+    method = WeightLoRA(keep=3).attach(bert())
+    with pytest.raises(ConfigError, match="plan"):
+        method.step()
+    with pytest.raises(ConfigError, match="attach"):
+        WeightLoRA(keep=3).step()

@@ -9,40 +9,43 @@ from typing import Any
 from weightlora.selection.events import EVENTS_FILE, Event, read_events
 
 
-def model_card(run: Path, adapter: Path) -> str:
+def model_card(run: Path, adapter: Path, *, merged: bool = False) -> str:
     """Markdown with the front matter the hubs read.
 
     Args:
         run: folder with `events.jsonl` and `metrics.json`, as far as there are any.
         adapter: folder with `adapter_config.json`.
+        merged: the card is for the model with the adapter in its weights.
     """
     config = _json(adapter / "adapter_config.json")
     events = read_events(run / EVENTS_FILE) if (run / EVENTS_FILE).is_file() else []
     parts = [
-        _front_matter(config),
-        "# LoRA adapter",
-        *_origin(config, events),
+        _front_matter(config, merged),
+        "# Fine-tuned model" if merged else "# LoRA adapter",
+        *_origin(config, events, merged),
         *_adapters(events),
-        *_scores(run),
+        *_data_and_scores(run),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(config: dict[str, Any]) -> str:
+def _front_matter(config: dict[str, Any], merged: bool) -> str:
     lines = [
         f"base_model: {config.get('base_model_name_or_path')}",
-        "library_name: peft",
+        f"library_name: {'transformers' if merged else 'peft'}",
         "tags: [lora, weightlora]",
     ]
     return "\n".join(["---", *lines, "---"])
 
 
-def _origin(config: dict[str, Any], events: list[Event]) -> list[str]:
+def _origin(config: dict[str, Any], events: list[Event], merged: bool) -> list[str]:
     method = next((e["method"] for e in events if e["event"] == "attach"), "lora")
-    return [
-        f"Trained from `{config.get('base_model_name_or_path')}` with the method `{method}`. It is an ordinary PEFT LoRA: "
-        "`PeftModel.from_pretrained(base_model, this_folder)` loads it."
-    ]
+    loading = (
+        "The adapter is merged into the weights: `from_pretrained(this_folder)` of transformers loads it."
+        if merged
+        else "It is an ordinary PEFT LoRA: `PeftModel.from_pretrained(base_model, this_folder)` loads it."
+    )
+    return [f"Trained from `{config.get('base_model_name_or_path')}` with the method `{method}`. {loading}"]
 
 
 def _adapters(events: list[Event]) -> list[str]:
@@ -63,14 +66,40 @@ def _adapters(events: list[Event]) -> list[str]:
     ]
 
 
-def _scores(run: Path) -> list[str]:
+def _data_and_scores(run: Path) -> list[str]:
     metrics = _json(run / "metrics.json")
     if not metrics:
         return []
-    data = [f"Data: `{metrics['data']}`."] if metrics.get("data") else []
-    flat = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    rows = [f"| {name} | {_text(value)} |" for name, value in flat.items()]
-    return ["## Data and scores", *data, "\n".join(["| | |", "|---|---|", *rows])]
+    parts = ["## Data and scores", *_data(run, metrics)]
+    phases = {phase: metrics[phase] for phase in ("before", "after", "test") if metrics.get(phase)}
+    names = list(dict.fromkeys(name for scores in phases.values() for name in scores))
+    rows = [f"| {name} | {' | '.join(_text(scores.get(name)) for scores in phases.values())} |" for name in names]
+    if rows:
+        parts.append("\n".join([f"| | {' | '.join(phases)} |", "|---" * (1 + len(phases)) + "|", *rows]))
+    return parts
+
+
+def _data(run: Path, metrics: dict[str, Any]) -> list[str]:
+    """Task, number of rows and, from the recipe beside them, where the rows came from."""
+    facts = [f"Task: {metrics['task']}."] if metrics.get("task") else []
+    rows = ", ".join(f"{count:,} {part}" for part, count in metrics.get("rows", {}).items())
+    facts += [f"Rows: {rows}."] if rows else []
+    if (run / "recipe.yaml").is_file():
+        import yaml
+
+        data = (yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) or {}).get("data", {})
+        sources = [f"{part} {_source(data[part])}" for part in ("train", "validation", "test") if data.get(part)]
+        facts += [f"Data: {', '.join(sources)}."] if sources else []
+    return [" ".join(facts)] if facts else []
+
+
+def _source(source: Any) -> str:
+    """A file, a `datasets` id, or a share of the training rows."""
+    if isinstance(source, int | float):
+        return f"{source:.4g} of train"
+    if isinstance(source, dict):
+        source = " ".join(str(value) for value in source.values() if value is not None)
+    return f"`{source}`"
 
 
 def _text(value: float | int | None) -> str:

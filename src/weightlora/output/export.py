@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from weightlora.adapters import structure, surgery
@@ -26,7 +28,7 @@ from weightlora.output.card import model_card
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5  # of the largest output, in float32
+TOLERANCE = 1e-5  # of the largest output; in half precision four roundings
 
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -68,14 +70,13 @@ def export(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out} is in use; give a folder that does not exist or is empty.")
     folder = find_adapter(Path(run))
-    structure.saved_ranks(folder)
-    model = PeftModel.from_pretrained(load_base(folder, base_model), str(folder)).eval()
+    model = load_adapter(folder, base_model)
     expected = outputs(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         reload = _write_merged(model, folder, draft) if merged else _write_adapter(model, folder, draft, portable)
-        (draft / "README.md").write_text(model_card(_run_folder(folder), folder), encoding="utf-8")
+        (draft / "README.md").write_text(model_card(_run_folder(folder), folder, merged=merged), encoding="utf-8")
         _compare(expected, outputs(reload(base_model)), draft)
         draft.chmod(0o755)
         if out.is_dir():
@@ -92,11 +93,34 @@ def find_adapter(run: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2] or 0), reverse=True)
+    numbered = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    checkpoints = sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
     for folder in (run, run / "adapter", *checkpoints):
         if (folder / "adapter_config.json").is_file():
             return folder
     raise CheckpointError(f"{run} holds no adapter (adapter_config.json); give the folder of a finished run.")
+
+
+def load_adapter(folder: Path, base_model: str | Path | nn.Module | None = None) -> PeftModel:
+    """An adapter folder on its base model, as stock PEFT loads it; what PEFT only warns of is refused.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or adapter and base model do not belong together.
+    """
+    saved = structure.saved_ranks(folder)
+    base = load_base(folder, base_model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(folder)).eval()
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the adapter in {folder} does not load on its base model: {reason}") from None
+    attached = {a.name for a in list_adapters(model) if a.key in a.layer.lora_A}
+    if attached != saved.keys():
+        name = min(attached ^ saved.keys())
+        raise CheckpointError(f"{folder}: adapter_config.json and the weights disagree about {name}; save it again.")
+    return model
 
 
 def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) -> nn.Module:
@@ -111,7 +135,10 @@ def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) ->
         import copy
 
         return copy.deepcopy(base_model)
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'adapter_config.json'} cannot be read ({error}); save it again.") from None
     source = base_model or config.base_model_name_or_path
     if not source:
         raise CheckpointError(f"{folder} does not say which model it adapts; give `base_model`.")
@@ -122,13 +149,13 @@ def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) ->
     extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     try:
         return getattr(transformers, name).from_pretrained(str(source), **extra)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the base model {source} cannot be loaded ({reason}); give `base_model`.") from None
 
 
 def outputs(model: nn.Module) -> Tensor:
-    """The first output of a model on a fixed small input, in evaluation mode, as float32."""
+    """The first output of a model on a fixed small input, in evaluation mode."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(inner.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -140,14 +167,25 @@ def outputs(model: nn.Module) -> Tensor:
         vocabulary = inner.get_input_embeddings().num_embeddings
         ids = torch.randint(0, vocabulary, (2, 8), generator=generator).to(device)
         # Where a token marks the end or the padding, its place decides what is pooled: leave such tokens out.
-        special = {inner.config.pad_token_id, inner.config.eos_token_id}
-        ids = torch.where(torch.isin(ids, torch.tensor([s for s in special if isinstance(s, int)] or [-1])), 5, ids)
+        special = torch.tensor(_special_tokens(inner.config), device=device)
+        ids = torch.where(torch.isin(ids, special), _other_than(special), ids)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if inner.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids
     with torch.no_grad():
         result = model.eval()(**inputs)
-    return next(v for v in result.values() if torch.is_tensor(v)).float()
+    return next(v for v in result.values() if torch.is_tensor(v))
+
+
+def _special_tokens(config: Any) -> list[int]:
+    """Padding and end of a model; there may be several ends, and -1 stands for none at all."""
+    found = [getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)]
+    flat = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
+    return [token for token in flat if isinstance(token, int)] or [-1]
+
+
+def _other_than(special: Tensor) -> int:
+    return next(token for token in range(len(special) + 1) if token not in special.tolist())
 
 
 def _write_adapter(model: PeftModel, folder: Path, draft: Path, portable: bool):
@@ -156,10 +194,7 @@ def _write_adapter(model: PeftModel, folder: Path, draft: Path, portable: bool):
     model.save_pretrained(str(draft))
     _copy_tokenizer(folder, draft)
 
-    def reload(base_model: Any) -> nn.Module:
-        return PeftModel.from_pretrained(load_base(draft, base_model), str(draft))
-
-    return reload
+    return lambda base_model: load_adapter(draft, base_model)
 
 
 def _write_merged(model: PeftModel, folder: Path, draft: Path):
@@ -189,7 +224,9 @@ def _make_portable(model: PeftModel) -> None:
 
 
 def _compare(expected: Tensor, found: Tensor, draft: Path) -> None:
-    resolution = max(TOLERANCE, float(torch.finfo(torch.float32).eps))
+    # Merging rounds to the weights' own precision, so half precision cannot be held to the same bound.
+    resolution = max(TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
+    expected, found = expected.float(), found.float()
     difference = (expected - found).abs().max().item()
     allowed = resolution * max(1.0, expected.abs().max().item())
     if not difference <= allowed:

@@ -1,0 +1,266 @@
+"""The command `weightlora`. It parses, prints and sets exit codes; the work is done where the imports point.
+
+Nothing heavy is imported before a command runs, so that `--help` stays quick.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from weightlora.errors import WeightLoRAError
+
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"The command needs the package {missing.name!r}: pip install 'weightlora[train]'") from None
+
+if TYPE_CHECKING:
+    from weightlora.training.prepare import Plan
+
+_EXTRA = {
+    "datasets": "train",
+    "scipy": "train",
+    "sklearn": "train",
+    "pydantic": "cli",
+    "rich": "cli",
+    "yaml": "cli",
+}
+_MANY = 40  # from this many adapters on, layers are shown as one line per kind
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="""Fine-tune with LoRA and find out during the run which adapters matter.
+
+    \b
+    weightlora train recipe.yaml --dry-run      what would be attached and trained
+    weightlora train recipe.yaml                train, select, save an ordinary PEFT adapter
+    weightlora export runs/topics out           copy a run's adapter out, checked
+    weightlora list methods                     what `method:` can be
+    """,
+)
+listing = typer.Typer(no_args_is_help=True, help="Show what a recipe can name: methods or tasks.")
+app.add_typer(listing, name="list")
+
+
+def main() -> None:
+    """Console entry: a mistake of the user's is one message on stderr and exit code 2, never a traceback."""
+    try:
+        app()
+    except (WeightLoRAError, PermissionError) as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = _EXTRA.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"This needs the package {error.name!r}, which is not installed: pip install 'weightlora[train]'")
+
+
+def _fail(message: str) -> None:
+    print(f"weightlora: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from weightlora import __version__
+
+        print(f"weightlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Replace entries, e.g. training.learning_rate=1e-3.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load and check everything, show what would be trained, stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+) -> None:
+    """Train what a recipe says.
+
+    A recipe needs a model, a task, data and a place for the results; the rest has defaults:
+
+    \b
+    model: bert-base-uncased                # a hub id or a local folder
+    task: text-classification               # see: weightlora list tasks
+    data:
+      train: train.jsonl                    # .jsonl .json .csv .tsv .parquet, a folder, or a datasets id
+      columns: {text: question, label: topic}
+    method: {name: weightlora, keep: 10}    # see: weightlora list methods
+    output_dir: runs/topics
+
+    \b
+    Example: weightlora train recipe.yaml method.keep=5 output_dir=runs/topics-5
+    """
+    from weightlora.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _log_to_stderr()
+    from weightlora.training.run import dry_run as check
+    from weightlora.training.run import run
+
+    if dry_run:
+        _show_plan(check(loaded, resume=resume))
+        print("Dry run: nothing was trained or written.")
+        return
+    _show_result(run(loaded, resume=resume, progress=True, on_ready=_show_plan), loaded.output_dir)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.", show_default=False)],
+    portable: Annotated[
+        bool, typer.Option("--portable", help="One rank for all adapters, for vLLM or llama.cpp.")
+    ] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="A plain model with the adapter merged in.")] = False,
+) -> None:
+    """Copy a run's adapter out, reload the copy and compare outputs.
+
+    \b
+    Example: weightlora export runs/topics topics-adapter
+             weightlora export runs/topics topics-model --merged
+    """
+    from weightlora import export as export_run
+
+    export_run(run, out, portable=portable, merged=merged)
+    print(f"Written to {out}")
+
+
+@listing.command("methods")
+def list_methods() -> None:
+    """The methods a recipe can name, and their options.
+
+    \b
+    Example: method: {name: weightlora, keep: 5, after: 0.1}
+    """
+    from weightlora import methods
+
+    for info in methods.list_methods():
+        options = ", ".join(f"{name}={default!r}" for name, default in info.options.items())
+        facts = {"scores": info.scores, "then": info.action, "trains": info.parameters}
+        _show_entry(info.name, info.title, {**facts, "options": options, "paper": info.paper})
+
+
+@listing.command("tasks")
+def list_tasks() -> None:
+    """The tasks a recipe can name, and how they are scored.
+
+    \b
+    Example: task: pair-classification
+    """
+    from weightlora import tasks
+
+    columns = {True: "text, text_pair, label", None: "text, label; text_pair if wanted", False: "text, label"}
+    for task in tasks.list_tasks():
+        _show_entry(task.name, task.title, {"columns": columns[task.pair], "scored by": task.primary})
+
+
+def _log_to_stderr() -> None:
+    """The library's own log lines; what transformers says about a new head is expected and left out."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one dependency about another
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("weightlora").setLevel(logging.INFO)
+
+
+def _show_entry(name: str, title: str, facts: dict[str, str]) -> None:
+    print(f"{name}\n    {title}")
+    for fact, value in facts.items():
+        if value:
+            print(f"    {fact}: {value}")
+
+
+def _show_plan(plan: "Plan") -> None:
+    """Prints the adapters matched, what trains, and how long the run is."""
+    recipe = plan.recipe
+    if plan.adapters:
+        _print_table(*_adapter_rows(plan.adapters))
+    labels = f", {len(plan.names)} classes" if plan.names else ""
+    rows = ", ".join(f"{count:,} {name}" for name, count in plan.rows.items())
+    print(f"Method     {recipe.method.name} on {len(plan.adapters)} adapters")
+    print(f"Data       {rows} rows{labels}")
+    print(f"Trainable  {_trainable(plan)}")
+    print(f"Steps      {plan.steps:,} ({plan.steps_per_epoch:,} an epoch)")
+
+
+def _trainable(plan: "Plan") -> str:
+    share = 100 * plan.trainable / plan.total
+    return f"{plan.trainable:,} of {plan.total:,} parameters ({share:.2f} %), {plan.head:,} of them in the head"
+
+
+def _adapter_rows(adapters: list[Any]) -> tuple[list[str], list[list[str]]]:
+    """One row per adapter, or one per kind of module where there are many."""
+    if len(adapters) <= _MANY:
+        rows = [[a.name, f"{a.in_features}", f"{a.out_features}", f"{a.r}", f"{a.parameters:,}"] for a in adapters]
+        return ["Adapter", "in", "out", "r", "parameters"], rows
+    kinds: dict[tuple[str, int, int, int], list[int]] = {}
+    for a in adapters:
+        kind = ".".join("*" if part.isdigit() else part for part in a.name.split("."))
+        kinds.setdefault((kind, a.in_features, a.out_features, a.r), []).append(a.parameters)
+    rows = [[*map(str, kind), str(len(sizes)), f"{sum(sizes):,}"] for kind, sizes in kinds.items()]
+    return ["Adapters", "in", "out", "r", "number", "parameters"], rows
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, title in enumerate(header):
+        table.add_column(title, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # A pipe has no width; names must not be broken there.
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def _show_result(metrics: dict[str, Any], output_dir: str) -> None:
+    """Prints what was kept, score and trainable parameters before and after, and where the files are."""
+    primary, parameters = metrics["primary"], metrics["trainable_parameters"]
+    attached, kept = metrics["adapters"]["attached"], metrics["adapters"]["kept"]
+    print()
+    if len(kept) < len(attached):
+        print(f"Kept       {len(kept)} of {len(attached)} adapters")
+        for name in kept:
+            print(f"           {name}")
+    print(f"Score      {primary} {metrics['before'][primary]:.4f} -> {metrics['after'][primary]:.4f}")
+    if metrics["test"]:
+        print(f"Test       {primary} {metrics['test'][primary]:.4f}")
+    print(f"Trainable  {parameters['before']:,} -> {parameters['after']:,} parameters")
+    print(f"Training   {metrics['seconds']['training']:.0f} s")
+    files = ["adapter/" if attached else "model/", "metrics.json", "recipe.yaml"]
+    files += [name for name in ("events.jsonl",) if (Path(output_dir) / name).is_file()]
+    print(f"Files      {output_dir}: {', '.join(files)}")
+
+
+if __name__ == "__main__":
+    main()

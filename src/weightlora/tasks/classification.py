@@ -1,0 +1,164 @@
+"""Text classification, pair classification and regression with a sequence-classification head.
+
+{"text": "Who wrote Hamlet?", "label": "literature"}                               text-classification
+{"text": "It rains.", "text_pair": "It is wet.", "label": "entailment"}            pair-classification
+{"text": "A man eats.", "text_pair": "A man is eating food.", "label": 4.2}        regression
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import ConfigError
+from weightlora.tasks.base import register
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One class out of several, from one text or from a pair; labels may be strings, integers or booleans."""
+
+    name: str
+    title: str
+    pair: bool | None
+    stratify: bool = True
+    primary: str = "accuracy"
+
+    def read_labels(self, rows: "Dataset", where: str) -> list[Any]:
+        """Class names as strings, or integers; `datasets` class indices are checked against their names."""
+        classes = _class_names(rows)
+        return _each(rows, where, lambda value: _as_class(value, classes))
+
+    def label_names(self, labels: list[Any], rows: "Dataset", where: str) -> list[str] | None:
+        """The names declared by the data, otherwise the distinct labels, sorted."""
+        seen = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+        if len(seen) < 2:
+            raise ConfigError(
+                f"Every row of {where} has the label {seen[0]!r}; a classifier needs at least two classes."
+            )
+        return _class_names(rows) or [str(label) for label in seen]
+
+    def encode_labels(self, labels: list[Any], names: list[str] | None, where: str) -> list[int]:
+        """The position of every label in `names`."""
+        index = {name: position for position, name in enumerate(names or [])}
+        unseen = sorted({str(label) for label in labels} - set(index))
+        if unseen:
+            raise ConfigError(
+                f"{where} has {', '.join(map(repr, unseen[:5]))} among its labels, never seen in train"
+                f" (classes there: {_some(list(index))}); add such rows to train or remove these."
+            )
+        return [index[str(label)] for label in labels]
+
+    def metrics(self, predictions: "np.ndarray", targets: "np.ndarray") -> dict[str, float]:
+        """Accuracy, F1 averaged over classes, and Matthews correlation, of the largest logit."""
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+        chosen = predictions.argmax(axis=-1)
+        return {
+            "accuracy": float(accuracy_score(targets, chosen)),
+            "macro_f1": float(f1_score(targets, chosen, average="macro", zero_division=0)),  # pyright: ignore
+            "matthews": float(matthews_corrcoef(targets, chosen)),
+        }
+
+
+@dataclass(frozen=True)
+class Regression:
+    """One number per row, from one text or from a pair."""
+
+    name: str
+    title: str
+    pair: bool | None = None
+    stratify: bool = False
+    primary: str = "pearson"
+
+    def read_labels(self, rows: "Dataset", where: str) -> list[Any]:
+        """Labels as finite floats."""
+        return _each(rows, where, _as_number)
+
+    def label_names(self, labels: list[Any], rows: "Dataset", where: str) -> list[str] | None:
+        """None: there are no classes."""
+        return None
+
+    def encode_labels(self, labels: list[Any], names: list[str] | None, where: str) -> list[float]:
+        """The labels themselves."""
+        return labels
+
+    def metrics(self, predictions: "np.ndarray", targets: "np.ndarray") -> dict[str, float]:
+        """Pearson and Spearman correlation (0 where one side is constant) and mean squared error."""
+        from scipy.stats import pearsonr, spearmanr
+        from sklearn.metrics import mean_squared_error
+
+        values, wanted = predictions.reshape(-1).astype("float64"), targets.reshape(-1).astype("float64")
+        constant = len(values) < 2 or math.isclose(values.std(), 0) or math.isclose(wanted.std(), 0)
+        return {
+            "pearson": 0.0 if constant else _correlation(pearsonr(values, wanted)),
+            "spearman": 0.0 if constant else _correlation(spearmanr(values, wanted)),
+            "mse": float(mean_squared_error(wanted, values)),
+        }
+
+
+def _correlation(result: Any) -> float:
+    return float(result.statistic)
+
+
+def _class_names(rows: "Dataset") -> list[str] | None:
+    """The names a `datasets` ClassLabel column declares, if it is one."""
+    return getattr(rows.features["label"], "names", None)
+
+
+def _each(rows: "Dataset", where: str, convert: Callable[[Any], Any]) -> list[Any]:
+    """Converts every label; the first that cannot be converted is reported with its row, counted from 1."""
+    labels = []
+    for number, value in enumerate(rows["label"], start=1):
+        try:
+            labels.append(convert(value))
+        except ValueError as error:
+            raise ConfigError(f"Row {number} of {where}: {error}") from None
+    return labels
+
+
+def _as_class(value: Any, classes: list[str] | None) -> str | int:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        raise ValueError("the label is missing; fill it in or remove the row.")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return _unusual_class(value)
+    if isinstance(value, str):
+        return value
+    if value < 0 or (classes is not None and value >= len(classes)):
+        allowed = f"0 to {len(classes) - 1}" if classes else "0 or more (-1 often marks rows without a label)"
+        raise ValueError(f"the label {value} is out of range; integer labels here are {allowed}.")
+    return classes[value] if classes else value
+
+
+def _unusual_class(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    hint = " For numbers use `task: regression`." if isinstance(value, float) else ""
+    raise ValueError(f"the label {value!r} is not a class; give a string or an integer.{hint}")
+
+
+def _as_number(value: Any) -> float:
+    if value is None or value == "":
+        raise ValueError("the label is missing; fill it in or remove the row.")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"the label {value!r} is not a number; `task: regression` needs numeric labels.") from None
+    if not math.isfinite(number):
+        raise ValueError(f"the label {value!r} is not finite; fill it in or remove the row.")
+    return number
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+TEXT = register(Classification("text-classification", "One class for each text.", pair=False))
+PAIR = register(Classification("pair-classification", "One class for each pair of texts.", pair=True))
+REGRESSION = register(Regression("regression", "One number for each text, or for each pair of texts."))

@@ -1,0 +1,1 @@
+"""Runs described by a recipe. `run` needs the `train` extra: `pip install 'weightlora[train]'`."""

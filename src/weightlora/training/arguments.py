@@ -1,0 +1,122 @@
+"""The `lora` and `training` sections of a recipe as PEFT's and transformers' own objects.
+
+Both libraries take any type and fail late, or not at all; here every name and value is checked first.
+"""
+
+import copy
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, TaskType
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
+
+_ELSEWHERE = {
+    "training": {"output_dir": "set it at the top of the recipe", "seed": "set it at the top of the recipe"},
+    "lora": {
+        "task_type": "it follows from `task`",
+        "peft_type": "it is always LORA",
+        "base_model_name_or_path": "it is `model`",
+        "inference_mode": "a run trains",
+        "peft_version": "PEFT writes it",
+        "auto_mapping": "PEFT writes it",
+    },
+}
+_UNCHECKED = {"init_lora_weights"}  # its annotation leaves out the values with a number in them
+_ABOVE_ZERO = {
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "r",
+    "lora_alpha",
+}
+_NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
+
+
+def training_arguments(values: Mapping[str, Any], output_dir: str, seed: int, progress: bool) -> TrainingArguments:
+    """`TrainingArguments` from the `training` section.
+
+    Args:
+        values: field names and values.
+        progress: whether to show the Trainer's progress bar, unless `disable_tqdm` is among the values.
+
+    Raises:
+        ConfigError: an unknown field, or a value that transformers refuses.
+    """
+    import torch
+
+    defaults = {
+        "disable_tqdm": not progress,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    checked = check_fields("training", values, TrainingArguments)
+    return _built("training", TrainingArguments, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
+
+
+def lora_config(values: Mapping[str, Any], modules_to_save: list[str]) -> LoraConfig:
+    """`LoraConfig` for a sequence-classification model from the `lora` section.
+
+    Args:
+        modules_to_save: trained and saved whole, where the section does not name any.
+    """
+    checked = check_fields("lora", values, LoraConfig)
+    if checked.get("modules_to_save") is None:
+        checked["modules_to_save"] = list(modules_to_save)
+    if not 0 <= checked.get("lora_dropout", 0) < 1:
+        raise ConfigError(f"`lora.lora_dropout` is {checked['lora_dropout']}; it must be at least 0 and below 1.")
+    return _built("lora", LoraConfig, {**checked, "task_type": TaskType.SEQ_CLS})
+
+
+def check_fields(section: str, values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """A copy of the values, numbers converted; names and types are those of the dataclass `cls`."""
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    return {name: _checked(section, name, value, known, hints) for name, value in values.items()}
+
+
+def _checked(section: str, name: str, value: Any, known: list[str], hints: dict[str, Any]) -> Any:
+    where = f"{section}.{name}"
+    if name in _ELSEWHERE[section]:
+        raise ConfigError(f"`{where}` cannot be set: {_ELSEWHERE[section][name]}.")
+    if name not in known:
+        raise ConfigError(f"`{where}` is not a key of that section{did_you_mean(name, known)}.")
+    if value is None or name in _UNCHECKED:
+        return value
+    try:
+        converted = TypeAdapter(hints[name]).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"`{where}` is {value!r}: {_wishes(error)}.") from None
+    if isinstance(converted, int | float):
+        _check_range(where, name, converted)
+    return converted if isinstance(converted, bool | int | float) else copy.deepcopy(value)
+
+
+def _check_range(where: str, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"`{where}` is {value}; it must be finite.")
+    if name in _ABOVE_ZERO and value <= 0:
+        raise ConfigError(f"`{where}` is {value}; it must be above 0.")
+    if name in _NOT_NEGATIVE and value < 0:
+        raise ConfigError(f"`{where}` is {value}; it must not be negative.")
+
+
+def _wishes(error: ValidationError) -> str:
+    """What pydantic would have accepted, once for each alternative."""
+    messages = dict.fromkeys(mistake["msg"] for mistake in error.errors(include_url=False))
+    return " or ".join(message[0].lower() + message[1:] for message in messages)
+
+
+def _built(section: str, cls: type, values: dict[str, Any]) -> Any:
+    try:
+        return cls(**values)
+    except WeightLoRAError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"The `{section}` section cannot work: {' '.join(str(error).split())}") from error

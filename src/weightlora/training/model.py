@@ -1,0 +1,223 @@
+"""The base model with a fresh head, its tokenizer, and LoRA on it: loaded, checked, or one clear message."""
+
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from weightlora.errors import ConfigError, did_you_mean
+from weightlora.training.recipe import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = ["float32", "bfloat16", "float16", "auto"]
+
+
+def check_source(spec: ModelSpec) -> None:
+    """Finds out without loading anything whether a local folder can be a model; hub ids pass."""
+    if spec.dtype not in _DTYPES:
+        raise ConfigError(
+            f"`model.dtype` is {spec.dtype!r}{did_you_mean(spec.dtype, _DTYPES)} (there are: {', '.join(_DTYPES)})."
+        )
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir():
+        return _check_folder(folder, spec.name)
+    if folder.exists():
+        raise ConfigError(f"Model {spec.name!r} is a file; give the folder that holds config.json.")
+    if spec.name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
+        raise ConfigError(f"Model folder {spec.name!r} does not exist (looked for {folder.absolute()}).")
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"Model folder {name!r} has no config.json; give the folder of a saved model.")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{str(file)!r} is corrupt ({error}); copy or download it again.") from error
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The model's tokenizer; without a padding token of its own it pads with the end-of-text token."""
+    tokenizer = _fetched(spec, "tokenizer", lambda name, options: AutoTokenizer.from_pretrained(name, **options))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"The tokenizer of {spec.name!r} has neither a padding nor an end-of-text token; "
+                "add a `pad_token` to its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("The tokenizer has no padding token; padding with %r instead.", tokenizer.eos_token)
+    return tokenizer
+
+
+def load_model(spec: ModelSpec, names: list[str] | None) -> PreTrainedModel:
+    """The base model with a sequence-classification head for `names`, or for one number when None."""
+    labels = names or ["value"]
+    config = _fetched(spec, "config", lambda name, options: AutoConfig.from_pretrained(name, **options))
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    config.problem_type = "single_label_classification" if names else "regression"
+    model, loading = _fetched(
+        spec,
+        "weights",
+        lambda name, options: AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            dtype=spec.dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        ),
+    )
+    _check_loaded(model, loading, spec.name)
+    return model
+
+
+def _fetched(spec: ModelSpec, what: str, load: Callable[[str, dict[str, Any]], Any]) -> Any:
+    """Runs `load(name, options)`; whatever the loaders raise becomes one message that names the model."""
+    name = str(Path(spec.name).expanduser()) if Path(spec.name).expanduser().is_dir() else spec.name
+    options = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
+    try:
+        return load(name, options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if Path(name).is_dir():
+            raise ConfigError(f"The {what} of model {spec.name!r} cannot be loaded: {reason}") from error
+        raise ConfigError(
+            f"Model {spec.name!r} is neither a folder here nor could it be fetched from the hub; check the "
+            f"name, `model.revision` and the network ({reason})"
+        ) from error
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
+
+
+def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:
+    """Only a head may have come with another shape; a mismatch in the body would train from noise."""
+    heads = tuple(f"{head}." for head in head_modules(model))
+    keys = [entry if isinstance(entry, str) else entry[0] for entry in loading["mismatched_keys"]]
+    wrong = sorted(key for key in keys if not key.startswith(heads))
+    if wrong:
+        raise ConfigError(
+            f"The weights of {name!r} do not fit its config.json (first {wrong[0]!r}); use a matching pair."
+        )
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith(heads) and "pooler" not in key)
+    if missing:
+        logger.warning("%r lacks %d weights; they start at random: %s", name, len(missing), _some(missing))
+    if keys:
+        logger.info("The head of %r has another shape and starts anew.", name)
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """The children outside the pretrained body that have parameters: what a new task must train whole."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int) -> None:
+    """Tells the model its padding token; raises ConfigError where inputs could not be embedded."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    rows = len(model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model embeds {rows}; use the model's own tokenizer."
+        )
+    limit = position_limit(model)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"`data.max_length` is {max_length}, but the model has positions for {limit} tokens; lower it."
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The longest input in tokens, None without a limit; RoBERTa's kin count from behind padding."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and limit is not None:
+            limit -= 0 if module.padding_idx is None else module.padding_idx + 1
+            break
+    return limit if limit is None or limit > 0 else None
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Attaches LoRA after checking that every target and every module to save exists."""
+    _check_targets(model, config)
+    _check_modules_to_save(model, config)
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns that it does the right thing on GPT-2's Conv1D.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The `lora` section does not fit this model: {reason}") from error
+
+
+def train_head_only(model: PreTrainedModel) -> PreTrainedModel:
+    """Freezes everything but the head."""
+    heads = tuple(f"{head}." for head in head_modules(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(heads))
+    return model
+
+
+def _check_targets(model: nn.Module, config: LoraConfig) -> None:
+    targets = config.target_modules
+    linear = _linear_names(model)
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
+            raise ConfigError(
+                f"`lora.target_modules` is {targets!r}, a pattern for full names that matches nothing; "
+                f"for plain names write a list such as [{targets}] (linear modules here: {_tails(linear)})."
+            )
+    elif targets is not None and not isinstance(targets, str):
+        for target in sorted(targets):
+            if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+                raise ConfigError(
+                    f"`lora.target_modules` names {target!r}, which matches no module"
+                    f"{did_you_mean(target, list(_counts(linear)))} (linear modules here: {_tails(linear)})."
+                )
+
+
+def _check_modules_to_save(model: nn.Module, config: LoraConfig) -> None:
+    names = {part for name, _ in model.named_modules() for part in (name, name.rsplit(".", 1)[-1])}
+    for wanted in config.modules_to_save or []:
+        if wanted not in names:
+            known = sorted({name.split(".", 1)[0] for name in names if name})
+            raise ConfigError(
+                f"`lora.modules_to_save` names {wanted!r}, which matches no module"
+                f"{did_you_mean(wanted, known)} (at the top there are: {', '.join(known)})."
+            )
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or "Linear" in type(module).__name__
+    ]
+
+
+def _counts(names: list[str]) -> Counter[str]:
+    return Counter(name.rsplit(".", 1)[-1] for name in names)
+
+
+def _tails(names: list[str]) -> str:
+    return ", ".join(f"{tail} ({count})" for tail, count in sorted(_counts(names).items()))

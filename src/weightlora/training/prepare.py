@@ -1,0 +1,159 @@
+"""Everything before the first step: data, model and LoRA, loaded and checked, and the plan of the run."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from weightlora import methods
+from weightlora.adapters import list_adapters
+from weightlora.errors import ConfigError
+from weightlora.tasks import Task, get_task
+from weightlora.tasks.data import Source, Splits, load_splits
+from weightlora.training.arguments import lora_config, training_arguments
+from weightlora.training.model import (
+    add_lora,
+    check_source,
+    fit_tokenizer,
+    head_modules,
+    load_model,
+    load_tokenizer,
+    train_head_only,
+)
+from weightlora.training.recipe import Recipe, SourceSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run works with, loaded and checked, before anything is trained."""
+
+    recipe: Recipe
+    task: Task
+    splits: Splits
+    tokenizer: Any
+    model: nn.Module
+    method: Any | None  # a selection method; None for stock LoRA and head-only training
+    has_adapters: bool
+    arguments: TrainingArguments
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, known before the first step."""
+
+    recipe: Recipe
+    adapters: list[Any]
+    trainable: int
+    head: int
+    total: int
+    rows: dict[str, int]
+    names: list[str] | None
+    steps: int
+    steps_per_epoch: int
+
+
+def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
+    """Loads data, model and LoRA, cheapest checks first."""
+    check_output_dir(recipe.output_dir, resume)
+    task = get_task(recipe.task)
+    method = methods.create(recipe.method.name, recipe.method.options)
+    has_adapters = methods.get_method(recipe.method.name).adapters
+    lora_config(recipe.lora, [])
+    arguments = training_arguments(recipe.training, recipe.output_dir, recipe.seed, progress)
+    check_source(recipe.model)
+    with _quiet_datasets():
+        splits = _load_data(recipe, task)
+
+    tokenizer = load_tokenizer(recipe.model)
+    set_seed(recipe.seed)
+    model = load_model(recipe.model, splits.names)
+    fit_tokenizer(model, tokenizer, recipe.data.max_length)
+    heads = head_modules(model)
+    trained = add_lora(model, lora_config(recipe.lora, heads)) if has_adapters else train_head_only(model)
+    return Job(recipe, task, splits, tokenizer, trained, method, has_adapters, arguments)
+
+
+def make_plan(job: Job) -> Plan:
+    """Counts what is attached; the method checks its options against the length of the run."""
+    steps, per_epoch = count_steps(len(job.splits.train), job.arguments)
+    if job.method is not None:
+        job.method.plan(total_steps=steps, steps_per_epoch=per_epoch)
+    splits = job.splits
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return Plan(
+        recipe=job.recipe,
+        adapters=list_adapters(job.model) if job.has_adapters else [],
+        trainable=count_parameters(job.model, trainable=True),
+        head=sum(p.numel() for n, p in job.model.named_parameters() if p.requires_grad and "lora_" not in n),
+        total=count_parameters(job.model),
+        rows={name: len(part) for name, part in parts.items() if part is not None},
+        names=splits.names,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+    )
+
+
+def check_output_dir(output_dir: str, resume: bool) -> None:
+    """Nothing that exists is overwritten: a folder in use is refused unless the run resumes from it."""
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise ConfigError(f"`output_dir` {output_dir!r} is a file; choose another.")
+    in_use = folder.is_dir() and any(folder.iterdir())
+    if in_use and not resume:
+        raise ConfigError(
+            f"`output_dir` {output_dir!r} is not empty; choose another `output_dir`, "
+            "or pass --resume to go on from its last checkpoint."
+        )
+    if resume and (not in_use or get_last_checkpoint(output_dir) is None):
+        raise ConfigError(f"`output_dir` {output_dir!r} has no checkpoint to resume from; start without --resume.")
+
+
+def count_steps(rows: int, arguments: TrainingArguments) -> tuple[int, int]:
+    """Optimizer steps of the run and of one epoch, counted as the Trainer does."""
+    batches = rows / (arguments.train_batch_size * arguments.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    if arguments.max_steps > 0:
+        return arguments.max_steps, per_epoch
+    return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch
+
+
+def count_parameters(model: nn.Module | None, trainable: bool = False) -> int:
+    """All parameters, or only those that train."""
+    assert model is not None
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def _load_data(recipe: Recipe, task: Task) -> Splits:
+    def source(spec: SourceSpec) -> Source:
+        return Source(spec.path, spec.name, spec.split)
+
+    data = recipe.data
+    held_out = data.validation
+    return load_splits(
+        task,
+        source(data.train),
+        source(held_out) if isinstance(held_out, SourceSpec) else held_out,
+        source(data.test) if data.test else None,
+        data.columns.model_dump(),
+        limit=data.limit,
+        seed=recipe.seed,
+    )
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Reading a local file needs no progress bar."""
+    from datasets import disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -1,0 +1,276 @@
+"""A run as data: one YAML file, `key=value` overrides on top, every mistake found before anything is loaded.
+
+    model: path-or-hub-id
+    task: text-classification
+    data: {train: train.jsonl, columns: {text: question, label: topic}}
+    method: {name: weightlora, keep: 5}
+    output_dir: runs/topics
+
+Everything else has a default; `Recipe.model_dump()` or the `recipe.yaml` of a run shows all of them.
+"""
+
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from weightlora.errors import ConfigError, did_you_mean
+
+LORA_DEFAULTS: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "target_modules": "all-linear",
+    "modules_to_save": None,
+}
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 5.0e-4,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 10,
+    "report_to": "none",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    shorthand: ClassVar[str | None] = None  # the key a bare string stands for
+
+
+class ModelSpec(_Section):
+    """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved)."""
+
+    shorthand: ClassVar[str | None] = "name"
+    name: str
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+class SourceSpec(_Section):
+    """Where rows come from: a file, a folder, or a `datasets` id with its `name` and `split`."""
+
+    shorthand: ClassVar[str | None] = "path"
+    path: str
+    name: str | None = None
+    split: str | None = None
+
+
+class ColumnsSpec(_Section):
+    """The names these columns have in the data."""
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+
+
+def _expand(key: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+Source = Annotated[SourceSpec, _expand("path")]
+
+
+class DataSpec(_Section):
+    """Rows to learn from and rows to score with; `validation` may be a share carved from `train`."""
+
+    train: Source
+    validation: float | Source = 0.1
+    test: Source | None = None
+    columns: ColumnsSpec = ColumnsSpec()
+    max_length: int = Field(128, gt=0)
+    limit: int | None = Field(None, gt=0)
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _source_or_share(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float | str | dict | SourceSpec):
+            raise ValueError("should be a file, a `datasets` id or a share of train between 0 and 1")
+        if isinstance(value, int | float) and not 0 < value < 1:
+            raise ValueError("a share carved from train must lie between 0 and 1, for example 0.1")
+        return value
+
+
+class MethodSpec(BaseModel):
+    """A method by name; every other key is an option of that method, checked by the method itself."""
+
+    model_config = ConfigDict(extra="allow")
+    shorthand: ClassVar[str | None] = "name"
+    name: str = "weightlora"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class Recipe(_Section):
+    """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`."""
+
+    model: Annotated[ModelSpec, _expand("name")]
+    task: str
+    data: DataSpec
+    method: Annotated[MethodSpec, _expand("name")] = MethodSpec()
+    lora: dict[str, Any] = Field(LORA_DEFAULTS, validate_default=True)
+    training: dict[str, Any] = Field(TRAINING_DEFAULTS, validate_default=True)
+    output_dir: str
+    seed: int = Field(42, ge=0, lt=2**32)
+
+    @field_validator("lora", "training", mode="before")
+    @classmethod
+    def _fill_in(cls, value: Any, info: ValidationInfo) -> Any:
+        defaults = LORA_DEFAULTS if info.field_name == "lora" else TRAINING_DEFAULTS
+        if not isinstance(value, dict | None):
+            raise ValueError("should be a mapping of names to values")
+        return {**defaults, **(value or {})}
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$"),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe file, applies `key=value` overrides and checks every key.
+
+    Args:
+        path: a YAML file.
+        overrides: dotted keys with YAML values, for example `training.learning_rate=1e-3`.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML or not a mapping, or a key or value cannot work.
+    """
+    raw = _read(Path(path))
+    for override in overrides or []:
+        _apply(raw, override)
+    return parse_recipe(raw)
+
+
+def parse_recipe(raw: dict[str, Any]) -> Recipe:
+    """Turns a mapping into a `Recipe`, or raises one ConfigError that names the key and the remedy."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the recipe with every default filled in, so that it can be run again."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"Recipe {str(path)!r} is not a file; give the path of a YAML recipe.")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Recipe {str(path)!r} is not YAML: {_one_line(error)}.") from None
+    if not isinstance(raw, dict):
+        what = "is empty" if raw is None else f"holds a {type(raw).__name__}"
+        raise ConfigError(f"Recipe {str(path)!r} {what}; it must be a mapping such as `model: bert-base-uncased`.")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Sets one dotted key in place; `model.dtype=...` also works where `model` was given as a bare name."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"Override {override!r} is not key=value, such as `training.learning_rate=1e-3`.")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r}: the value is not YAML: {_one_line(error)}.") from None
+    section = raw
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = section.get(key)
+        if isinstance(inner, str):
+            inner = _spell_out(keys[:depth], inner)
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError(f"Override {override!r}: `{'.'.join(keys[:depth])}` is a value, not a section.")
+        section[key] = inner if inner is not None else {}
+        section = section[key]
+    section[keys[-1]] = value
+
+
+def _spell_out(keys: list[str], value: str) -> dict[str, str] | None:
+    """`model: name` as the mapping `model: {name: name}`, for the sections that have such a short form."""
+    section = _section_at(keys)
+    short = getattr(section, "shorthand", None)
+    if short is None:
+        raise ConfigError(f"`{'.'.join(keys)}` is {value!r}, a value, not a section; drop the key behind it.")
+    return {short: value}
+
+
+def _section_at(keys: list[Any]) -> type[BaseModel] | None:
+    """The model class that a path of keys leads to; parts that name no field (union tags) are skipped."""
+    section: type[BaseModel] | None = Recipe
+    for key in keys:
+        field = section.model_fields.get(key) if section is not None else None
+        if field is not None:
+            section = next(iter(_models_in(field.annotation)), None)
+    return section
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [model for part in get_args(annotation) for model in _models_in(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake pydantic found, unknown keys first since they often cause the others."""
+    mistakes = error.errors(include_url=False)
+    mistakes.sort(key=lambda mistake: mistake["type"] != "extra_forbidden")
+    mistake = mistakes[0]
+    *parents, last = [part for part in mistake["loc"] if not _is_union_tag(part)] or ["recipe"]
+    key = ".".join(str(part) for part in [*parents, last])
+    section = _section_at(parents)
+    known = list(section.model_fields) if section is not None else []
+    if mistake["type"] == "extra_forbidden":
+        return f"`{key}` is not a recipe key{did_you_mean(str(last), known)} (known here: {', '.join(known)})."
+    if mistake["type"] == "missing":
+        return f"The recipe lacks `{key}`; add it."
+    text = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] in ("model_type", "dict_type"):
+        inner = _section_at([*parents, last])
+        text = f"should be a mapping with the keys {', '.join(inner.model_fields) if inner else 'it takes'}"
+    return f"`{key}` is {mistake['input']!r}: {text[0].lower()}{text[1:]}."
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (part in ("SourceSpec", "float") or "[" in part)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

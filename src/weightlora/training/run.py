@@ -1,0 +1,172 @@
+"""One run from top to bottom: recipe, data, model, LoRA, Trainer, scores, files.
+
+    metrics = run(load_recipe("recipe.yaml"))
+
+writes into `output_dir`: recipe.yaml (every default filled in), checkpoints, events.jsonl (by the method),
+adapter/ (a stock PEFT adapter and the tokenizer; model/ for the method `head`) and metrics.json.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorWithPadding, EvalPrediction, PrinterCallback, Trainer
+
+from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.tasks.base import encode_texts
+from weightlora.tasks.data import Part
+from weightlora.training.prepare import Job, Plan, count_parameters, make_plan, prepare
+from weightlora.training.recipe import Recipe, save_recipe
+
+_LIBRARIES = ("weightlora", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    on_ready: Callable[[Plan], None] | None = None,
+) -> dict[str, Any]:
+    """Trains what the recipe says and returns what metrics.json holds.
+
+    Args:
+        resume: go on from the last checkpoint in `output_dir`, which otherwise must be empty or new.
+        progress: show the Trainer's progress bar and log lines.
+        on_ready: called with the plan once everything is checked, before any training.
+
+    Raises:
+        ConfigError: anything in the recipe or the data that cannot work, before training starts.
+    """
+    started = time.perf_counter()
+    job = prepare(recipe, resume=resume, progress=progress)
+    output_dir = Path(recipe.output_dir)
+    with _no_empty_folder(output_dir):
+        trainer, test = build_trainer(job, progress)
+        plan = make_plan(job)
+    if trainer.is_world_process_zero():
+        save_recipe(recipe, output_dir / "recipe.yaml")
+    if on_ready is not None:
+        on_ready(plan)
+
+    before = _scores(trainer.evaluate())
+    clock = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume or None)
+    seconds = time.perf_counter() - clock
+    after = _scores(trainer.evaluate())
+    tested = _scores(trainer.evaluate(test, metric_key_prefix="test"), "test") if test is not None else None
+
+    trainer.save_model(str(output_dir / ("adapter" if job.has_adapters else "model")))
+    metrics = {
+        "model": recipe.model.name,
+        "task": recipe.task,
+        "method": recipe.method.name,
+        "options": recipe.method.options,
+        "data": recipe.data.train.path,
+        "seed": recipe.seed,
+        "primary": job.task.primary,
+        "labels": plan.names,
+        "before": before,
+        "after": after,
+        "test": tested,
+        "trainable_parameters": {
+            "before": plan.trainable,
+            "after": count_parameters(trainer.model, trainable=True),
+            "head": plan.head,
+        },
+        "adapters": {"attached": [adapter.name for adapter in plan.adapters], "kept": _kept(job, plan)},
+        "rows": plan.rows,
+        "steps": trainer.state.global_step,
+        "seconds": {"training": round(seconds, 2), "total": round(time.perf_counter() - started, 2)},
+        "versions": {name: _version(name) for name in _LIBRARIES},
+    }
+    if trainer.is_world_process_zero():
+        text = json.dumps(metrics, indent=2, ensure_ascii=False)
+        (output_dir / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    return metrics
+
+
+def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
+    """Loads and checks everything and says what would be trained; writes nothing."""
+    job = prepare(recipe, resume=resume, progress=False)
+    if job.method is not None:
+        job.method.attach(job.model)
+    return make_plan(job)
+
+
+def build_trainer(job: Job, progress: bool) -> tuple[Trainer, Any | None]:
+    """The Trainer with the method as its callback, and the encoded test rows if there are any."""
+    encode = _encoder(job)
+    callbacks = [job.method] if job.method is not None else []
+    try:
+        trainer = Trainer(
+            model=job.model,
+            args=job.arguments,
+            train_dataset=encode(job.splits.train),
+            eval_dataset=encode(job.splits.validation),
+            processing_class=job.tokenizer,
+            data_collator=DataCollatorWithPadding(job.tokenizer),
+            compute_metrics=_metrics(job),
+            preprocess_logits_for_metrics=_logits,
+            callbacks=callbacks,
+        )
+    except WeightLoRAError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The `training` section cannot work: {reason}") from error
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    return trainer, encode(job.splits.test) if job.splits.test else None
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """The Trainer makes its folder before its callbacks object; take it away again if they do."""
+    try:
+        yield
+    except Exception:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def _encoder(job: Job) -> Callable[[Part], Any]:
+    length = job.recipe.data.max_length
+    return lambda part: encode_texts(part.rows, part.targets, job.tokenizer, length)
+
+
+def _metrics(job: Job) -> Callable[[EvalPrediction], dict[str, float]]:
+    def score(output: EvalPrediction) -> dict[str, float]:
+        predictions, targets = output.predictions, output.label_ids
+        assert not isinstance(predictions, tuple) and not isinstance(targets, tuple)
+        return job.task.metrics(predictions, targets)
+
+    return score
+
+
+def _logits(outputs: Any, labels: Any) -> Any:
+    """Encoder-decoders return their hidden states beside the logits; only the logits are scored."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def _scores(metrics: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
+    """The metrics of one evaluation without prefix and without timings."""
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {k.removeprefix(f"{prefix}_"): v for k, v in metrics.items() if k.startswith(f"{prefix}_")}
+    return {name: value for name, value in named.items() if name not in timings}
+
+
+def _kept(job: Job, plan: Plan) -> list[str]:
+    return list(job.method.kept) if job.method is not None else [adapter.name for adapter in plan.adapters]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,77 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WORKER = Path(__file__).parent / "stock_worker.py"
+
+
+class Loaded(NamedTuple):
+    """What a stranger gets out of our files.
+
+    Attributes:
+        logits: in evaluation mode.
+        ranks: {module name: r} of every LoRA layer.
+        warnings: of loading the adapter, for example about keys that are missing.
+    """
+
+    logits: Tensor
+    ranks: dict[str, int]
+    warnings: list[str]
+
+
+Load = Callable[..., Loaded]
+
+
+@pytest.fixture(scope="session")
+def _stock_process() -> Iterator[subprocess.Popen[str]]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def stock_peft(_stock_process: subprocess.Popen[str], tmp_path: Path) -> Load:
+    """Load a base model and an adapter (or a plain model) where `weightlora` cannot be imported, and run them.
+
+    stock_peft(class name in transformers, base folder, adapter folder or None, inputs) -> Loaded
+    """
+
+    def load(model_class: str, base: Path, adapter: Path | None, inputs: dict[str, Tensor]) -> Loaded:
+        files = {name: tmp_path / f"stock-{name}.safetensors" for name in ("inputs", "outputs")}
+        save_file(inputs, files["inputs"])
+        job: dict[str, Any] = {
+            "model_class": model_class,
+            "base": str(base),
+            "adapter": None if adapter is None else str(adapter),
+            **{name: str(file) for name, file in files.items()},
+        }
+        assert _stock_process.stdin is not None and _stock_process.stdout is not None
+        print(json.dumps(job), file=_stock_process.stdin, flush=True)
+        line = _stock_process.stdout.readline()
+        assert line, "the stock PEFT process has died"
+        answer = json.loads(line)
+        assert "error" not in answer, answer["error"]
+        return Loaded(load_file(files["outputs"])["logits"], answer["ranks"], answer["warnings"])
+
+    return load

@@ -1,0 +1,170 @@
+"""The command, as a user meets it: help, lists, runs, exit codes and messages."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+
+from weightlora import cli
+
+SOURCE = Path(cli.__file__).parents[1]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `weightlora ARGUMENTS` in this process; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[Any, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["weightlora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tiny_bert(tmp_path / "model")
+    write_jsonl(tmp_path / "train.jsonl", questions())
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+def write_recipe(folder: Path, **entries: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(folder, **entries)), encoding="utf-8")
+    return path
+
+
+def test_help_imports_nothing_heavy_and_is_quick() -> None:
+    script = (
+        "import sys, weightlora.cli as cli\n"
+        "sys.argv = ['weightlora', '--help']\n"
+        "try:\n    cli.main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy', 'peft'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONPATH": str(SOURCE)}
+        )
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert "weightlora train recipe.yaml" in done.stdout
+    assert min(seconds) < 1.0  # the machine may be busy once
+
+
+@pytest.mark.parametrize("name", [["train"], ["export"], ["list", "methods"], ["list", "tasks"]])
+def test_every_command_has_help_with_an_example(command: Callable[..., Any], name: list[str]) -> None:
+    code, out, _ = command(*name, "--help")
+    assert code == 0 and "Example:" in out
+
+
+def test_version(command: Callable[..., Any]) -> None:
+    from weightlora import __version__
+
+    assert command("--version") == (0, f"weightlora {__version__}\n", "")
+
+
+def test_lists_name_every_method_and_task(command: Callable[..., Any]) -> None:
+    from weightlora.methods import list_methods
+    from weightlora.tasks import list_tasks
+
+    code, out, _ = command("list", "methods")
+    assert code == 0 and all(f"\n{info.name}\n" in f"\n{out}" for info in list_methods())
+    code, out, _ = command("list", "tasks")
+    assert code == 0 and all(f"\n{task.name}\n" in f"\n{out}" for task in list_tasks())
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(command: Callable[..., Any], folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    code, out, err = command("train", folder / "recipe.yaml", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "bert.encoder.layer.1.attention.self.query" in out
+    assert "48 train, 12 validation rows, 3 classes" in out
+    assert "Trainable  3,939 of" in out
+    assert "nothing was trained" in out
+    assert [path for path in sorted(folder.iterdir()) if path.name != "cache"] == before
+
+
+def test_train_shows_what_was_kept_and_the_score(command: Callable[..., Any], folder: Path) -> None:
+    overrides = ["method={name: weightlora, keep: 2, after: 4}", "training.num_train_epochs=1"]
+    code, out, _ = command("train", folder / "recipe.yaml", *overrides)
+    assert code == 0
+    assert "Kept       2 of 13 adapters" in out
+    assert "Score      accuracy 0." in out and " -> " in out
+    assert "adapter/, metrics.json, recipe.yaml, events.jsonl" in out
+    again, out, err = command("train", folder / "recipe.yaml", *overrides)
+    assert again == 2 and "choose another `output_dir`, or pass --resume" in err
+
+
+def test_export_copies_a_run_out(command: Callable[..., Any], folder: Path) -> None:
+    assert command("train", folder / "recipe.yaml", "training.num_train_epochs=1")[0] == 0
+    code, out, err = command("export", folder / "run", folder / "out")
+    assert code == 0, err
+    assert (folder / "out/adapter_model.safetensors").is_file()
+    assert str(folder / "out") in out
+
+
+def test_many_adapters_are_grouped(command: Callable[..., Any], folder: Path) -> None:
+    save_tiny_bert(folder / "model", layers=7)
+    code, out, _ = command("train", folder / "recipe.yaml", "--dry-run")
+    assert code == 0
+    assert "bert.encoder.layer.*.attention.self.query" in out
+    assert "lora on 43 adapters" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["gone.yaml"], "'gone.yaml' is not a file"),
+        (["recipe.yaml", "training.learning_rte=1"], "did you mean 'learning_rate'?"),
+        (["recipe.yaml", "metod=lora"], "did you mean 'method'?"),
+        (["recipe.yaml", "method=weightlra"], "did you mean 'weightlora'?"),
+        (["recipe.yaml", "task=regresion"], "did you mean 'regression'?"),
+        (["recipe.yaml", "data.columns.text=qestion"], "did you mean 'question'?"),
+        (["recipe.yaml", "lora.target_modules=[querry]"], "did you mean 'query'?"),
+        (["recipe.yaml", "method={name: weightlora, keep: 99}"], "99"),
+        (["recipe.yaml", "--resume"], "has no checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
+    command: Callable[..., Any],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    code, out, err = command("train", *arguments)
+    assert (code, out) == (2, "")
+    assert says in err and err.startswith("weightlora: ")
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert not (folder / "run").exists()
+
+
+def test_a_missing_package_names_the_extra(
+    command: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
+    code, _, err = command("train", folder / "recipe.yaml", "--dry-run")
+    assert code == 2
+    assert "pip install 'weightlora[train]'" in err
+
+
+def test_a_command_that_does_not_exist(command: Callable[..., Any]) -> None:
+    code, _, err = command("trian", "x.yaml")
+    assert code == 2 and "No such command" in err

@@ -1,0 +1,295 @@
+"""Data is loaded, checked and split as the recipe says; metrics agree with values worked out by hand."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_text import questions, save_tiny_bert, write_jsonl
+
+from weightlora.errors import ConfigError
+from weightlora.tasks import get_task, list_tasks, register
+from weightlora.tasks.base import encode_texts
+from weightlora.tasks.data import Source, Splits, load_splits
+
+COLUMNS = {"text": "question", "text_pair": None, "label": "topic"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def load(
+    train: str | Source,
+    validation: Source | float = 0.25,
+    task: str = "text-classification",
+    columns: dict[str, str | None] = COLUMNS,
+    **options: Any,
+) -> Splits:
+    source = Source(train) if isinstance(train, str) else train
+    return load_splits(get_task(task), source, validation, None, columns, **options)
+
+
+def rows(labels: list[Any]) -> list[dict[str, Any]]:
+    return [{"question": f"question {i}", "topic": label} for i, label in enumerate(labels)]
+
+
+def refusal(*args: Any, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- loading ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_file_type_gives_the_same_rows(suffix: str) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame(questions())
+    path = f"data.{suffix}"
+    if suffix in ("jsonl", "json"):
+        table.to_json(path, orient="records", lines=suffix == "jsonl")
+    elif suffix == "parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, sep="\t" if suffix == "tsv" else ",", index=False)
+    splits = load(path)
+    assert splits.names == ["food", "music", "sport"]
+    assert (len(splits.train), len(splits.validation)) == (45, 15)
+    texts = [*splits.train.rows["text"], *splits.validation.rows["text"]]
+    assert sorted(texts) == sorted(row["question"] for row in questions())
+
+
+def test_saved_and_plain_folders() -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list(questions())
+    DatasetDict({"train": data, "dev": data}).save_to_disk("saved")
+    Path("plain").mkdir()
+    write_jsonl(Path("plain/train.jsonl"), questions())
+    assert len(load("saved", Source("saved", split="dev")).validation) == 60
+    assert len(load("plain").train) == 45
+    assert "no split 'deev'; did you mean 'dev'?" in refusal("saved", Source("saved", split="deev"))
+
+
+def test_words_that_look_like_missing_values_stay_text() -> None:
+    Path("a.csv").write_text("question,topic\nNA,null\nnull,NA\nnan,null\nNone,NA\n", encoding="utf-8")
+    splits = load("a.csv", 0.5)
+    assert splits.names == ["NA", "null"]
+    assert {*splits.train.rows["text"], *splits.validation.rows["text"]} == {"NA", "null", "nan", "None"}
+
+
+def test_a_stray_quotation_mark_in_tsv_swallows_nothing() -> None:
+    Path("a.tsv").write_text('question\ttopic\n"open\tx\nb\ty\nc\tx\nd"\ty\n', encoding="utf-8")
+    splits = load("a.tsv", 0.5)
+    assert len(splits.train) + len(splits.validation) == 4
+
+
+# -- splitting -------------------------------------------------------------------------------------------------
+
+
+def test_the_carved_share_is_stratified_disjoint_and_seeded() -> None:
+    write_jsonl(Path("a.jsonl"), questions())
+    one, again, other = load("a.jsonl", seed=1), load("a.jsonl", seed=1), load("a.jsonl", seed=2)
+    assert [one.validation.targets.count(c) for c in range(3)] == [5, 5, 5]
+    assert not set(one.train.rows["text"]) & set(one.validation.rows["text"])
+    assert one.validation.rows["text"][:] == again.validation.rows["text"][:]
+    assert one.validation.rows["text"][:] != other.validation.rows["text"][:]
+
+
+def test_a_class_with_one_row_stays_in_train() -> None:
+    write_jsonl(Path("a.jsonl"), rows(["a"] * 8 + ["b"] * 8 + ["rare"]))
+    splits = load("a.jsonl")
+    assert splits.names is not None
+    rare = splits.names.index("rare")
+    assert rare in splits.train.targets and rare not in splits.validation.targets
+
+
+def test_a_limit_takes_training_rows_only() -> None:
+    write_jsonl(Path("a.jsonl"), questions())
+    splits = load("a.jsonl", limit=7)
+    assert (len(splits.train), len(splits.validation)) == (7, 15)
+    assert splits.names == ["food", "music", "sport"]
+
+
+def test_rows_in_both_parts_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    write_jsonl(Path("a.jsonl"), questions())
+    load("a.jsonl", Source("a.jsonl"))
+    assert "60 of 60 validation rows are in the training data too" in caplog.text
+
+
+# -- labels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["b", "a"], ["a", "b"]),
+        ([10, 9], ["9", "10"]),
+        ([1.0, 0.0], ["0", "1"]),
+        ([True, False], ["false", "true"]),
+    ],
+)
+def test_label_names_are_sorted(labels: list[Any], names: list[str]) -> None:
+    write_jsonl(Path("a.jsonl"), rows(labels * 4))
+    splits = load("a.jsonl", Source("a.jsonl"))
+    assert splits.names == names
+    assert splits.train.targets[0] == 1 and splits.train.targets[1] == 0
+
+
+def test_class_indices_of_datasets_keep_their_names() -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"question": Value("string"), "topic": ClassLabel(names=["z", "y", "x"])})
+    Dataset.from_list(rows([0, 2] * 4), features=features).save_to_disk("data")
+    assert load("data").names == ["z", "y", "x"]
+    Dataset.from_list(rows([0, -1, 2] * 4), features=features).save_to_disk("unlabelled")
+    assert "Row 2 of 'unlabelled': the label -1 is out of range; integer labels here are 0 to 2" in refusal(
+        "unlabelled"
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([1, -1, 0], "Row 2 of 'a.jsonl': the label -1 is out of range"),
+        (["a", None, "b"], "Row 2 of 'a.jsonl': the label is missing"),
+        (["a", "", "b"], "Row 2 of 'a.jsonl': the label is missing"),
+        ([0.5, 1.5], "use `task: regression`"),
+        (["a", "a", "a"], "has the label 'a'; a classifier needs at least two classes"),
+        ([["a"], ["b"]], "the label ['a'] is not a class"),
+    ],
+)
+def test_bad_class_labels(labels: list[Any], says: str) -> None:
+    write_jsonl(Path("a.jsonl"), rows(labels))
+    assert says in refusal("a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["1.5", "high"], "Row 2 of 'a.jsonl': the label 'high' is not a number"),
+        ([1.5, None], "Row 2 of 'a.jsonl': the label is missing"),
+        (["1", "nan"], "Row 2 of 'a.jsonl': the label 'nan' is not finite"),
+    ],
+)
+def test_bad_numbers(labels: list[Any], says: str) -> None:
+    write_jsonl(Path("a.jsonl"), rows(labels))
+    assert says in refusal("a.jsonl", task="regression")
+
+
+def test_a_class_in_validation_that_train_never_saw() -> None:
+    write_jsonl(Path("a.jsonl"), rows(["a", "b"] * 3))
+    write_jsonl(Path("v.jsonl"), rows(["a", "new"]))
+    assert "'v.jsonl' has 'new' among its labels, never seen in train (classes there: a, b)" in refusal(
+        "a.jsonl", Source("v.jsonl")
+    )
+
+
+# -- files and columns that cannot work --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("gone.jsonl", None, "Data file 'gone.jsonl' does not exist"),
+        ("./gone", None, "Data file './gone' does not exist"),
+        ("no/such-data", None, "neither a file or folder here nor a `datasets` id"),
+        ("a.xlsx", "x", "has the suffix '.xlsx'; supported: .jsonl"),
+        ("a.jsonl", "{oops\n", "cannot be read as JSONL"),
+        ("a.parquet", "oops", "cannot be read as PARQUET"),
+        ("a.jsonl", "", "is empty"),
+        ("a.csv", "question,topic\n", "has no rows"),
+    ],
+)
+def test_files_that_cannot_be_read(name: str, content: str | None, says: str) -> None:
+    if content is not None:
+        Path(name).write_text(content, encoding="utf-8")
+    assert says in refusal(name)
+
+
+def test_an_empty_split() -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list(questions())
+    DatasetDict({"train": data, "test": data.select([])}).save_to_disk("data")
+    assert "holds a split that has no rows" in refusal("data", Source("data", split="test"))
+
+
+def test_unknown_columns_are_answered_with_those_there_are() -> None:
+    write_jsonl(Path("a.jsonl"), questions())
+    says = refusal("a.jsonl", columns={"text": "qestion", "label": "topic"})
+    assert "`data.columns.text` is 'qestion'" in says
+    assert "did you mean 'question'? (columns there: question, topic)" in says
+
+
+def test_pairs_need_two_texts_and_single_texts_refuse_a_second() -> None:
+    write_jsonl(Path("a.jsonl"), questions())
+    assert "set `data.columns.text_pair`" in refusal("a.jsonl", task="pair-classification")
+    assert "drop `data.columns.text_pair`" in refusal("a.jsonl", columns={**COLUMNS, "text_pair": "question"})
+
+
+def test_text_must_be_text() -> None:
+    write_jsonl(Path("a.jsonl"), [{"question": "a", "topic": "x"}, {"question": None, "topic": "y"}])
+    assert "Row 2 of 'a.jsonl': 'question' is missing" in refusal("a.jsonl")
+    write_jsonl(Path("b.jsonl"), [{"question": 1, "topic": "x"}, {"question": 2, "topic": "y"}])
+    assert "Row 1 of 'b.jsonl': 'question' is 1, not text" in refusal("b.jsonl")
+
+
+def test_a_share_too_small_for_the_classes() -> None:
+    write_jsonl(Path("a.jsonl"), questions())
+    assert "`data.validation` of 0.01 cannot be carved from 60 rows" in refusal("a.jsonl", 0.01)
+
+
+# -- encoding, metrics, registry ---------------------------------------------------------------------------------
+
+
+def test_encoding_cuts_and_does_not_depend_on_the_chunk(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_bert(tmp_path / "model"))
+    texts = ["bread or soup", "song", "ball or goal or race or tennis"]
+    data = Dataset.from_dict({"text": texts, "text_pair": ["swim"] * 3})
+    whole = encode_texts(data, [0, 1, 2], tokenizer, 6)
+    assert whole["labels"][:] == [0, 1, 2]
+    assert [len(ids) for ids in whole["input_ids"]] == [6, 5, 6]
+    assert whole["token_type_ids"][1] == [0, 0, 0, 1, 1]
+    assert encode_texts(data, [0, 1, 2], tokenizer, 6, chunk=2)[:] == whole[:]
+
+
+def test_classification_metrics_by_hand() -> None:
+    predictions = np.array([[2.0, 1.0], [2.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    scores = get_task("text-classification").metrics(predictions, np.array([0, 1, 1, 1]))
+    # true positives 2, false negatives 1, true negatives 1, false positives 0
+    assert scores["accuracy"] == 0.75
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert scores["matthews"] == pytest.approx(2 * 1 / math.sqrt(2 * 3 * 1 * 2))
+
+
+def test_metrics_of_a_constant_prediction_are_numbers() -> None:
+    constant = get_task("text-classification").metrics(np.array([[1.0, 0.0]] * 3), np.array([0, 1, 1]))
+    assert constant["accuracy"] == pytest.approx(1 / 3) and constant["matthews"] == 0
+    flat = get_task("regression").metrics(np.ones((3, 1)), np.array([1.0, 2.0, 3.0]))
+    assert flat == {"pearson": 0.0, "spearman": 0.0, "mse": pytest.approx(5 / 3)}
+
+
+def test_regression_metrics_by_hand() -> None:
+    scores = get_task("regression").metrics(np.array([[1.0], [2.0], [9.0]]), np.array([1.0, 2.0, 3.0]))
+    assert scores["spearman"] == pytest.approx(1.0)
+    assert scores["pearson"] == pytest.approx(8 / math.sqrt(38 * 2))
+    assert scores["mse"] == pytest.approx(12.0)
+
+
+def test_tasks_are_found_by_name() -> None:
+    assert [task.name for task in list_tasks()] == ["text-classification", "pair-classification", "regression"]
+    with pytest.raises(ConfigError, match="did you mean 'regression'"):
+        get_task("regresion")
+    with pytest.raises(ConfigError, match="registered already"):
+        register(get_task("regression"))

@@ -217,8 +217,9 @@ def main() -> None:
         )
     console.print(table)
     console.print(
-        "accuracy: on the held-out questions. trainable: parameters, head included. step: median of one training\n"
-        "step on one batch of 32, taken in turns. saved: what that step keeps in memory for its backward pass.",
+        "accuracy: on the held-out questions; trainable: parameters, with the head;\n"
+        "step: median of a training step on one batch of 32, measured in turns;\n"
+        "saved: what this step keeps in memory for its backward pass.",
         style="dim",
         highlight=False,
     )
@@ -230,7 +231,8 @@ def main() -> None:
     gap = (logits(stock, held_out, collate) - logits(selected, held_out, collate)).abs().max().item()
     if gap > 1e-5:
         raise SystemExit(f"Stock PEFT gives other outputs than the trained model: they differ by {gap:.1e}.")
-    console.print(f"\nThe adapter is in {run / 'adapter'}. Stock PEFT loads it, outputs equal to {gap:.0e}:\n")
+    console.print(f"\nThe adapter is in {run / 'adapter'}.")
+    console.print(f"Stock PEFT loads it like this (checked: largest difference {gap:.0e}):\n")
     console.print(
         f"  base = AutoModelForSequenceClassification.from_pretrained({str(encoder)!r}, num_labels={len(topics)})\n"
         f"  tokenizer = AutoTokenizer.from_pretrained({str(encoder)!r})\n"

@@ -208,6 +208,8 @@ def _show_plan(plan: "Plan") -> None:
     print(f"Data       {rows} rows{labels}")
     print(f"Trainable  {_trainable(plan)}")
     print(f"Steps      {plan.steps:,} ({plan.steps_per_epoch:,} an epoch)")
+    if plan.cuts:
+        print(f"Cut        after step {', '.join(map(str, plan.cuts))}")
 
 
 def _trainable(plan: "Plan") -> str:

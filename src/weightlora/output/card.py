@@ -8,6 +8,8 @@ from typing import Any
 
 from weightlora.selection.events import EVENTS_FILE, Event, read_events
 
+METRICS_FILE = "metrics.json"
+
 
 def model_card(run: Path, adapter: Path, *, merged: bool = False) -> str:
     """Markdown with the front matter the hubs read.
@@ -67,7 +69,7 @@ def _adapters(events: list[Event]) -> list[str]:
 
 
 def _data_and_scores(run: Path) -> list[str]:
-    metrics = _json(run / "metrics.json")
+    metrics = _json(run / METRICS_FILE)
     if not metrics:
         return []
     parts = ["## Data and scores", *_data(run, metrics)]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from weightlora.adapters import structure, surgery
-from weightlora.adapters.attach import list_adapters
+from weightlora.adapters.attach import active_adapter, list_adapters
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.output.card import model_card
 
@@ -206,7 +206,7 @@ def _write_merged(model: PeftModel, folder: Path, draft: Path):
 
 def _make_portable(model: PeftModel) -> None:
     """One rank and one alpha for all: zeros fill the factors, differences in scaling go into B."""
-    key = model.active_adapter
+    key = active_adapter(model)
     adapters = list_adapters(model, key)
     r = max(a.r for a in adapters)
     scaling, _ = Counter(a.scaling for a in adapters).most_common(1)[0]
@@ -219,7 +219,7 @@ def _make_portable(model: PeftModel) -> None:
         adapter.layer.scaling[key] = scaling
         adapter.layer.use_rslora[key] = False
         adapter.layer.lora_alpha[key] = surgery.alpha_for(adapter)
-    model.peft_config[key].use_rslora = False
+    model.peft_config[key].use_rslora = False  # type: ignore[attr-defined]
     structure.sync_config(model, key)
 
 

@@ -56,6 +56,7 @@ class Plan:
     names: list[str] | None
     steps: int
     steps_per_epoch: int
+    cuts: tuple[int, ...]  # the steps after which adapters are dropped; none without a selection
 
 
 def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
@@ -82,8 +83,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
 def make_plan(job: Job) -> Plan:
     """Counts what is attached; the method checks its options against the length of the run."""
     steps, per_epoch = count_steps(len(job.splits.train), job.arguments)
-    if job.method is not None:
-        job.method.plan(total_steps=steps, steps_per_epoch=per_epoch)
+    cuts = job.method.plan(total_steps=steps, steps_per_epoch=per_epoch) if job.method is not None else ()
     splits = job.splits
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return Plan(
@@ -96,6 +96,7 @@ def make_plan(job: Job) -> Plan:
         names=splits.names,
         steps=steps,
         steps_per_epoch=per_epoch,
+        cuts=cuts,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import DataCollatorWithPadding, EvalPrediction, PrinterCallback, Trainer
 
 from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import encode_texts
 from weightlora.tasks.data import Part
 from weightlora.training.prepare import Job, Plan, count_parameters, make_plan, prepare
@@ -60,7 +61,11 @@ def run(
     after = _scores(trainer.evaluate())
     tested = _scores(trainer.evaluate(test, metric_key_prefix="test"), "test") if test is not None else None
 
-    trainer.save_model(str(output_dir / ("adapter" if job.has_adapters else "model")))
+    if trainer.is_world_process_zero():
+        # Not `trainer.save_model`, which would put a pickle of its arguments beside the tensors.
+        saved = output_dir / ("adapter" if job.has_adapters else "model")
+        job.model.save_pretrained(str(saved))  # pyright: ignore[reportCallIssue]
+        job.tokenizer.save_pretrained(str(saved))
     metrics = {
         "model": recipe.model.name,
         "task": recipe.task,
@@ -86,7 +91,10 @@ def run(
     }
     if trainer.is_world_process_zero():
         text = json.dumps(metrics, indent=2, ensure_ascii=False)
-        (output_dir / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        (output_dir / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
+        if job.has_adapters:
+            card = model_card(output_dir, output_dir / "adapter")
+            (output_dir / "adapter" / "README.md").write_text(card, encoding="utf-8")
     return metrics
 
 

@@ -1,0 +1,79 @@
+"""The package from outside and its layers from inside."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import weightlora
+from weightlora import methods
+
+SOURCE = Path(weightlora.__file__).parent
+
+# Imports point down this list; a layer may use what stands below it.
+LAYERS = ["cli", "training", "output", "methods", "tasks", "selection", "adapters", "optim", "measure", "errors"]
+# tasks know nothing of adapters, and measuring and the sparse optimisers stand on torch alone
+FORBIDDEN = {("tasks", "adapters"), ("tasks", "selection"), ("optim", "errors"), ("measure", "errors")}
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_layers(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("weightlora"):
+            base = (node.module or "").split(".")[1:]
+            names |= {base[0]} if base else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("weightlora.")}
+    return names & set(LAYERS)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE or p.stem in LAYERS), ids=str
+)
+def test_imports_point_one_way(path):
+    own = layer(path)
+    for other in imported_layers(path) - {own}:
+        assert LAYERS.index(own) < LAYERS.index(other), f"{own} imports {other}"
+        assert (own, other) not in FORBIDDEN, f"{own} imports {other}"
+
+
+def test_only_the_seam_touches_what_peft_keeps_private():
+    for path in SOURCE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name != "seam.py":
+            assert "LoraVariant" not in text and "lora_variant" not in text, path
+
+
+def test_every_public_name_is_there_and_no_other():
+    assert weightlora.__all__ == sorted(weightlora.__all__) == sorted(weightlora._HOMES)
+    for name in weightlora.__all__:
+        assert getattr(weightlora, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'WeightLora'"):
+        _ = weightlora.WeightLora
+
+
+def test_importing_is_light():
+    code = "import sys, weightlora; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_methods_are_listed_built_and_named_when_misspelt():
+    assert [m.name for m in methods.list_methods()] == ["lora", "head", "weightlora", "weightlora_plus", "rlora"]
+    for info in methods.list_methods():
+        assert all((info.title, info.paper, info.scores, info.action, info.parameters, info.source))
+        assert (methods.create(info.name, {}) is None) == (info.callback is None)
+    assert methods.create("weightlora", {"keep": 3}).keep.limit == 3
+    with pytest.raises(weightlora.ConfigError, match="did you mean 'weightlora'"):
+        methods.create("wieghtlora", {})
+    with pytest.raises(weightlora.ConfigError, match="did you mean 'keep'"):
+        methods.create("weightlora", {"kep": 3})
+    with pytest.raises(weightlora.ConfigError, match="registered already"):
+        methods.register(methods.get_method("lora"))

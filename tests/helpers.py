@@ -69,7 +69,9 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if any(w in n for w in wanted)}
 
 
-def train(model: nn.Module, method: Any, steps: int, *, of: int = 1000, lr: float = 1e-2, **attach: Any) -> torch.optim.Optimizer:
+def train(
+    model: nn.Module, method: Any, steps: int, *, of: int = 1000, lr: float = 1e-2, **attach: Any
+) -> torch.optim.Optimizer:
     """The first `steps` of a plain loop over the toy task, in a run planned for `of`, with the method's two calls."""
     method.attach(model, **attach)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)

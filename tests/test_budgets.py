@@ -39,7 +39,22 @@ def test_what_can_be_written(written, unit, limit):
 
 @pytest.mark.parametrize(
     "written",
-    [0, -3, 0.0, float("nan"), float("inf"), 1.5, True, None, [], "many", "5 modules", "5.5 adapters", {"layers": 3}, ""],
+    [
+        0,
+        -3,
+        0.0,
+        float("nan"),
+        float("inf"),
+        1.5,
+        True,
+        None,
+        [],
+        "many",
+        "5 modules",
+        "5.5 adapters",
+        {"layers": 3},
+        "",
+    ],
 )
 def test_what_cannot_be_written(written):
     with pytest.raises(ConfigError, match="keep"):

@@ -74,7 +74,9 @@ def test_nothing_is_chosen_before_a_gradient_arrives():
 
 
 def test_positive_gates_never_go_below_zero():
-    w = StoIHT(project_every=0).update(torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0]), lr=5.0, step=1, choose=top_k(2))
+    w = StoIHT(project_every=0).update(
+        torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0]), lr=5.0, step=1, choose=top_k(2)
+    )
     assert w.tolist() == [0.0, 6.0]
 
 
@@ -87,7 +89,9 @@ def test_stogradmp_holds_the_weights_while_it_estimates():
     assert held == [True, True, False] and (w != 0).sum() == 2
     twin = StoGradMP(lr=0.1, inner=3)
     twin.load_state_dict(rule.state_dict())
-    assert torch.equal(twin.update(w, g, lr=0.1, step=4, choose=top_k(2)), rule.update(w, g, lr=0.1, step=4, choose=top_k(2)))
+    assert torch.equal(
+        twin.update(w, g, lr=0.1, step=4, choose=top_k(2)), rule.update(w, g, lr=0.1, step=4, choose=top_k(2))
+    )
 
 
 def stepped(n: int = 3) -> tuple[list[nn.Parameter], torch.optim.AdamW]:

@@ -59,7 +59,7 @@ def test_a_second_run_in_the_same_folder_keeps_the_record_of_the_first(tmp_path)
 
 def test_a_checkpoint_in_the_middle_of_scouting_is_a_stock_adapter(tmp_path):
     trainer = make_trainer(tmp_path, WeightLoRA(keep=3, after=8, gate_lr=50.0), max_steps=6, save_steps=6)
-    with pytest.raises(ConfigError, match="run ends at step 6"):
+    with pytest.raises(ConfigError, match=r"run ends at step 6"):
         trainer.train()
     trainer = make_trainer(tmp_path, WeightLoRA(keep=3, after=8, gate_lr=500.0), max_steps=10, save_steps=6)
     trainer.train()
@@ -99,5 +99,5 @@ def test_a_corrupt_selection_state_is_refused(tmp_path):
 def test_another_method_cannot_take_over_a_checkpoint(tmp_path):
     make_trainer(tmp_path, WeightLoRA(keep=3, after=8), max_steps=10, save_steps=5).train()
     trainer = make_trainer(tmp_path, WeightLoRAPlus(keep=3, after=8), max_steps=10, save_steps=5)
-    with pytest.raises(ConfigError, match="'weightlora'.*'weightlora_plus'"):
+    with pytest.raises(ConfigError, match=r"'weightlora'.*'weightlora_plus'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))

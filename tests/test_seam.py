@@ -209,7 +209,7 @@ def test_a_copy_of_the_model_is_a_model_of_its_own():
 
 @pytest.mark.parametrize("variant", [{"use_dora": True}])
 def test_other_variants_are_refused(variant):
-    with pytest.raises(UnsupportedError, match="variant Dora.*use_dora=False"):
+    with pytest.raises(UnsupportedError, match=r"variant Dora.*use_dora=False"):
         WeightLoRA(keep=2, after=2).attach(bert(**variant))
 
 

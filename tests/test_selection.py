@@ -109,7 +109,9 @@ def test_a_scheduler_moves_the_rate_of_the_gates_too():
     torch.testing.assert_close(moved, 0.5 * gradients, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda: WeightLoRA(keep=3, after=6), lambda: WeightLoRAPlus(keep=3, after=6), lambda: RLoRA(keep=3)])
+@pytest.mark.parametrize(
+    "make", [lambda: WeightLoRA(keep=3, after=6), lambda: WeightLoRAPlus(keep=3, after=6), lambda: RLoRA(keep=3)]
+)
 def test_the_same_seed_gives_the_same_adapters_and_weights(make):
     states = []
     for _ in range(2):
@@ -249,8 +251,15 @@ def test_the_config_says_what_is_attached():
     train(model, method, 6)
     config = model.peft_config["default"]
     assert sorted(config.target_modules) == sorted(method.kept)
-    twin = get_peft_model(bert().unload(), LoraConfig(**{k: getattr(config, k) for k in
-        ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "task_type")}))
+    twin = get_peft_model(
+        bert().unload(),
+        LoraConfig(
+            **{
+                k: getattr(config, k)
+                for k in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "task_type")
+            }
+        ),
+    )
     for a, b in zip(list_adapters(model), list_adapters(twin), strict=True):
         assert (a.name, a.r) == (b.name, b.r) and math.isclose(a.scaling, b.scaling)
 

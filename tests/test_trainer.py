@@ -36,9 +36,13 @@ def test_one_added_line(method, tmp_path):
     assert any(log.get("weightlora/adapters") == 3 and log["weightlora/cut_step"] == 4 for log in recorder.logs)
     assert any("weightlora/adapters" in entry for entry in trainer.state.log_history)
     events = read_events(tmp_path / "events.jsonl")
-    assert events == callback.events and [e["event"] for e in events][0] == "attach"
+    assert events == callback.events and events[0]["event"] == "attach"
     (cut,) = [e for e in events if e["event"] == "cut"]
-    assert cut["kept"] == callback.kept and len(cut["dropped"]) == 6 and set(cut["scores"]) == set(cut["kept"] + cut["dropped"])
+    assert (
+        cut["kept"] == callback.kept
+        and len(cut["dropped"]) == 6
+        and set(cut["scores"]) == set(cut["kept"] + cut["dropped"])
+    )
 
 
 def test_the_gates_are_there_before_the_optimizer_is_made(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
@@ -81,8 +82,11 @@ def peft_model(model: nn.Module) -> PeftModel:
         ConfigError: there is none.
     """
     inner = model
-    while not isinstance(inner, PeftModel) and any(hasattr(inner, a) for a in ("module", "_orig_mod")):
-        inner = getattr(inner, "module", None) or inner._orig_mod
+    while not isinstance(inner, PeftModel):
+        wrapped = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        if wrapped is None:
+            break
+        inner = wrapped
     if not isinstance(inner, PeftModel):
         raise ConfigError(
             f"expected a PEFT model, got {type(inner).__name__}; wrap it first: "
@@ -142,7 +146,7 @@ def checked_adapters(model: nn.Module, adapter_name: str | None = None) -> list[
     key = adapter_name or active_adapter(peft)
     if key not in peft.peft_config:
         raise ConfigError(f"the model has no adapter {key!r}; it has {sorted(peft.peft_config)}.")
-    config = peft.peft_config[key]
+    config: Any = peft.peft_config[key]
     if config.peft_type != "LORA":
         raise UnsupportedError(
             f"adapter {key!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}; selection works on "
@@ -158,7 +162,7 @@ def checked_adapters(model: nn.Module, adapter_name: str | None = None) -> list[
         seam.check_supported(adapter.name, adapter.layer, key)
     if not adapters:
         raise ConfigError(f"adapter {key!r} is attached to no module; check `target_modules` of its LoraConfig.")
-    _check_every_target_matches(config.target_modules, adapters)  # type: ignore[attr-defined]
+    _check_every_target_matches(config.target_modules, adapters)
     return adapters
 
 

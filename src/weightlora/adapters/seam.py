@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from weightlora.errors import UnsupportedError
 
 GATES = "lora_gate"
+
+# PEFT's layers are `Any` here: they are modules and tuner layers at once, which their annotations do not say.
 
 # Quantised LoRA layers that hand their forward to a variant, by name: importing them needs their backends.
 _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
@@ -30,12 +32,12 @@ class GatedVariant(LoraVariant):
     """The forward, merge and unmerge of a LoRA adapter whose update is multiplied by `lora_gate[adapter]`."""
 
     @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """PEFT calls this when it rebuilds the adapter, for example at another rank; the gate stays as it is."""
 
     @staticmethod
     def forward(
-        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:  # x: (..., d_in), result: (..., d_out)
         lora_B = module.lora_B[active_adapter]
         h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (..., r)
@@ -44,35 +46,35 @@ class GatedVariant(LoraVariant):
         return result + (lora_B(h * gain) if lora_B.bias is None else lora_B(h) * gain)
 
     @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         _shift_bias(module, active_adapter, +1)
         return orig_weight + _delta(module, active_adapter, orig_weight)
 
     @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         _shift_bias(module, active_adapter, +1)
         orig_weight.data += _delta(module, active_adapter, orig_weight)
 
     @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         _shift_bias(module, active_adapter, -1)
         return orig_weight - _delta(module, active_adapter, orig_weight)
 
 
-def _delta(layer: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
+def _delta(layer: Any, adapter: str, weight: Tensor) -> Tensor:
     gate = getattr(layer, GATES)[adapter].detach()
-    return (layer.get_delta_weight(adapter) * gate).to(weight.dtype)  # type: ignore[operator]
+    return (layer.get_delta_weight(adapter) * gate).to(weight.dtype)
 
 
-def _shift_bias(layer: LoraLayer, adapter: str, sign: int) -> None:
+def _shift_bias(layer: Any, adapter: str, sign: int) -> None:
     """PEFT merges `lora_B.bias` itself, without the gate; add what is missing: (omega - 1) * scaling * bias."""
     bias = layer.lora_B[adapter].bias
     if layer.lora_bias[adapter] and bias is not None:
         missing = (getattr(layer, GATES)[adapter].detach() - 1) * layer.scaling[adapter] * bias.detach()
-        layer.get_base_layer().bias.data += sign * missing  # type: ignore[union-attr]
+        layer.get_base_layer().bias.data += sign * missing
 
 
-def check_supported(name: str, layer: nn.Module, adapter: str) -> None:
+def check_supported(name: str, layer: Any, adapter: str) -> None:
     """Raise `UnsupportedError` unless `layer` can take a gate for `adapter`.
 
     Raises:
@@ -81,12 +83,11 @@ def check_supported(name: str, layer: nn.Module, adapter: str) -> None:
     """
     kinds = {cls.__name__ for cls in type(layer).__mro__}
     if not isinstance(layer, LoraLinear) and not kinds.intersection(_QUANTISED):
-        base = type(layer.get_base_layer()).__name__ if isinstance(layer, LoraLayer) else type(layer).__name__
+        base = type(layer.get_base_layer()).__name__
         raise UnsupportedError(
             f"{name}: a LoRA layer on {base} cannot be gated; leave it out of `target_modules` (supported: "
             "nn.Linear, Conv1D, and bitsandbytes, GPTQ and HQQ linear layers)."
         )
-    assert isinstance(layer, LoraLayer)
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, GatedVariant):
         kind = type(variant).__name__.removesuffix("LinearVariant") or type(variant).__name__
@@ -101,12 +102,12 @@ def check_supported(name: str, layer: nn.Module, adapter: str) -> None:
         )
 
 
-def add_gate(layer: LoraLayer, adapter: str) -> nn.Parameter:
+def add_gate(layer: Any, adapter: str) -> nn.Parameter:
     """Put omega = 1 on one adapter of a layer; shape (1,), dtype and device of `lora_A`."""
     if not hasattr(layer, GATES):
         setattr(layer, GATES, nn.ParameterDict())
-        layer.register_state_dict_post_hook(_fold_on_save)  # type: ignore[operator]
-        layer.register_load_state_dict_pre_hook(_unit_gate_on_load)  # type: ignore[operator]
+        layer.register_state_dict_post_hook(_fold_on_save)
+        layer.register_load_state_dict_pre_hook(_unit_gate_on_load)
     if GATES not in layer.adapter_layer_names:
         layer.adapter_layer_names = (*layer.adapter_layer_names, GATES)
     weight = layer.lora_A[adapter].weight
@@ -116,25 +117,25 @@ def add_gate(layer: LoraLayer, adapter: str) -> nn.Parameter:
     return gate
 
 
-def gate_of(layer: LoraLayer, adapter: str) -> nn.Parameter | None:
+def gate_of(layer: Any, adapter: str) -> nn.Parameter | None:
     """The gate of one adapter of a layer, or None where it has none."""
     gates = getattr(layer, GATES, None)
     return gates[adapter] if gates is not None and adapter in gates else None
 
 
-def freeze_gate(layer: LoraLayer, adapter: str) -> None:
+def freeze_gate(layer: Any, adapter: str) -> None:
     """Hold omega where it is. PEFT's `set_adapter` no longer sees the gate, so it cannot make it trainable again."""
     getattr(layer, GATES)[adapter].requires_grad_(False)
     layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != GATES)
 
 
-def remove_gate(layer: LoraLayer, adapter: str) -> None:
+def remove_gate(layer: Any, adapter: str) -> None:
     """Take the gate away; the adapter is a stock one again, without omega in its output."""
     del getattr(layer, GATES)[adapter]
     del layer.lora_variant[adapter]
 
 
-def remove_adapter(layer: LoraLayer, adapter: str) -> None:
+def remove_adapter(layer: Any, adapter: str) -> None:
     """Delete one adapter of a layer. Unlike PEFT's `delete_adapter` this activates no other adapter in its place."""
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names, GATES):
         container = getattr(layer, attribute, {})

@@ -91,7 +91,7 @@ class Method(TrainerCallback, ABC):
         return self.selector.plan(total_steps, steps_per_epoch)
 
     def bind(self, optimizer: torch.optim.Optimizer, ddp: DistributedDataParallel | None = None) -> None:
-        """Run `observe` and `step` as hooks of `optimizer.step`. Give the DDP wrapper, if any, to be rebuilt at a cut."""
+        """Run `observe` and `step` as hooks of `optimizer.step`; a DDP wrapper, if given, is rebuilt at a cut."""
         self._ddp = ddp
         self.selector.bind(optimizer)
 
@@ -163,7 +163,7 @@ class Method(TrainerCallback, ABC):
             )
         if state.is_world_process_zero:
             goes_on = state.global_step if state.global_step > 0 else None
-            self.selector.events.open(Path(args.output_dir) / EVENTS_FILE, resume_at=goes_on)
+            self.selector.events.open(_folder(args) / EVENTS_FILE, resume_at=goes_on)
         wrapped = getattr(trainer, "model_wrapped", None)
         self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
         if not self.selector.done:
@@ -183,7 +183,7 @@ class Method(TrainerCallback, ABC):
             self._log({"weightlora/gates_on": sum(v != 0 for v in values), "weightlora/gate_max": max(values)})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             self.save_state(folder)
 
@@ -212,6 +212,10 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
     method.selector.load_state_dict(facts)
     method._resumed = True
     return loaded
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir))
 
 
 def _summary(cut: Event) -> dict[str, int]:

@@ -40,7 +40,7 @@ class WeightLoRA(Method):
         gate_lr: eta of omega's own step; follows the schedule of the main learning rate. Default 5.0.
         gate_optimizer: "stoiht" or "stogradmp".
         project_from, project_every: when StoIHT thresholds, in optimizer steps.
-        gate: what becomes of omega after T: "fold" (into B) or "keep" (held fixed). Default "fold", in paper mode "keep".
+        gate: what becomes of omega after T: "fold" (into B) or "keep" (held fixed). Default: fold, in paper mode keep.
         compat: reproduce what only the authors' code does, see `AUTHORS_CODE`. Implies the signed threshold.
         seed: of the whole method; default the Trainer's.
 
@@ -66,7 +66,7 @@ class WeightLoRA(Method):
         _one_of("mode", mode, ("default", "paper"))
         self.keep = budgets.parse(keep)
         self.when = After(after, first=FIRST_INFORMED_STEP)
-        self.gate = gate or ("keep" if mode == "paper" else "fold")
+        self.settle = Settle(gate or ("keep" if mode == "paper" else "fold"))
         self.compat = compat
         self.rule = _gate_rule(mode, threshold, gate_lr, gate_optimizer, project_from, project_every, compat)
         super().__init__(seed=seed)
@@ -78,7 +78,7 @@ class WeightLoRA(Method):
             score=GateValue(self.rule.threshold),
             keep=self.keep,
             when=self.when,
-            then=(Disconnect(), Settle(self.gate)),
+            then=(Disconnect(), self.settle),
             reference_code=self.compat,
         )
 
@@ -115,8 +115,8 @@ class WeightLoRAPlus(Method):
         _one_of("mode", mode, ("default", "paper"))
         self.keep = None if keep is None else budgets.parse(keep)
         self.when = After(after, rounds=rounds, first=FIRST_INFORMED_STEP)
-        self.gate = gate or ("keep" if mode == "paper" else "fold")
-        self.init = init
+        self.settle = Settle(gate or ("keep" if mode == "paper" else "fold"))
+        self.grow = Expand(init, double=compat)
         self.compat = compat
         if compat:
             # FatAdamW does not project between its events, and unlike the plain optimizer it drops omega <= 0.
@@ -125,15 +125,14 @@ class WeightLoRAPlus(Method):
         super().__init__(seed=seed)
 
     def strategy(self, seed: int) -> Strategy:
-        expand = Expand(self.init, double=self.compat)
-        cut: tuple[Action, ...] = (expand, Disconnect()) if self.compat else (Disconnect(), expand)
+        cut: tuple[Action, ...] = (self.grow, Disconnect()) if self.compat else (Disconnect(), self.grow)
         return Strategy(
             method="weightlora_plus",
             gates=self.rule,
             score=GateValue(self.rule.threshold),
             keep=self.keep,
             when=self.when,
-            then=(*cut, Settle(self.gate)),
+            then=(*cut, self.settle),
             reference_code=self.compat,
         )
 

@@ -69,8 +69,8 @@ class Budget:
             raise ConfigError(f"`keep={limit}` exceeds the {len(adapters)} attached adapters; lower it.")
         if min(costs) > limit:
             raise ConfigError(
-                f"`keep={self}` has no room for a single adapter: the smallest of {len(adapters)} takes {min(costs):,}; "
-                "raise it."
+                f"`keep={self}` has no room for a single adapter: the smallest of {len(adapters)} takes "
+                f"{min(costs):,}; raise it."
             )
         return Limit(tuple(costs), limit)
 
@@ -163,7 +163,7 @@ def fill(costs: Sequence[int], budget: int, caps: Sequence[int], floors: Sequenc
 
 
 def _closest(costs: Sequence[int], room: Sequence[int], budget: int) -> list[int]:
-    """Which adapters get one more rank (an adapter may come more than once) so that their costs come nearest to budget."""
+    """Which adapters get one more rank, some more than once, so that their costs come nearest to the budget."""
     step = math.gcd(*costs)
     cells = budget // step
     if not costs or cells <= 0:

@@ -132,12 +132,17 @@ class Selector:
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Have `optimizer.step` call `observe` before and `step` after it, until the selection is done."""
         self.unbind()
-        if not self.done:
-            hooked = optim.host(optimizer)
-            self._hooks = [
-                hooked.register_step_pre_hook(lambda *_: self.observe(optimizer)),
-                hooked.register_step_post_hook(lambda *_: self.step(optimizer)),
-            ]
+        if self.done:
+            return
+
+        def before(*_: Any) -> None:
+            self.observe(optimizer)
+
+        def after(*_: Any) -> None:
+            self.step(optimizer)
+
+        hooked = optim.host(optimizer)
+        self._hooks = [hooked.register_step_pre_hook(before), hooked.register_step_post_hook(after)]
 
     def unbind(self) -> None:
         for hook in self._hooks:
@@ -196,7 +201,8 @@ class Selector:
         lr = rule.lr * (1.0 if optimizer is None else optim.lr_scale(optimizer, gates[0]))
         limit = self._limits[self.rounds_done]
         values = rule.update(torch.cat(list(gates)), self._gradients, lr=lr, step=self.global_step, choose=limit.choose)
-        torch._foreach_copy_([g.data for g in gates], list(values.split(1)))
+        # One call for all gates: a loop over thousands of experts' gates would be felt at every step.
+        torch._foreach_copy_([g.data for g in gates], list(values.split(1)))  # pyright: ignore[reportPrivateImportUsage]
         self._gradients = None
         every = max(1, (self._cuts or (1,))[-1] // GATE_RECORDS)
         if self.global_step % every == 0:

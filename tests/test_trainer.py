@@ -66,6 +66,14 @@ def test_the_default_cut_is_at_a_tenth_and_at_most_one_epoch(tmp_path):
         assert callback.selector.cuts == (cut,), "64 rows in batches of 8 are an epoch of 8 steps"
 
 
+def test_under_a_warm_up_the_cut_waits_until_the_gates_know_something(tmp_path):
+    """The first rate is 0, so B is still 0 at step 2 and all gates are equal: any choice would be arbitrary."""
+    callback = WeightLoRA(keep=3, after=2)
+    make_trainer(tmp_path, callback, max_steps=8, warmup_steps=4).train()
+    (cut,) = [e for e in callback.events if e["event"] == "cut"]
+    assert cut["step"] == 3 and len(set(cut["gates"].values())) > 1
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step

@@ -191,6 +191,10 @@ class Method(TrainerCallback, ABC):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.selector.unbind()
+        if not self.selector.done and state.global_step >= state.max_steps:
+            logger.warning(
+                "the run ended before any gate had a gradient, so nothing was dropped; see `after` and warm-up"
+            )
 
     def _log(self, values: dict[str, float]) -> None:
         trainer = _calling_trainer()

@@ -50,27 +50,30 @@ class After:
             return None
         return int(self.after)
 
+    @property
+    def _earliest(self) -> int:
+        return max(self.first, 1) * self.rounds
+
     def _check(self, last: int) -> None:
-        if last < max(self.first, self.rounds) and not (last == self.first == 0):
-            reason = "the gates' gradient is exactly zero at step 1, so nothing could be compared" if self.first else ""
+        if last < self._earliest and not last == self.first == 0:
+            reason = " (the gates' gradient is exactly zero at step 1, so nothing could be compared)"
             raise ConfigError(
-                f"`after={self.after}` is step {last}, too early for {self.rounds} cut(s): use at least "
-                f"{max(self.first, self.rounds)}{f' ({reason})' if reason else ''}."
+                f"`after={self.after}` is too early for {self.rounds} cut(s): use at least {self._earliest}"
+                f"{reason if self.first else ''}."
             )
 
     def steps(self, total: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
         """The optimizer steps after which to cut, in a run of `total`.
 
         Raises:
-            ConfigError: the last one lies beyond the run, or before anything is known.
+            ConfigError: the last one lies beyond the run.
         """
         if self._fixed is not None:
             last = self._fixed
         elif self.after is None:
-            last = max(self.first, self.rounds, min(math.ceil(total / 10), steps_per_epoch or total))
+            last = max(self._earliest, min(math.ceil(total / 10), steps_per_epoch or total))
         else:
-            last = max(1, round(self.after * total))
-        self._check(last)
+            last = max(self._earliest, round(self.after * total))
         if last >= total:
             raise ConfigError(
                 f"`after={self.after}` is step {last}, but the run ends at step {total}; cut earlier, so that the "

@@ -24,7 +24,7 @@ from torch import nn
 from weightlora import optim
 from weightlora.adapters import attach, structure, surgery
 from weightlora.errors import ConfigError, DivergedError
-from weightlora.optim import GateRule
+from weightlora.optim import NO_GRADIENT, GateRule
 from weightlora.selection.actions import Action, Cut
 from weightlora.selection.budgets import Budget, Limit
 from weightlora.selection.events import EventLog
@@ -92,6 +92,8 @@ class Selector:
         self.capacity = sum(a.parameters for a in self.adapters)
         self._cuts: tuple[int, ...] | None = (0,) if strategy.when.after == 0 else None
         self._gradients: torch.Tensor | None = None
+        # While B = 0 (a warm-up from a rate of 0 prolongs that) all gates are equal; a cut waits until one has moved.
+        self._informed = strategy.gates is None
         self._hooks: list[Any] = []
         self._record_attached()
         if self._cuts == (0,):
@@ -187,7 +189,7 @@ class Selector:
         self.global_step += 1
         if self._gradients is not None:
             self._move_gates(optimizer)
-        if self.global_step not in self._cuts:
+        if self.global_step < self._cuts[self.rounds_done] or not self._informed:
             return False
         self._cut(optimizer)
         return True
@@ -203,6 +205,7 @@ class Selector:
         values = rule.update(torch.cat(list(gates)), self._gradients, lr=lr, step=self.global_step, choose=limit.choose)
         # One call for all gates: a loop over thousands of experts' gates would be felt at every step.
         torch._foreach_copy_([g.data for g in gates], list(values.split(1)))  # pyright: ignore[reportPrivateImportUsage]
+        self._informed = self._informed or bool(self._gradients.norm() > NO_GRADIENT)
         self._gradients = None
         every = max(1, (self._cuts or (1,))[-1] // GATE_RECORDS)
         if self.global_step % every == 0:
@@ -286,6 +289,7 @@ class Selector:
             "rounds_done": self.rounds_done,
             "done": self.done,
             "cuts": self._cuts,
+            "informed": self._informed,
             "capacity": self.capacity,
             "seed": self.seed,
             "kept": self.kept,
@@ -310,6 +314,7 @@ class Selector:
         self.adapters = attach.list_adapters(self.model, self.key)
         self.global_step, self.rounds_done = state["global_step"], state["rounds_done"]
         self.done, self.capacity, self.seed = state["done"], state["capacity"], state["seed"]
+        self._informed = state["informed"]
         self._cuts = None if state["cuts"] is None else tuple(state["cuts"])
         self.kept, self.dropped = list(state["kept"]), list(state["dropped"])
         self.events.events = list(state["events"])

@@ -8,36 +8,21 @@ merged     a plain transformers model
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
 
 from weightlora.adapters import structure, surgery
 from weightlora.adapters.attach import active_adapter, list_adapters
-from weightlora.errors import CheckpointError, ConfigError
+from weightlora.errors import ConfigError
 from weightlora.output.card import model_card
-
-logger = logging.getLogger(__name__)
-
-TOLERANCE = 1e-5  # of the largest output; in half precision four roundings
-
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+from weightlora.output.check import compare, fingerprint
+from weightlora.output.loading import find_adapter, load_adapter, run_folder
 
 
 def export(
@@ -71,13 +56,13 @@ def export(
         raise ConfigError(f"{out} is in use; give a folder that does not exist or is empty.")
     folder = find_adapter(Path(run))
     model = load_adapter(folder, base_model)
-    expected = outputs(model)
+    expected = fingerprint(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         reload = _write_merged(model, folder, draft) if merged else _write_adapter(model, folder, draft, portable)
-        (draft / "README.md").write_text(model_card(_run_folder(folder), folder, merged=merged), encoding="utf-8")
-        _compare(expected, outputs(reload(base_model)), draft)
+        (draft / "README.md").write_text(model_card(run_folder(folder), folder, merged=merged), encoding="utf-8")
+        compare(expected, fingerprint(reload(base_model)))
         draft.chmod(0o755)
         if out.is_dir():
             out.rmdir()
@@ -85,107 +70,6 @@ def export(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return out
-
-
-def find_adapter(run: Path) -> Path:
-    """The adapter folder of a run: itself, its `adapter`, or its last checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    numbered = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
-    checkpoints = sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
-    for folder in (run, run / "adapter", *checkpoints):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise CheckpointError(f"{run} holds no adapter (adapter_config.json); give the folder of a finished run.")
-
-
-def load_adapter(folder: Path, base_model: str | Path | nn.Module | None = None) -> PeftModel:
-    """An adapter folder on its base model, as stock PEFT loads it; what PEFT only warns of is refused.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or adapter and base model do not belong together.
-    """
-    saved = structure.saved_ranks(folder)
-    base = load_base(folder, base_model)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(folder)).eval()
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the adapter in {folder} does not load on its base model: {reason}") from None
-    attached = {a.name for a in list_adapters(model) if a.key in a.layer.lora_A}
-    if attached != saved.keys():
-        name = min(attached ^ saved.keys())
-        raise CheckpointError(f"{folder}: adapter_config.json and the weights disagree about {name}; save it again.")
-    return model
-
-
-def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) -> nn.Module:
-    """The base model an adapter belongs to, in the class its task needs.
-
-    Raises:
-        CheckpointError: the adapter does not say which one, or it cannot be loaded.
-    """
-    import transformers
-
-    if isinstance(base_model, nn.Module):
-        import copy
-
-        return copy.deepcopy(base_model)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'adapter_config.json'} cannot be read ({error}); save it again.") from None
-    source = base_model or config.base_model_name_or_path
-    if not source:
-        raise CheckpointError(f"{folder} does not say which model it adapts; give `base_model`.")
-    mapping = config.auto_mapping or {}
-    task = getattr(config.task_type, "value", config.task_type)
-    name = _AUTO_CLASSES.get(str(task)) or mapping.get("base_model_class") or "AutoModel"
-    labels = _label_count(folder) if task in ("SEQ_CLS", "TOKEN_CLS") else None
-    extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
-    try:
-        return getattr(transformers, name).from_pretrained(str(source), **extra)
-    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"the base model {source} cannot be loaded ({reason}); give `base_model`.") from None
-
-
-def outputs(model: nn.Module) -> Tensor:
-    """The first output of a model on a fixed small input, in evaluation mode."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = next(inner.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    if inner.main_input_name == "pixel_values":
-        config = inner.config
-        size = (2, config.num_channels, config.image_size, config.image_size)
-        inputs = {"pixel_values": torch.randn(size, generator=generator).to(device)}
-    else:
-        vocabulary = inner.get_input_embeddings().num_embeddings
-        ids = torch.randint(0, vocabulary, (2, 8), generator=generator).to(device)
-        # Where a token marks the end or the padding, its place decides what is pooled: leave such tokens out.
-        special = torch.tensor(_special_tokens(inner.config), device=device)
-        ids = torch.where(torch.isin(ids, special), _other_than(special), ids)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if inner.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids
-    with torch.no_grad():
-        result = model.eval()(**inputs)
-    return next(v for v in result.values() if torch.is_tensor(v))
-
-
-def _special_tokens(config: Any) -> list[int]:
-    """Padding and end of a model; there may be several ends, and -1 stands for none at all."""
-    found = [getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)]
-    flat = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
-    return [token for token in flat if isinstance(token, int)] or [-1]
-
-
-def _other_than(special: Tensor) -> int:
-    return next(token for token in range(len(special) + 1) if token not in special.tolist())
 
 
 def _write_adapter(model: PeftModel, folder: Path, draft: Path, portable: bool):
@@ -223,29 +107,6 @@ def _make_portable(model: PeftModel) -> None:
     structure.sync_config(model, key)
 
 
-def _compare(expected: Tensor, found: Tensor, draft: Path) -> None:
-    # Merging rounds to the weights' own precision, so half precision cannot be held to the same bound.
-    resolution = max(TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
-    expected, found = expected.float(), found.float()
-    difference = (expected - found).abs().max().item()
-    allowed = resolution * max(1.0, expected.abs().max().item())
-    if not difference <= allowed:
-        raise CheckpointError(
-            f"the export was written, reloaded and gave other outputs: they differ by {difference:.2g}, allowed is "
-            f"{allowed:.2g}. Nothing was kept; please report this with the adapter's config."
-        )
-    logger.info("reloaded the export: outputs differ by at most %.2g", difference)
-
-
-def _label_count(folder: Path) -> int | None:
-    """How many labels the saved task head has."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-        heads = [k for k in tensors.keys() if k.endswith(".weight") and ".lora_" not in k]
-        return tensors.get_slice(heads[-1]).get_shape()[0] if heads else None
-
-
 def _copy_tokenizer(folder: Path, draft: Path) -> None:
     for pattern in (
         "tokenizer*",
@@ -257,7 +118,3 @@ def _copy_tokenizer(folder: Path, draft: Path) -> None:
     ):
         for file in folder.glob(pattern):
             shutil.copy2(file, draft)
-
-
-def _run_folder(folder: Path) -> Path:
-    return next((f for f in (folder, folder.parent) if (f / "events.jsonl").is_file()), folder)

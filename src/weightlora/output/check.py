@@ -1,0 +1,90 @@
+"""Does what was written compute what the run's model does?"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from weightlora.adapters.attach import list_adapters
+from weightlora.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5  # of the largest number; in half precision four roundings
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> dict[str, Tensor]:
+    """What a model computes on fixed small inputs: its first output and, one by one, the update of every adapter.
+
+    The updates are looked at apart because an adapter that hardly moves the output could be wrong unnoticed.
+    """
+    if not isinstance(model, PeftModel):
+        return {"output": outputs(model)}
+    generator = torch.Generator().manual_seed(0)
+    updates = {}
+    for adapter in list_adapters(model):
+        x = torch.randn(4, adapter.in_features, generator=generator).to(adapter.A.weight)
+        updates[adapter.name] = adapter.B(adapter.A(x)) * adapter.scaling
+    return {"output": outputs(model), **updates}
+
+
+def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise `CheckpointError` where two fingerprints differ in what both have."""
+    worst = 0.0
+    for name in (n for n in expected if n in found):
+        worst = max(worst, _difference(name, expected[name], found[name]))
+    logger.info("reloaded the export: it differs by at most %.2g", worst)
+
+
+def _difference(name: str, expected: Tensor, found: Tensor) -> float:
+    # Merging rounds to the weights' own precision, so half precision cannot be held to the same bound.
+    resolution = max(TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
+    expected, found = expected.float(), found.float()
+    difference = (expected - found).abs().max().item()
+    size = expected.abs().max().item()
+    allowed = resolution * (max(1.0, size) if name == "output" else size)
+    if not difference <= allowed:
+        raise CheckpointError(
+            f"the export was written, reloaded and gave another {name}: it differs by {difference:.2g}, allowed is "
+            f"{allowed:.2g}. Nothing was kept; please report this with the adapter's config."
+        )
+    return difference
+
+
+def outputs(model: nn.Module) -> Tensor:
+    """The first output of a model on a fixed small input, in evaluation mode."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    device = next(inner.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    if inner.main_input_name == "pixel_values":
+        config = inner.config
+        size = (2, config.num_channels, config.image_size, config.image_size)
+        inputs = {"pixel_values": torch.randn(size, generator=generator).to(device)}
+    else:
+        vocabulary = inner.get_input_embeddings().num_embeddings
+        ids = torch.randint(0, vocabulary, (2, 8), generator=generator).to(device)
+        # Where a token marks the end or the padding, its place decides what is pooled: leave such tokens out.
+        special = torch.tensor(_special_tokens(inner.config), device=device)
+        ids = torch.where(torch.isin(ids, special), _other_than(special), ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if inner.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
+    with torch.no_grad():
+        result = model.eval()(**inputs)
+    return next(v for v in result.values() if torch.is_tensor(v))
+
+
+def _special_tokens(config: Any) -> list[int]:
+    """Padding and end of a model; there may be several ends, and -1 stands for none at all."""
+    found = [getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)]
+    flat = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
+    return [token for token in flat if isinstance(token, int)] or [-1]
+
+
+def _other_than(special: Tensor) -> int:
+    return next(token for token in range(len(special) + 1) if token not in special.tolist())

@@ -1,0 +1,122 @@
+"""Finding the adapter of a run and loading it on its base model with stock PEFT."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from weightlora.adapters import structure
+from weightlora.adapters.attach import list_adapters
+from weightlora.errors import CheckpointError
+from weightlora.output.card import METRICS_FILE
+from weightlora.selection.events import EVENTS_FILE
+
+_AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def find_adapter(run: Path) -> Path:
+    """The adapter folder of a run: itself, its `adapter`, or its last checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    numbered = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    checkpoints = sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
+    for folder in (run, run / "adapter", *checkpoints):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise CheckpointError(f"{run} holds no adapter (adapter_config.json); give the folder of a finished run.")
+
+
+def load_adapter(folder: Path, base_model: str | Path | nn.Module | None = None) -> PeftModel:
+    """An adapter folder on its base model, as stock PEFT loads it; what PEFT only warns of is refused.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or adapter and base model do not belong together.
+    """
+    saved = structure.saved_ranks(folder)
+    base = load_base(folder, base_model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(folder)).eval()
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the adapter in {folder} does not load on its base model: {reason}") from None
+    attached = {a.name for a in list_adapters(model) if a.key in a.layer.lora_A}
+    if attached != saved.keys():
+        name = min(attached ^ saved.keys())
+        raise CheckpointError(f"{folder}: adapter_config.json and the weights disagree about {name}; save it again.")
+    return model
+
+
+def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) -> nn.Module:
+    """The base model an adapter belongs to, in the class its task needs.
+
+    Raises:
+        CheckpointError: the adapter does not say which one, or it cannot be loaded.
+    """
+    if isinstance(base_model, nn.Module):
+        return copy.deepcopy(base_model)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'adapter_config.json'} cannot be read ({error}); save it again.") from None
+    source = base_model or config.base_model_name_or_path
+    if not source:
+        raise CheckpointError(f"{folder} does not say which model it adapts; give `base_model`.")
+    task = str(getattr(config.task_type, "value", config.task_type))
+    cls = _model_class(task, (config.auto_mapping or {}).get("base_model_class"))
+    head = _head_options(folder) if task in ("SEQ_CLS", "TOKEN_CLS") else {}
+    try:
+        return cls.from_pretrained(str(source), **head)
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"the base model {source} cannot be loaded ({reason}); give `base_model`.") from None
+
+
+def run_folder(adapter: Path) -> Path:
+    """The folder with the records of the run an adapter belongs to: the adapter's own or the one above."""
+    return next((f for f in (adapter, adapter.parent) if (f / EVENTS_FILE).is_file()), adapter)
+
+
+def _model_class(task: str, recorded: str | None) -> Any:
+    """The class for a task, or the one PEFT recorded; what a file names is taken only if it is a model class."""
+    import transformers
+
+    if task in _AUTO_CLASSES:
+        return getattr(transformers, _AUTO_CLASSES[task])
+    found = getattr(transformers, recorded or "", None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
+
+
+def _head_options(folder: Path) -> dict[str, Any]:
+    """What the base model's fresh head must look like: as many labels as the saved one has, named as in the run."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        heads = [k for k in tensors.keys() if k.endswith(".weight") and ".lora_" not in k]
+        labels = tensors.get_slice(heads[-1]).get_shape()[0] if heads else None
+    if labels is None:
+        return {}
+    options: dict[str, Any] = {"num_labels": labels, "ignore_mismatched_sizes": True}
+    metrics = run_folder(folder) / METRICS_FILE
+    names = json.loads(metrics.read_text(encoding="utf-8")).get("labels") if metrics.is_file() else None
+    if names and len(names) == labels:
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {name: index for index, name in enumerate(names)}
+        del options["num_labels"]  # follows from the names
+    return options

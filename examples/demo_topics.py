@@ -112,6 +112,7 @@ def train(model, rows: list[dict], collate, *, learning_rate: float, options, fo
         num_train_epochs=options.epochs,
         per_device_train_batch_size=16,
         learning_rate=learning_rate,
+        warmup_steps=0.1,  # as a share of the run
         seed=options.seed,
         save_strategy="no",
         logging_strategy="no",

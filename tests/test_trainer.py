@@ -149,6 +149,27 @@ def test_a_model_made_anew_by_model_init_is_attached(tmp_path):
     assert len(list_adapters(trainer.model)) == 3 == len(callback.kept)
 
 
+@pytest.mark.parametrize("method", [WeightLoRA, RLoRA])
+def test_a_callback_that_is_added_later_works_too(method, tmp_path):
+    callback = method(keep=3, after=4 if method is WeightLoRA else 0)
+    trainer = make_trainer(tmp_path, max_steps=6)
+    trainer.add_callback(callback)
+    trainer.train()
+    held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert len(callback.kept) == 3 and held == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+
+
+def test_data_without_a_length_is_cut_after_a_tenth(tmp_path):
+    from datasets import IterableDataset
+
+    callback = WeightLoRA(keep=3)
+    trainer = make_trainer(tmp_path, callback, max_steps=40)
+    trainer.train_dataset = IterableDataset.from_generator(lambda: iter(rows()))
+    trainer.add_callback(StopAt(5))
+    trainer.train()
+    assert callback.selector.cuts == (4,)
+
+
 def test_saving_shows_the_model_as_it_is(tmp_path):
     """save_model in the middle: outputs of a stock PEFT model are those of the gated one."""
     from peft import PeftModel

@@ -191,6 +191,13 @@ def drop_params(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
         del optimizer.state[parameter]
 
 
+def keep_only(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Make a live optimizer forget everything that is not among `parameters`."""
+    known = {id(p) for p in parameters}
+    held = [p for group in host(optimizer).param_groups for p in group["params"]]
+    drop_params(optimizer, [p for p in held if id(p) not in known])
+
+
 def swap_params(optimizer: torch.optim.Optimizer, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
     """Put new parameters in the places of old ones; their moments start afresh, since shapes and bases changed."""
     optimizer = host(optimizer)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import MethodType
@@ -36,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from weightlora import optim
 from weightlora.adapters import attach, checkpoint
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap
@@ -151,14 +153,16 @@ class Method(TrainerCallback, ABC):
     ) -> None:
         """Everything that can be wrong about the schedule is said here, before the first step."""
         trainer = _calling_trainer()
-        if attach.peft_model(kwargs["model"]) is not self.selector.model:
-            self.attach(kwargs["model"], seed=args.seed)  # `model_init` made a new one
         _refuse_sharding(trainer)
-        epochs = max(1, state.num_train_epochs)
-        cuts = self.plan(state.max_steps, max(1, -(-state.max_steps // epochs)))
+        if self._selector is None or attach.peft_model(kwargs["model"]) is not self._selector.model:
+            # The callback came after the trainer was built, or `model_init` made a new model.
+            self.attach(kwargs["model"], seed=args.seed)
+            optim.keep_only(kwargs["optimizer"], kwargs["model"].parameters())
+        cuts = self.plan(state.max_steps, _steps_per_epoch(state))
         if not self._resumed and state.global_step > self.selector.global_step and not self.selector.done:
             raise ConfigError(
-                f"the run goes on at step {state.global_step}, but its checkpoint holds no {checkpoint.STATE_FILE}; "
+                f"the run goes on at step {state.global_step}, but its checkpoint was not restored: it holds no "
+                f"{checkpoint.STATE_FILE}, or the method was not among the `callbacks` the Trainer was built with; "
                 "resume from a checkpoint that this method wrote."
             )
         if state.is_world_process_zero:
@@ -220,6 +224,12 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
 
 def _folder(args: TrainingArguments) -> Path:
     return Path(str(args.output_dir))
+
+
+def _steps_per_epoch(state: TrainerState) -> int | None:
+    """Optimizer steps in an epoch; None where the data has no length and an epoch no end."""
+    epochs = max(1, state.num_train_epochs)
+    return math.ceil(state.max_steps / epochs) if epochs <= state.max_steps else None
 
 
 def _summary(cut: Event) -> dict[str, int]:

@@ -53,6 +53,8 @@ class EventLog:
         Args:
             resume_at: the file belongs to this run, which goes on after this step; later lines are taken back.
         """
+        if path == self._path:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and resume_at is None:
             path.rename(_free_name(path))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -183,3 +183,18 @@ def test_growth_in_llama_misses_less_than_one_rank_of_the_smallest():
     before = 8 * 32 * (8192 + 5120 + 2 * 18432)
     missing = before - counts(model)[1]
     assert 0 <= missing < min(a.in_features + a.out_features for a in list_adapters(model))
+
+
+def test_the_other_rows_of_the_papers_table_follow_from_the_same_modules():
+    """AdaLoRA at its initial rank 12, LoRA-drop keeping half of the adapters, MELoRA at mini-rank 2."""
+
+    def trained(model: nn.Module) -> int:
+        return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.requires_grad)
+
+    adalora = AdaLoraConfig(init_r=12, target_r=8, total_step=10, target_modules=QKV)
+    assert trained(get_peft_model(deberta_v3_base(), adalora)) == 36 * 12 * (2 * 768 + 1) == 663_984
+    half = get_peft_model(deberta_v3_base(), LoraConfig(r=8, target_modules=QKV))
+    RLoRA(keep=0.5).attach(half)
+    assert trained(half) == 18 * 8 * 2 * 768 == 221_184
+    mini = get_peft_model(deberta_v3_base(), LoraConfig(r=2, target_modules=QKV))
+    assert trained(mini) == 36 * 2 * 2 * 768 == 110_592

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
-from helpers import make_trainer, trainable_state
+from helpers import batch, bert, make_trainer, trainable_state
 from peft import PeftModel
 
 from weightlora import CheckpointError, ConfigError, RLoRA, WeightLoRA, WeightLoRAPlus, read_events
@@ -39,6 +40,44 @@ def test_resuming_is_exact(name, tmp_path):
         for key, value in expected.items():
             assert torch.equal(found[key], value), f"{key} differs after resuming at step {step}"
         assert len(part.optimizer.state) == len(whole.optimizer.state)
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+def test_a_plain_loop_resumes_too(steps, tmp_path):
+    """`save_state` beside `save_pretrained`; `load_adapter` on a freshly attached model brings both back."""
+    model, method = bert(), WeightLoRAPlus(keep=3, after=7)
+    method.attach(model)
+    method.plan(20)
+    optimizer = plain_optimizer(model)
+    go_on(model, method, optimizer, range(steps))
+    model.save_pretrained(tmp_path)
+    method.save_state(tmp_path)
+    moments = copy.deepcopy(optimizer.state_dict())
+    go_on(model, method, optimizer, range(steps, 12))
+
+    again, resumed = bert(), WeightLoRAPlus(keep=3, after=7)
+    resumed.attach(again)
+    again.load_adapter(str(tmp_path), "default", is_trainable=True)
+    optimizer = plain_optimizer(again)
+    optimizer.load_state_dict(moments)
+    go_on(again, resumed, optimizer, range(steps, 12))
+    expected, found = trainable_state(model), trainable_state(again)
+    assert found.keys() == expected.keys() and resumed.kept == method.kept
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def plain_optimizer(model) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def go_on(model, method, optimizer, steps) -> None:
+    for step in steps:
+        torch.manual_seed(step)  # dropout
+        model(**batch(start=8 * (step % 8))).loss.backward()
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
 
 
 def test_events_of_a_resumed_run_have_no_gap_and_no_repeat(tmp_path):

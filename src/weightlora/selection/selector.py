@@ -213,7 +213,9 @@ class Selector:
 
     def gate_values(self) -> dict[str, float]:
         """omega of every adapter that has one, by name."""
-        return {a.name: a.gate.item() for a in self.adapters if a.gate is not None}
+        gated = [a for a in self.adapters if a.gate is not None]
+        values = torch.cat([g.detach() for g in self._gates()]).tolist() if gated else []
+        return dict(zip((a.name for a in gated), values, strict=True))
 
     # -- the cut -------------------------------------------------------------------------------------------------
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
-from helpers import bert, make_trainer, trainable_state
+import torch
+from helpers import batch, bert, make_trainer, trainable_state
+from peft import PeftModel
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from weightlora import Method, RLoRA, WeightLoRA, WeightLoRAPlus
 
@@ -22,13 +26,34 @@ METHODS = {
 def main(folder: Path, batch_size: int) -> None:
     for name, (method, find_unused) in METHODS.items():
         train(folder, name, method(), batch_size, find_unused)
+    plain_loop(folder, WeightLoRAPlus(keep=3, after=6), batch_size)
 
 
-def train(folder: Path, name: str, method: Method, batch_size: int, find_unused: bool) -> None:
+def model_without_dropout() -> PeftModel:
     model = bert(lora_dropout=0.0)
     for module in model.modules():
         if type(module).__name__ == "Dropout":
             module.p = 0.0  # masks differ between processes
+    return model
+
+
+def plain_loop(folder: Path, method: Method, batch_size: int) -> None:
+    """A loop of one's own around a model that is in DDP already when the method is attached."""
+    model, rank = model_without_dropout(), int(os.environ.get("RANK", 0))
+    wrapped = DistributedDataParallel(model) if "RANK" in os.environ else model
+    method.attach(wrapped)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    method.plan(12)
+    method.bind(optimizer)
+    for step in range(12):
+        wrapped(**batch(batch_size, start=(16 * step) % 64 + rank * batch_size)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    write(folder, "plain", rank, model, method, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def train(folder: Path, name: str, method: Method, batch_size: int, find_unused: bool) -> None:
+    model = model_without_dropout()
     trainer = make_trainer(
         folder / name,
         method,
@@ -41,9 +66,12 @@ def train(folder: Path, name: str, method: Method, batch_size: int, find_unused:
         learning_rate=0.3,
     )
     trainer.train()
-    rank = trainer.args.process_index
+    write(folder, name, trainer.args.process_index, model, method, trainer.args.world_size)
+
+
+def write(folder: Path, name: str, rank: int, model: PeftModel, method: Method, processes: int) -> None:
     save_file(trainable_state(model), folder / f"{name}-{rank}.safetensors")
-    facts = {"kept": method.kept, "processes": trainer.args.world_size}
+    facts = {"kept": method.kept, "processes": processes}
     (folder / f"{name}-{rank}.json").write_text(json.dumps(facts))
 
 

@@ -45,7 +45,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["weightlora", "weightlora_plus", "rlora"])
+@pytest.mark.parametrize("method", ["weightlora", "weightlora_plus", "rlora", "plain"])
 def test_two_processes_agree_with_one(method, runs):
     first, second, alone = (
         (json.loads((f / f"{method}-{rank}.json").read_text()), load_file(f / f"{method}-{rank}.safetensors"))

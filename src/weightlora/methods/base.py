@@ -25,6 +25,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import MethodType
@@ -54,7 +55,8 @@ class Method(TrainerCallback, ABC):
     def __init__(self, *, seed: int | None = None) -> None:
         self.seed = seed
         self._selector: Selector | None = None
-        self._ddp: DistributedDataParallel | None = None
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None  # weak: a model that is copied copies us too
+        self._hooks: list[Any] = []
         self._resumed = False
         self._reported = 0
         self.strategy(0)  # bad arguments are refused where they are written
@@ -69,7 +71,7 @@ class Method(TrainerCallback, ABC):
         """Put gates on the model's LoRA adapters. Make the optimizer afterwards.
 
         Args:
-            model: a `PeftModel` with a stock `LoraConfig`.
+            model: a `PeftModel` with a stock `LoraConfig`, bare or inside DDP.
             adapter_name: which of several adapters to select in. Default: the active one.
             seed: used where the method itself was given none. Default 0.
 
@@ -79,6 +81,9 @@ class Method(TrainerCallback, ABC):
         peft = attach.peft_model(model)
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
         self._selector = Selector(peft, self.strategy(chosen), adapter_name=adapter_name, seed=chosen)
+        if isinstance(model, DistributedDataParallel):
+            self._ddp = weakref.ref(model)
+            self._rewrap()  # it was made before there were gates
         # Trainer resumes with `model.load_adapter(checkpoint)`, before it makes the optimizer.
         peft._weightlora_method = self  # type: ignore[assignment]
         peft.load_adapter = MethodType(_load_adapter, peft)  # type: ignore[method-assign]
@@ -93,9 +98,31 @@ class Method(TrainerCallback, ABC):
         return self.selector.plan(total_steps, steps_per_epoch)
 
     def bind(self, optimizer: torch.optim.Optimizer, ddp: DistributedDataParallel | None = None) -> None:
-        """Run `observe` and `step` as hooks of `optimizer.step`; a DDP wrapper, if given, is rebuilt at a cut."""
-        self._ddp = ddp
-        self.selector.bind(optimizer)
+        """Run `observe` and `step` as hooks of `optimizer.step`, until the last cut.
+
+        Args:
+            ddp: a wrapper that was made after `attach`, to be rebuilt at a cut.
+        """
+        if ddp is not None:
+            self._ddp = weakref.ref(ddp)
+        self.unbind()
+        if self.selector.done:
+            return
+
+        def before(*_: Any) -> None:
+            self.observe(optimizer)
+
+        def after(*_: Any) -> None:
+            self.step(optimizer)
+
+        hooked = optim.host(optimizer)
+        self._hooks = [hooked.register_step_pre_hook(before), hooked.register_step_post_hook(after)]
+
+    def unbind(self) -> None:
+        """Take the hooks of `bind` off again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After backward and before `optimizer.step()`; see `Selector.observe`."""
@@ -103,7 +130,16 @@ class Method(TrainerCallback, ABC):
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """After `optimizer.step()`; returns whether adapters were cut."""
-        return self.selector.step(optimizer)
+        cut = self.selector.step(optimizer)
+        if cut:
+            self._rewrap()
+        if self.selector.done:
+            self.unbind()
+        return cut
+
+    def _rewrap(self) -> None:
+        if self._ddp is not None and (ddp := self._ddp()) is not None:
+            rewrap(ddp)
 
     def state_dict(self) -> dict[str, Any]:
         """The selection's own state as JSON data; `save_state` writes it with the exact weights."""
@@ -177,8 +213,6 @@ class Method(TrainerCallback, ABC):
         new = self.events[self._reported :]
         self._reported = len(self.events)
         if any(e["event"] == "cut" for e in new):
-            if self._ddp is not None:
-                rewrap(self._ddp)
             # A checkpoint from before the cut is not the model that was asked for, so it cannot be the best one.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
             self._log({f"weightlora/{k}": v for e in new if e["event"] == "cut" for k, v in _summary(e).items()})
@@ -194,7 +228,7 @@ class Method(TrainerCallback, ABC):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.selector.unbind()
+        self.unbind()
         if not self.selector.done and state.global_step >= state.max_steps:
             logger.warning(
                 "the run ended before any gate had a gradient, so nothing was dropped; see `after` and warm-up"

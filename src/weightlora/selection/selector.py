@@ -6,8 +6,6 @@ In the order of one optimizer step:
     selector.observe(optimizer)    the gates' gradients are read and taken away, so that the optimizer passes them by
     optimizer.step()
     selector.step(optimizer)       the gates take their own step; at a cut: score -> keep -> actions -> events
-
-`bind(optimizer)` registers the two calls as hooks of `optimizer.step`.
 """
 
 from __future__ import annotations
@@ -94,7 +92,6 @@ class Selector:
         self._gradients: torch.Tensor | None = None
         # While B = 0 (a warm-up from a rate of 0 prolongs that) all gates are equal; a cut waits until one has moved.
         self._informed = strategy.gates is None
-        self._hooks: list[Any] = []
         self._record_attached()
         if self._cuts == (0,):
             self._cut(None)
@@ -130,26 +127,6 @@ class Selector:
         return self._cuts
 
     # -- the training step ---------------------------------------------------------------------------------------
-
-    def bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have `optimizer.step` call `observe` before and `step` after it, until the selection is done."""
-        self.unbind()
-        if self.done:
-            return
-
-        def before(*_: Any) -> None:
-            self.observe(optimizer)
-
-        def after(*_: Any) -> None:
-            self.step(optimizer)
-
-        hooked = optim.host(optimizer)
-        self._hooks = [hooked.register_step_pre_hook(before), hooked.register_step_post_hook(after)]
-
-    def unbind(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
     @torch.no_grad()
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -243,8 +220,6 @@ class Selector:
             self.events.add(name, self.global_step, **facts)
         structure.sync_config(self.model, self.key)
         self.done = cut.last
-        if self.done:
-            self.unbind()
 
     def _choose(self, scores: torch.Tensor) -> set[int]:
         mask = self._limits[self.rounds_done].choose(scores, scores > -torch.inf)

@@ -134,10 +134,17 @@ def add_gates(model: nn.Module, adapter_name: str | None = None) -> list[Adapter
         UnsupportedError: a layer that cannot take a gate, named with the reason.
     """
     adapters = checked_adapters(model, adapter_name)
-    for adapter in adapters:
-        if adapter.gate is None:
-            seam.add_gate(adapter.layer, adapter.key)
+    prepare(adapters, gates=True)
     return adapters
+
+
+def prepare(adapters: Sequence[Adapter], *, gates: bool) -> None:
+    """Have adapters computed by our kernel, with a gate of 1 each or with none; outputs do not change."""
+    for adapter in adapters:
+        if not gates:
+            seam.use_kernel(adapter.layer, adapter.key)
+        elif adapter.gate is None:
+            seam.add_gate(adapter.layer, adapter.key)
 
 
 def checked_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:

@@ -1,6 +1,6 @@
 """The seam to PEFT: a trainable gate (omega) on one stock LoRA layer. The only file that touches PEFT's private hooks.
 
-PEFT asks `layer.lora_variant[adapter]` for the forward and the merge of an adapter. We put a `GatedVariant` there,
+PEFT asks `layer.lora_variant[adapter]` for the forward and the merge of an adapter. We put a `KernelVariant` there,
 instance by instance, and its scalar next to `lora_A` and `lora_B` in a `ParameterDict` called `lora_gate`:
 
     h = W_0 x + b + omega * scaling * B A dropout(x)                         (WeightLoRA, section 3.1)
@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from weightlora.adapters import kernel
 from weightlora.errors import UnsupportedError
 
 GATES = "lora_gate"
@@ -28,8 +29,8 @@ GATES = "lora_gate"
 _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 
 
-class GatedVariant(LoraVariant):
-    """The forward, merge and unmerge of a LoRA adapter whose update is multiplied by `lora_gate[adapter]`."""
+class KernelVariant(LoraVariant):
+    """Forward, merge and unmerge of an adapter whose update is multiplied by its gate, or by 1 where it has none."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -39,11 +40,16 @@ class GatedVariant(LoraVariant):
     def forward(
         module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:  # x: (..., d_in), result: (..., d_out)
-        lora_B = module.lora_B[active_adapter]
-        h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (..., r)
-        gain = (getattr(module, GATES)[active_adapter] * module.scaling[active_adapter]).to(h.dtype)
-        # On the rank-r side the product and the gate's gradient cost r numbers a token, not d_out.
-        return result + (lora_B(h * gain) if lora_B.bias is None else lora_B(h) * gain)
+        dropout = module.lora_dropout[active_adapter]
+        return kernel.add_update(
+            result,
+            x,
+            module.lora_A[active_adapter],
+            module.lora_B[active_adapter],
+            gate_of(module, active_adapter),
+            module.scaling[active_adapter],
+            dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        )
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -62,16 +68,20 @@ class GatedVariant(LoraVariant):
 
 
 def _delta(layer: Any, adapter: str, weight: Tensor) -> Tensor:
-    gate = getattr(layer, GATES)[adapter].detach()
-    return (layer.get_delta_weight(adapter) * gate).to(weight.dtype)
+    return (layer.get_delta_weight(adapter) * _gate_value(layer, adapter)).to(weight.dtype)
 
 
 def _shift_bias(layer: Any, adapter: str, sign: int) -> None:
     """PEFT merges `lora_B.bias` itself, without the gate; add what is missing: (omega - 1) * scaling * bias."""
     bias = layer.lora_B[adapter].bias
     if layer.lora_bias[adapter] and bias is not None:
-        missing = (getattr(layer, GATES)[adapter].detach() - 1) * layer.scaling[adapter] * bias.detach()
+        missing = (_gate_value(layer, adapter) - 1) * layer.scaling[adapter] * bias.detach()
         layer.get_base_layer().bias.data += sign * missing
+
+
+def _gate_value(layer: Any, adapter: str) -> Tensor | float:
+    gate = gate_of(layer, adapter)
+    return 1.0 if gate is None else gate.detach()
 
 
 def check_supported(name: str, layer: Any, adapter: str) -> None:
@@ -89,7 +99,7 @@ def check_supported(name: str, layer: Any, adapter: str) -> None:
             "nn.Linear, Conv1D, and bitsandbytes, GPTQ and HQQ linear layers)."
         )
     variant = layer.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, GatedVariant):
+    if variant is not None and not isinstance(variant, KernelVariant):
         kind = type(variant).__name__.removesuffix("LinearVariant") or type(variant).__name__
         raise UnsupportedError(
             f"{name}: adapter {adapter!r} already uses the LoRA variant {kind}, and a layer takes one variant; "
@@ -100,6 +110,11 @@ def check_supported(name: str, layer: Any, adapter: str) -> None:
             f"{name}: adapter {adapter!r} is merged into the base weights, so it cannot be trained; call "
             "`model.unmerge_adapter()` first."
         )
+
+
+def use_kernel(layer: Any, adapter: str) -> None:
+    """Compute one adapter of a layer with our kernel; numbers and saved form stay those of a stock LoRA."""
+    layer.lora_variant[adapter] = KernelVariant()
 
 
 def add_gate(layer: Any, adapter: str) -> nn.Parameter:
@@ -113,7 +128,7 @@ def add_gate(layer: Any, adapter: str) -> nn.Parameter:
     weight = layer.lora_A[adapter].weight
     gate = nn.Parameter(torch.ones(1, dtype=weight.dtype, device=weight.device))
     getattr(layer, GATES)[adapter] = gate
-    layer.lora_variant[adapter] = GatedVariant()
+    use_kernel(layer, adapter)
     return gate
 
 
@@ -130,9 +145,8 @@ def freeze_gate(layer: Any, adapter: str) -> None:
 
 
 def remove_gate(layer: Any, adapter: str) -> None:
-    """Take the gate away; the adapter is a stock one again, without omega in its output."""
+    """Take the gate away: a plain LoRA is left, without omega in its output."""
     del getattr(layer, GATES)[adapter]
-    del layer.lora_variant[adapter]
 
 
 def remove_adapter(layer: Any, adapter: str) -> None:

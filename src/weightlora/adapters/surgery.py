@@ -32,7 +32,7 @@ def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Paramet
 
 @torch.no_grad()
 def fold(adapter: Adapter) -> tuple[nn.Parameter, float]:
-    """B <- omega B, and the gate goes: the layer computes what it did and is a stock LoRA layer again.
+    """B <- omega B, and the gate goes: the layer computes what it did and is a plain LoRA layer again.
 
     Returns:
         The gate that was removed and its value.

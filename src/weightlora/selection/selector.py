@@ -82,8 +82,7 @@ class Selector:
         self.dropped: list[str] = []
         self.adapters = attach.checked_adapters(model, self.key)
         self._limits = self._plan_limits()
-        if strategy.gates is not None:
-            attach.add_gates(model, self.key)
+        attach.prepare(self.adapters, gates=strategy.gates is not None)
         if strategy.reference_code:
             for adapter in self.adapters:
                 surgery.start_as_authors(adapter, seed)

@@ -1,0 +1,123 @@
+"""The benchmarks run and count right, at their smallest; what they time is not judged here."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+from weightlora import measure
+
+ROW_KEYS = {"id", "shape", "step_s", "step_ratio", "saved_bytes", "saved_bytes_ratio", "flops_ratio", "aten_ops"}
+
+
+class Benchmarks(NamedTuple):
+    models: ModuleType
+    speed: ModuleType
+    memory: ModuleType
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Benchmarks:
+    """They are no part of the package, so they are found from the repository's root."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    return Benchmarks(*(importlib.import_module(f"benchmarks.{name}") for name in Benchmarks._fields))
+
+
+def test_speed_measures_every_row_and_writes_json(benchmarks, tmp_path, capsys):
+    file = tmp_path / "speed.json"
+    benchmarks.speed.main(["--quick", "--shape", "bert", "--repeats", "1", "--json", str(file)])
+    result = json.loads(file.read_text())
+    rows = {row["id"]: row for row in result["rows"]}
+    assert list(rows) == list(benchmarks.speed.ROWS)
+    assert all(row.keys() == ROW_KEYS and row["shape"] == "bert" and row["step_s"] > 0 for row in rows.values())
+    reference = rows["peft_lora"]
+    assert reference["step_ratio"] == reference["saved_bytes_ratio"] == reference["flops_ratio"] == 1
+    assert result["machine"].keys() >= {"torch", "threads", "cpus"}
+    assert len(result["figures"]) == len(benchmarks.speed.FIGURES["bert"])
+    printed = capsys.readouterr().out
+    assert all(row in printed for row in rows)
+
+
+def test_the_floors_count_less_the_higher_backward_ends(benchmarks):
+    shape = benchmarks.models.QUICK["bert"]
+    ids = ["floor_head", "floor_last_block", "floor_top_third", "floor_all"]
+    loops = [benchmarks.speed.ROWS[row].build(shape) for row in ids]
+    for cost in (lambda loop: measure.flops(loop.step), lambda loop: benchmarks.speed.aten_ops(loop.step)):
+        costs = [cost(loop) for loop in loops]
+        assert costs == sorted(set(costs)), costs
+
+
+def test_rows_are_what_they_say(benchmarks):
+    models, rows = benchmarks.models, benchmarks.speed.ROWS
+    shape = models.QUICK["llama"]
+    scouting = rows["scouting"].build(shape)
+    assert len(scouting.modules) == 7 * shape.depth
+    for _ in range(3):
+        scouting.step()
+    assert min(scouting.method.selector.gate_values().values()) > 0 and not scouting.method.selector.done
+    for row, first in (("kept5_last_block", shape.depth - 1), ("kept5_top_third", shape.third), ("kept5_spread", 0)):
+        kept = rows[row].build(shape)
+        blocks = [int(name.split(".")[2]) for name in kept.modules]
+        assert len(blocks) == 5 and min(blocks) == first and max(blocks) == shape.depth - 1
+        assert kept.method is None and all(a.gate is None for a in models.list_adapters(kept.model))
+        kept.step()
+
+
+def test_full_size_shapes_have_the_adapters_they_promise(benchmarks):
+    bert, llama, checkpointing = benchmarks.models.SHAPES.values()
+    assert (bert.depth, llama.depth, checkpointing) == (
+        6,
+        12,
+        replace(llama, name="llama_checkpointing", checkpointing=True),
+    )
+    assert len(benchmarks.models.adapted_modules(bert)) == 36
+
+
+def test_spread_is_even_and_nested(benchmarks):
+    names = [str(i) for i in range(36)]
+    sets = [set(benchmarks.models.spread(names, k)) for k in range(37)]
+    assert all(len(s) == k and s <= after for k, (s, after) in enumerate(itertools.pairwise(sets)))
+    assert sets[3] == {"0", "18", "35"}
+
+
+def test_memory_rises_with_every_adapter_and_ours_is_never_above(benchmarks):
+    shape = replace(benchmarks.models.QUICK["bert"], batch=2, length=8)
+    memory = benchmarks.memory
+    points = [memory.measure_point(shape, *job) for job in memory.plan(memory.counts(shape, every=6))]
+    saved = {point[:3]: point.saved_bytes for point in points}
+    for placement in memory.PLACEMENTS:
+        ours, peft = ([saved[placement, source, k] for k in (0, 6, 12, 18, 24, 30, 36)] for source in memory.SOURCES)
+        assert ours == sorted(ours) and peft == sorted(peft)
+        assert ours[0] == peft[0] and all(a <= b for a, b in zip(ours, peft, strict=True))
+    assert saved["from the top", "ours", 6] < saved["from the bottom", "ours", 6]
+
+
+def test_mistakes_are_named(benchmarks, capsys, tmp_path):
+    for module, arguments, message in (
+        (benchmarks.speed, ["--rows", "scuoting"], "there is no row 'scuoting'"),
+        (benchmarks.speed, ["--repeats", "0"], "at least 1"),
+        (benchmarks.memory, ["--out", str(tmp_path / "plot.txt")], "must end in"),
+        (benchmarks.memory, ["--every", "0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            module.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_memory_plots_or_names_the_extra(benchmarks, tmp_path, monkeypatch):
+    arguments = ["--quick", "--every", "36", "--out", str(tmp_path / "memory.svg")]
+    with monkeypatch.context() as hidden:
+        hidden.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(SystemExit, match=r"weightlora\[report\]"):
+            benchmarks.memory.main(arguments)
+    pytest.importorskip("matplotlib")
+    benchmarks.memory.main(arguments)
+    assert (tmp_path / "memory.svg").read_text(encoding="utf-8").startswith("<?xml")

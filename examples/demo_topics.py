@@ -46,7 +46,7 @@ LORA = LoraConfig(
     # The blocks of the encoder only: a plain list of names would match the pooler's `dense` as well.
     target_modules=r".*encoder\.layer\..*\.(query|key|value|dense)",
 )
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 HEAD_ONLY_LEARNING_RATE = 3e-2  # a head alone has to go further: at 1e-3 it answers with the commonest topic
 MIN_QUESTIONS = 15
 console = Console()
@@ -112,7 +112,6 @@ def train(model, rows: list[dict], collate, *, learning_rate: float, options, fo
         num_train_epochs=options.epochs,
         per_device_train_batch_size=16,
         learning_rate=learning_rate,
-        warmup_steps=0.1,  # as a share of the run
         seed=options.seed,
         save_strategy="no",
         logging_strategy="no",
@@ -246,7 +245,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--keep", type=int, default=5, help="adapters to keep, 1 to 36 (default: 5)")
-    parser.add_argument("--epochs", type=float, default=6, help="passes over the questions (default: 6)")
+    parser.add_argument("--epochs", type=float, default=10, help="passes over the questions (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the head, the adapters and the order (default: 0)")
     parser.add_argument("--quick", action="store_true", help="one epoch and a rough timing")
     options = parser.parse_args()

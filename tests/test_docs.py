@@ -69,6 +69,11 @@ def test_the_file_tree_names_every_file_and_no_other():
             folder = path
         else:
             named.add(path)
-    shown = [p for f in ("src/weightlora", "scripts", "docs", "examples") for p in (ROOT / f).rglob("*") if p.is_file()]
+    shown = [
+        p
+        for f in ("src/weightlora", "scripts", "docs", "examples", "benchmarks")
+        for p in (ROOT / f).rglob("*")
+        if p.is_file()
+    ]
     real = {str(p.relative_to(ROOT)) for p in shown if "__pycache__" not in p.parts and p.suffix != ".pyc"}
     assert real - named == set() and {n for n in named if not (ROOT / n).exists()} == set()

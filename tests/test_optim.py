@@ -135,7 +135,8 @@ def test_moments_follow_a_rescaled_parameter():
 def test_lr_scale_follows_the_scheduler_of_the_gates_group():
     gate, weight = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0}, {"params": [gate], "lr": 5.0}])
-    assert optim.lr_scale(optimizer, gate) == 1.0
+    own, other = optim.group_of(optimizer, gate), optim.group_of(optimizer, weight)
+    assert own is optimizer.param_groups[1] and optim.lr_scale(own) == 1.0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 0.5, lambda _: 0.25])
-    assert optim.lr_scale(optimizer, gate) == 0.25 and optim.lr_scale(optimizer, weight) == 0.5
+    assert optim.lr_scale(own) == 0.25 and optim.lr_scale(other) == 0.5
     assert schedule.last_epoch == 0

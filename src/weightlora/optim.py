@@ -173,10 +173,14 @@ def host(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def lr_scale(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) -> float:
-    """How far a scheduler has moved the learning rate of `parameter`'s group from where it started; 1 without one."""
+def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The parameter group that holds `parameter`, or the first one where none does."""
     groups = host(optimizer).param_groups
-    group = next((g for g in groups if any(p is parameter for p in g["params"])), groups[0])
+    return next((g for g in groups if any(p is parameter for p in g["params"])), groups[0])
+
+
+def lr_scale(group: dict[str, Any]) -> float:
+    """How far a scheduler has moved a group's learning rate from where it started; 1 without a scheduler."""
     initial = group.get("initial_lr")
     return float(group["lr"] / initial) if initial else 1.0
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,7 @@ class Selector:
         if strategy.reference_code:
             for adapter in self.adapters:
                 surgery.start_as_authors(adapter, seed)
+        self._list_parameters()
         self.capacity = sum(a.parameters for a in self.adapters)
         self._cuts: tuple[int, ...] | None = (0,) if strategy.when.after == 0 else None
         self._gradients: torch.Tensor | None = None
@@ -140,7 +142,7 @@ class Selector:
         rule = self.strategy.gates
         if self.done or rule is None:
             return
-        gates = self._gates()
+        gates = self._gates
         self._gradients = torch.cat([torch.zeros_like(g) if g.grad is None else g.grad for g in gates])
         if not torch.isfinite(self._gradients).all():
             raise DivergedError(
@@ -148,12 +150,11 @@ class Selector:
                 "selected, so the loss has diverged. The weights are those of the step before, and checkpoints are "
                 "untouched; lower the learning rate (or `gate_lr`), or look at the batch."
             )
-        off = [False] * len(gates) if self.strategy.reference_code else (torch.cat(list(gates)) == 0).tolist()
-        for adapter, gate, masked in zip(self.adapters, gates, off, strict=True):
+        for gate in gates:
             gate.grad = None
-            if masked or rule.holds_weights:
-                for parameter in adapter.weights:
-                    parameter.grad = None
+        for i in self._at_rest(rule):
+            for parameter in self._weights[i]:
+                parameter.grad = None
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
@@ -170,28 +171,45 @@ class Selector:
         self._cut(optimizer)
         return True
 
-    def _gates(self) -> list[nn.Parameter]:
-        return [gate for a in self.adapters if (gate := a.gate) is not None]
+    def _at_rest(self, rule: GateRule) -> Iterable[int]:
+        """Which adapters' A and B must not move in this step."""
+        if rule.holds_weights:
+            return range(len(self.adapters))
+        if self.strategy.reference_code:
+            return ()
+        return (torch.cat(self._gates) == 0).nonzero().flatten().tolist()
+
+    def _list_parameters(self) -> None:
+        """Looked up once, since with thousands of adapters the way through their modules is felt at every step."""
+        self._gates: list[torch.Tensor] = [gate for a in self.adapters if (gate := a.gate) is not None]
+        self._weights = [a.weights for a in self.adapters]
+        self._group: dict[str, Any] | None = None  # of the optimizer, the one with the gates
 
     def _move_gates(self, optimizer: torch.optim.Optimizer | None) -> None:
-        rule, gates = self.strategy.gates, self._gates()
+        rule, gates = self.strategy.gates, self._gates
         assert rule is not None and self._gradients is not None
-        lr = rule.lr * (1.0 if optimizer is None else optim.lr_scale(optimizer, gates[0]))
+        lr = rule.lr * (1.0 if optimizer is None else optim.lr_scale(self._group_of_gates(optimizer)))
         limit = self._limits[self.rounds_done]
-        values = rule.update(torch.cat(list(gates)), self._gradients, lr=lr, step=self.global_step, choose=limit.choose)
-        # One call for all gates: a loop over thousands of experts' gates would be felt at every step.
-        torch._foreach_copy_([g.data for g in gates], list(values.split(1)))  # pyright: ignore[reportPrivateImportUsage]
+        values = rule.update(torch.cat(gates), self._gradients, lr=lr, step=self.global_step, choose=limit.choose)
+        torch._foreach_copy_(gates, list(values.split(1)))  # pyright: ignore[reportPrivateImportUsage]
         self._informed = self._informed or bool(self._gradients.norm() > NO_GRADIENT)
         self._gradients = None
         every = max(1, (self._cuts or (1,))[-1] // GATE_RECORDS)
         if self.global_step % every == 0:
             self.events.add("gates", self.global_step, gates=self.gate_values())
 
+    def _group_of_gates(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Searched for once, and again when the optimizer was given other groups, as loading its state does."""
+        if not any(group is self._group for group in optim.host(optimizer).param_groups):
+            self._group = optim.group_of(optimizer, self._gates[0])
+        assert self._group is not None
+        return self._group
+
     def gate_values(self) -> dict[str, float]:
         """omega of every adapter that has one, by name."""
-        gated = [a for a in self.adapters if a.gate is not None]
-        values = torch.cat([g.detach() for g in self._gates()]).tolist() if gated else []
-        return dict(zip((a.name for a in gated), values, strict=True))
+        if not self._gates:
+            return {}
+        return dict(zip((a.name for a in self.adapters), torch.cat(self._gates).tolist(), strict=True))
 
     # -- the cut -------------------------------------------------------------------------------------------------
 
@@ -214,6 +232,7 @@ class Selector:
         self._record_cut(cut, scores, before)
         notes = [note for action in self.strategy.then if (note := action(cut))]
         self.adapters = [a for i, a in enumerate(self.adapters) if i in kept]
+        self._list_parameters()
         self._limits = [limit.among(sorted(kept)) for limit in self._limits]
         for name, facts in notes:
             self.events.add(name, self.global_step, **facts)
@@ -225,8 +244,7 @@ class Selector:
         if mask.any():
             return set(mask.nonzero().flatten().tolist())
         logger.warning("no gate is above 0 at the cut; one adapter is kept all the same, since a LoRA needs one.")
-        gates = torch.cat([g.detach() for g in self._gates()]) if self._gates() else scores
-        return {int(gates.argmax())}
+        return {int(torch.cat(self._gates).argmax())}
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -288,6 +306,7 @@ class Selector:
         attached = [i for i, a in enumerate(self.adapters) if a.name not in set(state["dropped"])]
         self._limits = [limit.among(attached) for limit in self._limits]
         self.adapters = attach.list_adapters(self.model, self.key)
+        self._list_parameters()
         self.global_step, self.rounds_done = state["global_step"], state["rounds_done"]
         self.done, self.capacity, self.seed = state["done"], state["capacity"], state["seed"]
         self._informed = state["informed"]

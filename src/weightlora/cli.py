@@ -143,6 +143,7 @@ def export(
     """
     from weightlora import export as export_run
 
+    _log_to_stderr()
     export_run(run, out, portable=portable, merged=merged)
     print(f"Written to {out}")
 

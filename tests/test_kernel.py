@@ -28,7 +28,7 @@ class Problem:
         self.dy = torch.randn(2, 5, D_OUT, dtype=dtype)
 
     def fused(self, p: float = 0.0) -> Tensor:
-        return kernel.add_update(self.base(self.x), self.x, self.A, self.B, self.gate, SCALING, p)
+        return kernel.add_update(self.base(self.x), self.x, self.A, self.B, self.gate, SCALING, p, self.base)
 
     def ordinary(self, mask: Tensor | None = None) -> Tensor:
         x = self.x if mask is None else self.x * mask
@@ -37,6 +37,7 @@ class Problem:
 
     def gradients(self, y: Tensor) -> list[Tensor]:
         inputs = [self.x, self.A.weight, self.B.weight, *([self.gate] if self.gate is not None else [])]
+        inputs += [q for q in self.base.parameters() if q.requires_grad]
         return [y.detach(), *torch.autograd.grad((y * self.dy).sum(), inputs)]
 
 
@@ -44,15 +45,16 @@ def drawn_mask(seed: int, p: float, shape: torch.Size) -> Tensor:
     """The scaled mask that the kernel draws when the generator is at `seed`."""
     torch.manual_seed(seed)
     own = int(torch.randint(0, 1 << 62, (1,)))
-    keep = kernel._keep(own, p, torch.empty(shape, dtype=torch.float64), 0).clone()
-    return keep / (1 - round(p * 65536) / 65536)
+    return kernel._dropped_out(torch.ones(shape, dtype=torch.float64), p, own).clone() / (1 - p)
 
 
+@pytest.mark.parametrize("trained_base", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_output_and_gradients_are_those_of_ordinary_operations(p, bias, gated):
+def test_output_and_gradients_are_those_of_ordinary_operations(p, bias, gated, trained_base):
     problem = Problem(bias=bias, gated=gated)
+    problem.base.requires_grad_(trained_base)
     mask = drawn_mask(5, p, problem.x.shape) if p else None
     torch.manual_seed(5)
     for found, expected in zip(
@@ -61,13 +63,15 @@ def test_output_and_gradients_are_those_of_ordinary_operations(p, bias, gated):
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("fused_base", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_first_and_second_derivatives_are_those_of_finite_differences(p):
+def test_first_and_second_derivatives_are_those_of_finite_differences(p, fused_base):
     problem = Problem()
+    W = problem.base.weight if fused_base else None
 
     def f(x, A, B, gate):
-        base = torch.zeros(10, D_OUT, dtype=torch.float64) + 0 * x.sum()
-        return kernel._LowRank.apply(base, x, A, B, gate, SCALING, p, 3)
+        base = x.reshape(-1, D_IN) @ problem.base.weight.T
+        return kernel._LowRank.apply(base if W is None else base.detach(), x, W, A, B, gate, SCALING, p, 3)
 
     inputs = (problem.x, problem.A.weight, problem.B.weight, problem.gate)
     assert torch.autograd.gradcheck(f, inputs)
@@ -145,17 +149,32 @@ def test_it_runs_where_nothing_stands_in_its_way(monkeypatch):
 
 
 def masks(p: float, draws: int, n: int = 4096) -> Tensor:
-    like = torch.empty(n)
-    return torch.stack([kernel._keep(int(torch.randint(0, 1 << 62, (1,))), p, like, 0).clone() for _ in range(draws)])
+    ones = torch.ones(n)
+    return torch.stack(
+        [kernel._dropped_out(ones, p, int(torch.randint(0, 1 << 62, (1,)))).clone() for _ in range(draws)]
+    )
 
 
-@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 1 / 65536])
-def test_the_probability_is_exact_to_a_65536th(p):
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.9, 1 / 65536])
+def test_the_probability_is_exact(p):
     torch.manual_seed(0)
     found = masks(p, 200)
     n, rate = found.numel(), 1 - found.mean(dtype=torch.float64).item()
-    assert abs(rate - p) < 5 * math.sqrt(p * (1 - p) / n) + 0.5 / 65536
+    assert abs(rate - p) < 5 * math.sqrt(p * (1 - p) / n)
     assert set(found.unique().tolist()) <= {0.0, 1.0}
+    places = (1 - found).mean(0, dtype=torch.float64)  # the first and the last place too
+    assert (places - p).abs().max() < 6 * math.sqrt(p * (1 - p) / 200) + 1 / 200
+
+
+def test_runs_of_kept_places_have_the_geometric_distribution():
+    p, n = 0.2, 400_000
+    places = kernel._dropped(7, p, n)
+    gaps = places.diff()
+    assert places[0] >= 0 and places[-1] < n and (gaps > 0).all()
+    for k in range(1, 12):
+        expected = p * (1 - p) ** (k - 1)
+        share = (gaps == k).double().mean().item()
+        assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / len(gaps))
 
 
 def test_masks_of_different_calls_places_and_seeds_are_independent():
@@ -193,7 +212,7 @@ def test_recomputation_under_checkpointing_draws_the_same_mask(reentrant):
     torch.manual_seed(2)
     problem.A.weight.grad = None
     y = checkpoint(
-        lambda x: kernel.add_update(problem.base(x), x, problem.A, problem.B, problem.gate, SCALING, 0.3),
+        lambda x: kernel.add_update(problem.base(x), x, problem.A, problem.B, problem.gate, SCALING, 0.3, problem.base),
         problem.x,
         use_reentrant=reentrant,
     )

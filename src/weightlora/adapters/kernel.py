@@ -4,13 +4,15 @@
 
 Ordinary operations keep for backward a dropped-out copy of x and a mask for every adapter, and write the update to a
 tensor of its own before it is added. This node adds into the base output in place and keeps x itself, which q, k and v
-share, h = A (m o x) of rank r, and the parameters. The mask is drawn again in backward from the seed it was drawn from
-in forward, so dropout costs no memory. The gate's gradient needs no dense product: with v = B^T dy it is
-scaling * <h, v>.
+share, h = A (m o x) of rank r, and the parameters. What dropout drops is drawn again in backward from the seed it was
+drawn from in forward, so dropout costs no memory. The gate's gradient needs no dense product: with v = B^T dy it is
+scaling * <h, v>. Where the base layer is a frozen `nn.Linear`, its own gradient dy W is added to ours in the same
+product, which saves two passes over a tensor of the size of x.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -19,11 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_LEVELS = 1 << 16  # dropout probabilities are exact to 1 / 65536
-
 
 def add_update(
-    base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module, gate: Tensor | None, scaling: float, p: float
+    base: Tensor,
+    x: Tensor,
+    lora_A: nn.Module,
+    lora_B: nn.Module,
+    gate: Tensor | None,
+    scaling: float,
+    p: float,
+    base_layer: nn.Module | None = None,
 ) -> Tensor:
     """base + omega scaling B A dropout(x), in place of `base` where that is possible.
 
@@ -32,15 +39,19 @@ def add_update(
         x: its input, (..., d_in).
         gate: omega, shape (1,), or None for 1.
         p: dropout probability, 0 outside training.
+        base_layer: the layer `base` is the output of, if it is that and nothing was added to it yet.
     """
     if p > 0 and x.device.type != "cpu":
         x, p = F.dropout(x, p), 0.0  # the device's own fused kernel; it keeps its mask
-    if not _can_fuse(base, x, lora_A, lora_B):
+    if not _can_fuse(base, x, lora_A, lora_B) or p >= 1:
         return _ordinary(base, x, lora_A, lora_B, gate, scaling, p)
     seed = int(torch.randint(0, 1 << 62, (1,))) if p > 0 else 0
     # F.linear returns a view of its product where it flattens tokens; a change of the view would copy its gradient.
     target = base if base._base is None else base._base
-    summed: Any = _LowRank.apply(target, x, lora_A.weight, lora_B.weight, gate, scaling, p, seed)
+    frozen = _frozen_weight(base_layer, base) if x.requires_grad and torch.is_grad_enabled() else None
+    if frozen is not None:
+        target = target.detach()
+    summed: Any = _LowRank.apply(target, x, frozen, lora_A.weight, lora_B.weight, gate, scaling, p, seed)
     return summed.view(base.shape)
 
 
@@ -50,14 +61,24 @@ def _can_fuse(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> 
         return False
     if base._base is not None and (base._base.numel() != base.numel() or not base._base.is_contiguous()):
         return False
-    for linear in (lora_A, lora_B):
-        if type(linear) is not nn.Linear or linear.bias is not None:
-            return False
-        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or hasattr(linear, "_hf_hook"):
-            return False
+    if not (_is_plain(lora_A) and _is_plain(lora_B)) or lora_A.bias is not None or lora_B.bias is not None:
+        return False
     if torch.is_autocast_enabled(x.device.type):
         return base.dtype == torch.get_autocast_dtype(x.device.type)
     return base.dtype == x.dtype == lora_A.weight.dtype == lora_B.weight.dtype
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and not hooked and not hasattr(linear, "_hf_hook")
+
+
+def _frozen_weight(layer: nn.Module | None, base: Tensor) -> Tensor | None:
+    """W, where dL/dx through the base layer is dy W and nothing else wants to know about it."""
+    if layer is None or not _is_plain(layer) or any(p.requires_grad for p in layer.parameters(recurse=False)):
+        return None
+    weight: Any = layer.weight
+    return weight if weight.dtype == base.dtype else None
 
 
 def _ordinary(
@@ -73,77 +94,101 @@ class _LowRank(torch.autograd.Function):
     """See the module's docstring; shapes with T tokens: x (T, d_in), h and v (T, r), base and dy (T, d_out)."""
 
     @staticmethod
-    def forward(ctx: Any, base, x, A, B, gate, scaling, p, seed):
-        ctx.scaling, ctx.p, ctx.seed, ctx.dtype = scaling, p, seed, base.dtype
+    def forward(ctx: Any, base, x, W, A, B, gate, scaling, p, seed):
+        ctx.scaling, ctx.p, ctx.seed, ctx.dtype = scaling / (1 - p), p, seed, base.dtype
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(base.dtype)
-            dropped = rows if p == 0 else torch.mul(rows, _keep(seed, p, rows, 0), out=_scratch(rows, 1))
-            h = dropped @ A.to(base.dtype).T
-            gain = _gain(gate, scaling, p).to(base.dtype)
+            h = _dropped_out(_rows(x, base.dtype), p, seed) @ A.to(base.dtype).T
             target = base.view(-1, base.shape[-1])
-            torch.addmm(target, h * gain, B.to(base.dtype).T, out=target)  # `addmm_` is not seen by FLOP counters
+            update = h * _gain(gate, ctx.scaling, base.dtype)
+            torch.addmm(target, update, B.to(base.dtype).T, out=target)  # `addmm_` is not seen by FLOP counters
         ctx.mark_dirty(base)
-        ctx.save_for_backward(x, h, A, B, gate)
+        ctx.save_for_backward(x, W, h, A, B, gate)
         return base
 
     @staticmethod
     def backward(ctx: Any, dy):
-        x, h, A, B, gate = ctx.saved_tensors
+        x, W, h, A, B, gate = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, dy, x, A, B, gate)
-        _, need_x, need_A, need_B, need_gate = ctx.needs_input_grad[:5]
-        rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        dy_rows = dy.reshape(-1, dy.shape[-1])
-        gain = _gain(gate, ctx.scaling, ctx.p).to(ctx.dtype)
+            return _differentiable_backward(ctx, dy, x, W, A, B, gate)
+        _, need_x, _, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
+        rows, dy_rows = _rows(x, ctx.dtype), _rows(dy, ctx.dtype)
+        gain = _gain(gate, ctx.scaling, ctx.dtype)
         v = dy_rows @ B.to(ctx.dtype)
-        d_B = ((dy_rows.T @ h) * gain).to(B.dtype) if need_B else None
-        d_gate = ((h * v).sum() * _gain(None, ctx.scaling, ctx.p)).to(gate.dtype).reshape(1) if need_gate else None
+        d_gate = ((h * v).sum() * ctx.scaling).to(gate.dtype).reshape(1) if need_gate else None
+        d_B = (dy_rows.T @ (h * gain)).to(B.dtype) if need_B else None
         v = v * gain
-        keep = _keep(ctx.seed, ctx.p, rows, 0) if ctx.p > 0 and (need_A or need_x) else None
-        d_A = d_x = None
-        if need_A:
-            dropped = rows if keep is None else torch.mul(rows, keep, out=_scratch(rows, 1))
-            d_A = (v.T @ dropped).to(A.dtype)
+        d_A = (v.T @ _dropped_out(rows, ctx.p, ctx.seed)).to(A.dtype) if need_A else None
+        d_x = None
         if need_x:
             d_x = v @ A.to(ctx.dtype)
-            d_x = (d_x if keep is None else d_x.mul_(keep)).to(x.dtype).view(x.shape)
-        return dy, d_x, d_A, d_B, d_gate, None, None, None
+            if ctx.p > 0:
+                d_x.view(-1).index_fill_(0, _dropped(ctx.seed, ctx.p, d_x.numel()), 0)
+            if W is not None:
+                torch.addmm(d_x, dy_rows, W, out=d_x)
+            d_x = d_x.to(x.dtype).view(x.shape)
+        return (dy if W is None else None), d_x, None, d_A, d_B, d_gate, None, None, None
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None):
+def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, gate: Any):
     """The same gradients through ordinary operations, for whoever differentiates them again."""
-    inputs = [x, A, B, *([gate] if gate is not None else [])]
-    keep = _keep(ctx.seed, ctx.p, x.reshape(-1, x.shape[-1]).to(ctx.dtype), 0).clone() if ctx.p > 0 else None
     with torch.enable_grad():
-        dropped = x.to(ctx.dtype) if keep is None else x.to(ctx.dtype) * keep.view(x.shape)
-        update = (dropped @ A.to(ctx.dtype).T * _gain(gate, ctx.scaling, ctx.p)) @ B.to(ctx.dtype).T
-        wanted = [t for t in inputs if t.requires_grad]
-        found = iter(torch.autograd.grad(update, wanted, dy.reshape(update.shape), create_graph=True))
-    gradients = [next(found) if t.requires_grad else None for t in inputs]
-    return dy, *gradients[:3], (gradients[3] if gate is not None else None), None, None, None
+        dropped = rows = _rows(x, ctx.dtype)
+        if ctx.p > 0:
+            dropped = rows * _dropped_out(torch.ones_like(rows), ctx.p, ctx.seed).clone()
+        y = (dropped @ A.to(ctx.dtype).T * _gain(gate, ctx.scaling, ctx.dtype)) @ B.to(ctx.dtype).T
+        if W is not None:
+            y = y + rows @ W.T
+        inputs = [x, A, B, gate]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, dy.reshape(y.shape), create_graph=True))
+    d_x, d_A, d_B, d_gate = (next(found) if t is not None and t.requires_grad else None for t in inputs)
+    return (dy if W is None else None), d_x, None, d_A, d_B, d_gate, None, None, None
 
 
-def _gain(gate: Tensor | None, scaling: float, p: float) -> Tensor:
-    """omega * scaling / (1 - p), with the p that is really drawn."""
-    number = scaling / (1 - round(p * _LEVELS) / _LEVELS)
-    return torch.tensor(number, dtype=torch.float64) if gate is None else gate * number
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
-def _keep(seed: int, p: float, like: Tensor, slot: int) -> Tensor:
-    """The mask of a seed as numbers 0 and 1 in the shape and dtype of `like`, in a buffer that the next call reuses."""
-    raw = np.random.SFC64(seed).random_raw((like.numel() + 3) // 4).view(np.int16)[: like.numel()]
-    dropped_below = round(p * _LEVELS) - _LEVELS // 2
-    drawn = torch.from_numpy(raw).view(like.shape)
-    return torch.ge(drawn, dropped_below, out=_scratch(like, slot))
+def _gain(gate: Tensor | None, scaling: float, dtype: torch.dtype) -> Any:
+    return scaling if gate is None else (gate * scaling).to(dtype)
+
+
+def _dropped_out(rows: Tensor, p: float, seed: int) -> Tensor:
+    """`rows` with zeros where dropout drops, not rescaled, in a buffer that the next call reuses."""
+    if p == 0:
+        return rows
+    copy = _scratch(rows).copy_(rows)
+    copy.view(-1).index_fill_(0, _dropped(seed, p, rows.numel()), 0)
+    return copy
+
+
+def _dropped(seed: int, p: float, n: int) -> Tensor:
+    """Places among n, in order, that independent draws with probability p choose; the same for the same seed.
+
+    Instead of n draws it makes the pn that matter: from one chosen place to the next it is 1 + floor(E / -log(1 - p))
+    steps with E standard exponential, which is the geometric distribution, exact in double precision.
+    """
+    generator = np.random.Generator(np.random.SFC64(seed))
+    expected = int(n * p + 6 * math.sqrt(n * p * (1 - p)) + 8)  # hardly ever too few; then there is another round
+    places, last = [], -1
+    while last < n:
+        gaps = generator.standard_exponential(expected)
+        gaps /= -math.log1p(-p)
+        steps = np.minimum(gaps, n).astype(np.int64)
+        steps += 1
+        steps[0] += last
+        places.append(np.cumsum(steps, out=steps))
+        last = int(steps[-1])
+    chosen = places[0] if len(places) == 1 else np.concatenate(places)
+    return torch.from_numpy(chosen[: np.searchsorted(chosen, n)])
 
 
 _buffers = threading.local()
 
 
-def _scratch(like: Tensor, slot: int) -> Tensor:
+def _scratch(like: Tensor) -> Tensor:
     """A reused buffer of this thread: memory fresh from the system costs more than what is written to it."""
-    held: dict[Any, Tensor] = _buffers.__dict__.setdefault("held", {})
-    key = (slot, like.dtype)
-    if key not in held or held[key].numel() < like.numel():
-        held[key] = torch.empty(like.numel(), dtype=like.dtype)
-    return held[key][: like.numel()].view(like.shape)
+    held: dict[torch.dtype, Tensor] = _buffers.__dict__.setdefault("held", {})
+    if like.dtype not in held or held[like.dtype].numel() < like.numel():
+        held[like.dtype] = torch.empty(like.numel(), dtype=like.dtype)
+    return held[like.dtype][: like.numel()].view(like.shape)

@@ -49,6 +49,8 @@ class KernelVariant(LoraVariant):
             gate_of(module, active_adapter),
             module.scaling[active_adapter],
             dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+            # With several active adapters `result` may hold another one's update already.
+            module.get_base_layer() if len(module.active_adapters) == 1 else None,
         )
 
     @staticmethod

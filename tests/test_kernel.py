@@ -45,7 +45,12 @@ def drawn_mask(seed: int, p: float, shape: torch.Size) -> Tensor:
     """The scaled mask that the kernel draws when the generator is at `seed`."""
     torch.manual_seed(seed)
     own = int(torch.randint(0, 1 << 62, (1,)))
-    return kernel._dropped_out(torch.ones(shape, dtype=torch.float64), p, own).clone() / (1 - p)
+    return kept(own, p, shape.numel(), torch.float64).view(shape) / (1 - p)
+
+
+def kept(seed: int, p: float, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """1 where the kernel keeps, 0 where it drops."""
+    return kernel._zero_(torch.ones(n, dtype=dtype), kernel._dropped(seed, p, n))
 
 
 @pytest.mark.parametrize("trained_base", [True, False])
@@ -101,10 +106,10 @@ def saved(run) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_only_the_input_and_rank_r_is_kept_with_dropout_as_without(p):
     problem = Problem()
-    _, kept = saved(lambda: problem.fused(p))
+    _, tensors = saved(lambda: problem.fused(p))
     frozen = problem.base.weight.data_ptr()
-    shapes = sorted(tuple(t.shape) for t in kept if t.data_ptr() != frozen)
-    assert shapes == sorted([(2, 5, D_IN), (10, R), (R, D_IN), (D_OUT, R), (1,)])
+    shapes = sorted(tuple(t.shape) for t in tensors if t.data_ptr() != frozen)
+    assert shapes == sorted([(2, 5, D_IN), (10, R), (R, D_IN), (D_OUT, R), (1,), (1,)])
 
 
 def test_layers_that_read_the_same_tensor_keep_it_once():
@@ -112,8 +117,8 @@ def test_layers_that_read_the_same_tensor_keep_it_once():
     problems = [Problem() for _ in range(3)]
     for problem in problems:
         problem.x = x
-    _, kept = saved(lambda: sum(p.fused(0.1) for p in problems))
-    assert sum(t.shape == x.shape for t in kept) == 1
+    _, tensors = saved(lambda: sum(p.fused(0.1) for p in problems))
+    assert sum(t.shape == x.shape for t in tensors) == 1
 
 
 FALLBACKS = {
@@ -149,10 +154,7 @@ def test_it_runs_where_nothing_stands_in_its_way(monkeypatch):
 
 
 def masks(p: float, draws: int, n: int = 4096) -> Tensor:
-    ones = torch.ones(n)
-    return torch.stack(
-        [kernel._dropped_out(ones, p, int(torch.randint(0, 1 << 62, (1,)))).clone() for _ in range(draws)]
-    )
+    return torch.stack([kept(int(torch.randint(0, 1 << 62, (1,))), p, n) for _ in range(draws)])
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.9, 1 / 65536])
@@ -168,7 +170,7 @@ def test_the_probability_is_exact(p):
 
 def test_runs_of_kept_places_have_the_geometric_distribution():
     p, n = 0.2, 400_000
-    places = kernel._dropped(7, p, n)
+    places = torch.from_numpy(kernel._dropped(7, p, n))
     gaps = places.diff()
     assert places[0] >= 0 and places[-1] < n and (gaps > 0).all()
     for k in range(1, 12):
@@ -219,6 +221,12 @@ def test_recomputation_under_checkpointing_draws_the_same_mask(reentrant):
     (y * problem.dy).sum().backward()
     for found, expected in zip((problem.x.grad, problem.A.weight.grad, problem.B.weight.grad), plain[1:4], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_dropout_in_half_precision_is_the_same_dropout():
+    rows = torch.ones(50, 40, dtype=torch.bfloat16)
+    assert torch.equal(kernel._without(rows, kernel._dropped(3, 0.3, 2000)).float().flatten(), kept(3, 0.3, 2000))
+    assert (rows == 1).all()
 
 
 def test_evaluation_drops_nothing():

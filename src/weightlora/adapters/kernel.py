@@ -13,7 +13,6 @@ product, which saves two passes over a tensor of the size of x.
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -97,32 +96,34 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx: Any, base, x, W, A, B, gate, scaling, p, seed):
         ctx.scaling, ctx.p, ctx.seed, ctx.dtype = scaling / (1 - p), p, seed, base.dtype
         with torch.autocast(x.device.type, enabled=False):
-            h = _dropped_out(_rows(x, base.dtype), p, seed) @ A.to(base.dtype).T
-            target = base.view(-1, base.shape[-1])
-            update = h * _gain(gate, ctx.scaling, base.dtype)
-            torch.addmm(target, update, B.to(base.dtype).T, out=target)  # `addmm_` is not seen by FLOP counters
+            rows = _rows(x, base.dtype)
+            h = torch.mm(_without(rows, _dropped(seed, p, rows.numel())), A.to(base.dtype).t())
+            target = base if base.dim() == 2 else base.view(-1, base.shape[-1])
+            gain = ctx.scaling if gate is None else (gate * ctx.scaling).to(base.dtype)
+            # `addmm_` would do the same and is not seen by FLOP counters
+            torch.addmm(target, h * gain, B.to(base.dtype).t(), out=target)
         ctx.mark_dirty(base)
-        ctx.save_for_backward(x, W, h, A, B, gate)
+        ctx.gain = gain if gate is None else None
+        ctx.save_for_backward(x, W, h, A, B, gate, None if gate is None else gain)
         return base
 
     @staticmethod
     def backward(ctx: Any, dy):
-        x, W, h, A, B, gate = ctx.saved_tensors
+        x, W, h, A, B, gate, gain = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy, x, W, A, B, gate)
         _, need_x, _, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
         rows, dy_rows = _rows(x, ctx.dtype), _rows(dy, ctx.dtype)
-        gain = _gain(gate, ctx.scaling, ctx.dtype)
-        v = dy_rows @ B.to(ctx.dtype)
-        d_gate = ((h * v).sum() * ctx.scaling).to(gate.dtype).reshape(1) if need_gate else None
-        d_B = (dy_rows.T @ (h * gain)).to(B.dtype) if need_B else None
+        gain = ctx.gain if gain is None else gain
+        dropped = _dropped(ctx.seed, ctx.p, rows.numel())
+        v = torch.mm(dy_rows, B.to(ctx.dtype))
+        d_gate = ((h * v).sum() * ctx.scaling).to(gate.dtype).view(1) if need_gate else None
+        d_B = torch.mm(dy_rows.t(), h * gain).to(B.dtype) if need_B else None
         v = v * gain
-        d_A = (v.T @ _dropped_out(rows, ctx.p, ctx.seed)).to(A.dtype) if need_A else None
+        d_A = torch.mm(v.t(), _without(rows, dropped)).to(A.dtype) if need_A else None
         d_x = None
         if need_x:
-            d_x = v @ A.to(ctx.dtype)
-            if ctx.p > 0:
-                d_x.view(-1).index_fill_(0, _dropped(ctx.seed, ctx.p, d_x.numel()), 0)
+            d_x = _zero_(torch.mm(v, A.to(ctx.dtype)), dropped)
             if W is not None:
                 torch.addmm(d_x, dy_rows, W, out=d_x)
             d_x = d_x.to(x.dtype).view(x.shape)
@@ -134,8 +135,9 @@ def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor, W: Tensor | None, 
     with torch.enable_grad():
         dropped = rows = _rows(x, ctx.dtype)
         if ctx.p > 0:
-            dropped = rows * _dropped_out(torch.ones_like(rows), ctx.p, ctx.seed).clone()
-        y = (dropped @ A.to(ctx.dtype).T * _gain(gate, ctx.scaling, ctx.dtype)) @ B.to(ctx.dtype).T
+            dropped = rows * _zero_(torch.ones_like(rows), _dropped(ctx.seed, ctx.p, rows.numel()))
+        gain = ctx.scaling if gate is None else (gate * ctx.scaling).to(ctx.dtype)
+        y = (dropped @ A.to(ctx.dtype).T * gain) @ B.to(ctx.dtype).T
         if W is not None:
             y = y + rows @ W.T
         inputs = [x, A, B, gate]
@@ -146,28 +148,33 @@ def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor, W: Tensor | None, 
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).to(dtype)
 
 
-def _gain(gate: Tensor | None, scaling: float, dtype: torch.dtype) -> Any:
-    return scaling if gate is None else (gate * scaling).to(dtype)
+def _without(rows: Tensor, dropped: np.ndarray | None) -> Tensor:
+    """A copy of `rows` with zeros where dropout drops, not rescaled; `rows` itself where nothing is dropped."""
+    return rows if dropped is None else _zero_(rows.clone(memory_format=torch.contiguous_format), dropped)
 
 
-def _dropped_out(rows: Tensor, p: float, seed: int) -> Tensor:
-    """`rows` with zeros where dropout drops, not rescaled, in a buffer that the next call reuses."""
-    if p == 0:
+def _zero_(rows: Tensor, dropped: np.ndarray | None) -> Tensor:
+    """`rows` with zeros at flat places, in place; through NumPy, which needs no tensor of the places."""
+    if dropped is None:
         return rows
-    copy = _scratch(rows).copy_(rows)
-    copy.view(-1).index_fill_(0, _dropped(seed, p, rows.numel()), 0)
-    return copy
+    if rows.dtype == torch.bfloat16:  # unknown to NumPy, of which only the size matters here
+        rows.view(torch.int16).numpy().reshape(-1)[dropped] = 0
+    else:
+        rows.numpy().reshape(-1)[dropped] = 0
+    return rows
 
 
-def _dropped(seed: int, p: float, n: int) -> Tensor:
+def _dropped(seed: int, p: float, n: int) -> np.ndarray | None:
     """Places among n, in order, that independent draws with probability p choose; the same for the same seed.
 
     Instead of n draws it makes the pn that matter: from one chosen place to the next it is 1 + floor(E / -log(1 - p))
     steps with E standard exponential, which is the geometric distribution, exact in double precision.
     """
+    if p == 0:
+        return None
     generator = np.random.Generator(np.random.SFC64(seed))
     expected = int(n * p + 6 * math.sqrt(n * p * (1 - p)) + 8)  # hardly ever too few; then there is another round
     places, last = [], -1
@@ -180,15 +187,4 @@ def _dropped(seed: int, p: float, n: int) -> Tensor:
         places.append(np.cumsum(steps, out=steps))
         last = int(steps[-1])
     chosen = places[0] if len(places) == 1 else np.concatenate(places)
-    return torch.from_numpy(chosen[: np.searchsorted(chosen, n)])
-
-
-_buffers = threading.local()
-
-
-def _scratch(like: Tensor) -> Tensor:
-    """A reused buffer of this thread: memory fresh from the system costs more than what is written to it."""
-    held: dict[torch.dtype, Tensor] = _buffers.__dict__.setdefault("held", {})
-    if like.dtype not in held or held[like.dtype].numel() < like.numel():
-        held[like.dtype] = torch.empty(like.numel(), dtype=like.dtype)
-    return held[like.dtype][: like.numel()].view(like.shape)
+    return chosen[: np.searchsorted(chosen, n)]

@@ -139,6 +139,14 @@ def test_where_it_must_it_falls_back_with_the_same_numbers(reason, monkeypatch):
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
+def test_a_hook_on_the_base_layer_sees_its_own_output():
+    problem, seen = Problem(), []
+    problem.base.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    y = problem.fused()
+    torch.testing.assert_close(seen[0], nn.functional.linear(problem.x, problem.base.weight, problem.base.bias))
+    assert not torch.equal(y, seen[0])
+
+
 def test_it_runs_where_nothing_stands_in_its_way(monkeypatch):
     monkeypatch.setattr(kernel, "_ordinary", lambda *_: pytest.fail("ordinary operations must not run"))
     for bias in (True, False):

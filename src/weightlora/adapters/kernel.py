@@ -42,7 +42,8 @@ def add_update(
     """
     if p > 0 and x.device.type != "cpu":
         x, p = F.dropout(x, p), 0.0  # the device's own fused kernel; it keeps its mask
-    if not _can_fuse(base, x, lora_A, lora_B) or p >= 1:
+    watched = base_layer is not None and _is_hooked(base_layer)  # whoever holds the base output must not see it change
+    if watched or p >= 1 or not _can_fuse(base, x, lora_A, lora_B):
         return _ordinary(base, x, lora_A, lora_B, gate, scaling, p)
     seed = int(torch.randint(0, 1 << 62, (1,))) if p > 0 else 0
     # F.linear returns a view of its product where it flattens tokens; a change of the view would copy its gradient.
@@ -66,8 +67,12 @@ def _can_fuse(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> 
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and not hooked and not hasattr(linear, "_hf_hook")
+    return type(linear) is nn.Linear and not _is_hooked(linear)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or hasattr(module, "_hf_hook")
 
 
 def _frozen_weight(layer: nn.Module | None, base: Tensor) -> Tensor | None:
@@ -118,7 +123,8 @@ class _LowRank(torch.autograd.Function):
         gain = ctx.gain if gain is None else gain
         dropped = _dropped(ctx.seed, ctx.p, rows.numel())
         v = torch.mm(B.to(ctx.dtype).t(), dy_rows.t())
-        d_gate = ((h * v).sum() * ctx.scaling).to(gate.dtype).view(1) if need_gate else None
+        wide = torch.promote_types(ctx.dtype, torch.float32)  # a sum over all tokens is too much for half precision
+        d_gate = ((h.to(wide) * v.to(wide)).sum() * ctx.scaling).to(gate.dtype).view(1) if need_gate else None
         d_B = torch.mm(h * gain, dy_rows).t().contiguous().to(B.dtype) if need_B else None
         v = v * gain
         d_A = torch.mm(v, _without(rows, dropped)).to(A.dtype) if need_A else None

@@ -219,6 +219,33 @@ def test_what_is_below_the_lowest_kept_adapter_is_out_of_the_graph():
     assert [o.requires_grad for o in outputs] == [False, False, False, True]
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_stops_under_checkpointing_too(reentrant):
+    """The non-reentrant kind needs no gradient at the embeddings; the reentrant kind does, and keeps it."""
+    found = []
+    for checkpointing in (True, False):
+        model = bert(layers=4, lora_dropout=0.0)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        method = WeightLoRA(keep=3, after=6)
+        train(model, method, 5)
+        for adapter in method.adapters:
+            adapter.gate.data.fill_(float("layer.3." in adapter.name))
+        method.step(None)
+        embedded = []
+        model.get_input_embeddings().register_forward_hook(lambda m, i, o, e=embedded: e.append(o.requires_grad))
+        model(**batch()).loss.backward()
+        assert len(method.kept) == 3 and embedded == [checkpointing and reentrant]
+        found.append([a.A.weight.grad for a in method.adapters])
+    for with_checkpoints, without in zip(*found, strict=True):
+        torch.testing.assert_close(with_checkpoints, without)
+
+
 def test_budgets_of_parameters_and_bytes_hold():
     for keep in ("600 parameters", {"bytes": 2100}, 0.25):
         method = WeightLoRA(keep=keep, after=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,29 @@ def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Paramet
             parent, _, child = adapter.name.rpartition(".")
             setattr(base.get_submodule(parent), child, adapter.layer.base_layer)
     return removed
+
+
+# How transformers and PEFT call the hook that makes the embeddings' output require a gradient.
+_INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def release_inputs(model: nn.Module) -> None:
+    """Let backward end at the lowest adapter under gradient checkpointing too, after a cut.
+
+    For checkpointing, transformers makes the embeddings' output require a gradient, so that backward runs through every
+    block, adapters or not. The non-reentrant kind needs no such thing; the reentrant kind does and is left as it is.
+    """
+    base: Any = peft_model(model).get_base_model()
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in base.modules())
+    checkpoint = next((f for f in functions if f is not None), None)
+    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+    if checkpoint is None or reentrant:
+        return
+    # By name, since transformers forgets the handles of hooks it sets twice, and PEFT's are nobody's.
+    for module in base.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in _INPUT_HOOKS:
+                del module._forward_hooks[key]
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightlora import optim
-from weightlora.adapters import attach, checkpoint
+from weightlora.adapters import attach, checkpoint, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap
 from weightlora.errors import ConfigError
@@ -135,6 +135,7 @@ class Method(TrainerCallback, ABC):
             self._rewrap()
         if self.selector.done:
             self.unbind()
+            surgery.release_inputs(self.selector.model)
         return cut
 
     def _rewrap(self) -> None:
@@ -206,7 +207,9 @@ class Method(TrainerCallback, ABC):
             self.selector.events.open(_folder(args) / EVENTS_FILE, resume_at=goes_on)
         wrapped = getattr(trainer, "model_wrapped", None)
         self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
-        if not self.selector.done:
+        if self.selector.done:  # RLoRA, or a run resumed after the cut
+            surgery.release_inputs(self.selector.model)
+        else:
             logger.info("selecting among %d adapters, cut after step %s", len(self.adapters), cuts)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

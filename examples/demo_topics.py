@@ -46,7 +46,7 @@ LORA = LoraConfig(
     # The blocks of the encoder only: a plain list of names would match the pooler's `dense` as well.
     target_modules=r".*encoder\.layer\..*\.(query|key|value|dense)",
 )
-# Each rate was chosen for its own rows on a part of the training questions, never on the held-out ones.
+# Each rate was chosen for its own rows on a part of the training questions.
 LEARNING_RATE = 2e-3
 HEAD_ONLY_LEARNING_RATE = 3e-2  # a head alone has to go further: at 1e-3 it answers with the commonest topic
 MIN_QUESTIONS = 15

@@ -9,9 +9,8 @@ import torch
 from helpers import batch, bert, train, trainable_state
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from weightlora import ConfigError, DivergedError, RLoRA, WeightLoRA, WeightLoRAPlus, list_adapters
+from weightlora import ConfigError, DivergedError, RLoRA, WeightLoRA, WeightLoRAPlus, list_adapters, measure
 from weightlora.adapters import extend_gaussian, extend_qr, surgery
 from weightlora.selection import After
 
@@ -177,24 +176,11 @@ def test_after_the_cut_the_optimizer_holds_exactly_the_survivors():
 
 
 def saved_bytes(model: nn.Module) -> int:
-    known, total = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            total[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(**batch()).loss
-    loss.backward()
-    return sum(total.values())
+    return measure.saved_bytes(lambda: model(**batch()).loss, exclude=model)
 
 
 def flops(model: nn.Module) -> int:
-    with FlopCounterMode(display=False) as counter:
-        model(**batch()).loss.backward()
-    return counter.get_total_flops()
+    return measure.flops(lambda: model(**batch()).loss.backward())
 
 
 def test_after_the_cut_a_step_saves_and_computes_what_a_smaller_lora_does():

@@ -87,6 +87,7 @@ class Method(TrainerCallback, ABC):
         # Trainer resumes with `model.load_adapter(checkpoint)`, before it makes the optimizer.
         peft._weightlora_method = self  # type: ignore[assignment]
         peft.load_adapter = MethodType(_load_adapter, peft)  # type: ignore[method-assign]
+        self._finish_if_done()
         return self
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
@@ -133,10 +134,14 @@ class Method(TrainerCallback, ABC):
         cut = self.selector.step(optimizer)
         if cut:
             self._rewrap()
+            self._finish_if_done()
+        return cut
+
+    def _finish_if_done(self) -> None:
+        """What follows the last cut, wherever it came about: in a step, in `attach`, or in a checkpoint."""
         if self.selector.done:
             self.unbind()
             surgery.release_inputs(self.selector.model)
-        return cut
 
     def _rewrap(self) -> None:
         if self._ddp is not None and (ddp := self._ddp()) is not None:
@@ -207,9 +212,8 @@ class Method(TrainerCallback, ABC):
             self.selector.events.open(_folder(args) / EVENTS_FILE, resume_at=goes_on)
         wrapped = getattr(trainer, "model_wrapped", None)
         self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
-        if self.selector.done:  # RLoRA, or a run resumed after the cut
-            surgery.release_inputs(self.selector.model)
-        else:
+        self._finish_if_done()  # the Trainer has switched checkpointing on since
+        if not self.selector.done:
             logger.info("selecting among %d adapters, cut after step %s", len(self.adapters), cuts)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -256,6 +260,7 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
     loaded, facts = checkpoint.restore(model, adapter_name, folder, load)
     method.selector.load_state_dict(facts)
     method._resumed = True
+    method._finish_if_done()
     return loaded
 
 

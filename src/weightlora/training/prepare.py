@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from weightlora import methods
 from weightlora.adapters import list_adapters
 from weightlora.errors import ConfigError
+from weightlora.measure import trainable_parameters
 from weightlora.tasks import Task, get_task
 from weightlora.tasks.data import Source, Splits, load_splits
 from weightlora.training.arguments import lora_config, training_arguments
@@ -89,9 +90,9 @@ def make_plan(job: Job) -> Plan:
     return Plan(
         recipe=job.recipe,
         adapters=list_adapters(job.model) if job.has_adapters else [],
-        trainable=count_parameters(job.model, trainable=True),
+        trainable=trainable_parameters(job.model),
         head=sum(p.numel() for n, p in job.model.named_parameters() if p.requires_grad and "lora_" not in n),
-        total=count_parameters(job.model),
+        total=sum(p.numel() for p in job.model.parameters()),
         rows={name: len(part) for name, part in parts.items() if part is not None},
         names=splits.names,
         steps=steps,
@@ -123,12 +124,6 @@ def count_steps(rows: int, arguments: TrainingArguments) -> tuple[int, int]:
     if arguments.max_steps > 0:
         return arguments.max_steps, per_epoch
     return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch
-
-
-def count_parameters(model: nn.Module | None, trainable: bool = False) -> int:
-    """All parameters, or only those that train."""
-    assert model is not None
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def _load_data(recipe: Recipe, task: Task) -> Splits:

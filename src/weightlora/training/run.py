@@ -17,10 +17,11 @@ from typing import Any
 from transformers import DataCollatorWithPadding, EvalPrediction, PrinterCallback, Trainer
 
 from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.measure import trainable_parameters
 from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import encode_texts
 from weightlora.tasks.data import Part
-from weightlora.training.prepare import Job, Plan, count_parameters, make_plan, prepare
+from weightlora.training.prepare import Job, Plan, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
 
 _LIBRARIES = ("weightlora", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -80,7 +81,7 @@ def run(
         "test": tested,
         "trainable_parameters": {
             "before": plan.trainable,
-            "after": count_parameters(trainer.model, trainable=True),
+            "after": trainable_parameters(job.model),
             "head": plan.head,
         },
         "adapters": {"attached": [adapter.name for adapter in plan.adapters], "kept": _kept(job, plan)},

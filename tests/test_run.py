@@ -170,6 +170,17 @@ def test_a_tokenizer_without_padding_uses_the_end_of_text_token(folder: Path) ->
     assert dry_run(parse_recipe(recipe(folder))).steps == 48
 
 
+@pytest.mark.parametrize(
+    ("metric", "higher"), [("eval_accuracy", True), ("loss", False), ("mse", False), ("perplexity", False)]
+)
+def test_the_best_checkpoint_is_the_one_that_scores_best(tmp_path: Path, metric: str, higher: bool) -> None:
+    from weightlora.training.arguments import training_arguments
+
+    assert training_arguments({"metric_for_best_model": metric}, str(tmp_path), 0, False).greater_is_better == higher
+    opposite = {"metric_for_best_model": metric, "greater_is_better": not higher}
+    assert training_arguments(opposite, str(tmp_path), 0, False).greater_is_better != higher
+
+
 # -- the dry run ---------------------------------------------------------------------------------------------------
 
 

@@ -257,6 +257,8 @@ def test_rows_are_where_the_recipe_the_folder_or_the_benchmark_says() -> None:
     )
     assert sources(glue, None, a, None, None) == (a, 0.1, None)
     assert sources(glue, folder, a, b, b) == (a, b, b)
+    train_only = Classification("y", "", benchmark=Benchmark("hub", validation=None))
+    assert sources(train_only, None, None, None, None) == (Source("hub", None, "train"), 0.1, None)
     with pytest.raises(ConfigError, match=r"lacks `data\.train`, and task 'text-classification'"):
         sources(own, None, None, None, None)
 

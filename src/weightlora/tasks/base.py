@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # What sits on top of the model; `training.heads` has one way of loading and training for each.
-Head = Literal["sequence-classification", "question-answering", "text-generation"]
+Head = Literal["sequence-classification", "question-answering", "text-generation", "next-token"]
 
 MAX_LENGTH = 128  # tokens of an input, for a task without a `max_length` of its own
 
@@ -25,13 +25,14 @@ class Benchmark:
     """Where published rows are: a `datasets` id, its configuration, and what it calls its splits.
 
     A local folder with the same splits and columns can stand in for it (`data.path` of a recipe). `test` is a second
-    split that is scored at the end; benchmarks with hidden test labels have none.
+    split that is scored at the end; benchmarks with hidden test labels have none. Without `validation` a share of train
+    is held out.
     """
 
     path: str
     name: str | None = None
     train: str = "train"
-    validation: str = "validation"
+    validation: str | None = "validation"
     test: str | None = None
 
 
@@ -84,7 +85,8 @@ class Task(Protocol):
         maximize: whether more of it is better.
         benchmark: where rows come from if a recipe names no data.
 
-    One that needs longer inputs than `MAX_LENGTH` has a default of its own in `max_length`.
+    One that needs longer inputs than `MAX_LENGTH` has a default of its own in `max_length`. One that reads rows in
+    several layouts has them in `layouts`, each {role: usual column}; the first whose columns are all there is read.
     """
 
     @property

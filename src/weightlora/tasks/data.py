@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +78,11 @@ def sources(
             raise ConfigError(f"The recipe lacks `data.train`, and task {task.name!r} has no data of its own; add it.")
         return train, share if validation is None else validation, test
     path, name = (known.path, known.name) if place is None else (place.path, place.name)
-    held_out = Source(path, name, known.validation) if validation is None else validation
+    if validation is None:
+        validation = share if known.validation is None else Source(path, name, known.validation)
     if test is None and known.test is not None:
         test = Source(path, name, known.test)
-    return train or Source(path, name, known.train), held_out, test
+    return train or Source(path, name, known.train), validation, test
 
 
 def load_splits(
@@ -129,7 +130,7 @@ def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) ->
     rows = _open(source)
     if len(rows) == 0:
         raise ConfigError(f"{source} has no rows; give a file or split that is not empty.")
-    wanted = _wanted_columns(task, columns)
+    wanted = _wanted_columns(task, columns, source, rows.column_names)
     for role, column in wanted.items():
         if column not in rows.column_names:
             raise ConfigError(
@@ -150,7 +151,7 @@ def _renamed(rows: Dataset, wanted: dict[str, str]) -> Dataset:
     return Dataset.from_dict({role: rows[column][:] for role, column in wanted.items()}, features=features)
 
 
-def _wanted_columns(task: Task, columns: Mapping[str, str | None]) -> dict[str, str]:
+def _wanted_columns(task: Task, columns: Mapping[str, str | None], source: Source, there: list[str]) -> dict[str, str]:
     """Where every role of the task is found."""
     columns = {role: column for role, column in columns.items() if column is not None or role in task.columns}
     for role in sorted(columns.keys() - task.columns.keys()):
@@ -158,11 +159,32 @@ def _wanted_columns(task: Task, columns: Mapping[str, str | None]) -> dict[str, 
             f"`data.columns.{role}` is not read by task {task.name!r}{did_you_mean(role, list(task.columns))} "
             f"(it reads: {', '.join(task.columns)})."
         )
-    found = {**task.columns, **columns}
-    for role, usual in task.columns.items():
-        if found[role] is None and usual is not None:
+    layouts = getattr(task, "layouts", None)
+    usual = task.columns if layouts is None else _layout(layouts, columns, source, there)
+    found = {**usual, **columns}
+    for role, column in usual.items():
+        if found[role] is None and column is not None:
             raise ConfigError(f"Task {task.name!r} needs {role!r}; name its column in `data.columns.{role}`.")
     return {role: column for role, column in found.items() if column is not None}
+
+
+def _layout(
+    layouts: Sequence[Mapping[str, str]], columns: Mapping[str, str | None], source: Source, there: list[str]
+) -> Mapping[str, str]:
+    """The first layout with the roles that the recipe names, without those it switches off, that is there."""
+    named = {role for role, column in columns.items() if column is not None}
+    possible = [layout for layout in layouts if named <= layout.keys() and not layout.keys() & (columns.keys() - named)]
+    for layout in possible:
+        if all((columns.get(role) or usual) in there for role, usual in layout.items()):
+            return layout
+    if named and possible:
+        return possible[-1]
+    least = [layout for layout in layouts if not any(other.keys() < layout.keys() for other in layouts)]
+    known = "; ".join(", ".join(layout.values()) for layout in least)
+    raise ConfigError(
+        f"{source} has none of the layouts of the task ({known}); name its columns in `data.columns` "
+        f"(columns there: {', '.join(there)})."
+    )
 
 
 def _check_text(texts: Any, column: str, source: Source) -> None:
@@ -305,10 +327,13 @@ def _limited(part: Part, limit: int | None, seed: int) -> Part:
 
 def _warn_about_overlap(task: Task, train: Part, validation: Part) -> None:
     """Logs how many validation rows have the same input as a training row: such a score is too good."""
-    roles = [role for role in task.inputs if role in train.rows.column_names]
-    if not roles:
-        return
-    seen = set(zip(*(train.rows[role] for role in roles), strict=True))
-    shared = sum(row in seen for row in zip(*(validation.rows[role] for role in roles), strict=True))
+    seen = set(_inputs(task, train))
+    shared = sum(row in seen for row in _inputs(task, validation))
     if shared:
         logger.warning("%d of %d validation rows are in the training data too.", shared, len(validation))
+
+
+def _inputs(task: Task, part: Part) -> Iterable[Any]:
+    """What rows are known by; targets that are whole rows, where no role is an input of its own."""
+    roles = [role for role in task.inputs if role in part.rows.column_names]
+    return zip(*(part.rows[role] for role in roles), strict=True) if roles else part.targets

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import TaskType
+from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     Trainer,
 )
@@ -49,6 +53,17 @@ def _logits(outputs: Any, labels: Any) -> Any:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
+def _token_scores(logits: Any, labels: Any) -> Any:
+    """(rows, 3): summed loss, tokens predicted right, and tokens learnt; all logits of a split would not fit memory."""
+    learnt = labels[:, 1:] != -100
+    predicted, wanted = logits[:, :-1][learnt].float(), labels[:, 1:][learnt]
+    losses = nn.functional.cross_entropy(predicted, wanted, reduction="none")
+    right = predicted.argmax(dim=-1) == wanted
+    scores = torch.zeros(*learnt.shape, 3, device=logits.device)
+    scores[learnt] = torch.stack([losses, right, torch.ones_like(losses)], dim=-1)
+    return scores.sum(dim=1)
+
+
 def _padding_on_the_right(tokenizer: Any) -> Any:
     """A copy of a tokenizer that may pad on the left, which would move the positions of answers."""
     copied = copy.copy(tokenizer)
@@ -73,5 +88,13 @@ HEADS: dict[Head, HeadKind] = {
         trainer=Trainer,
         outputs=lambda outputs, labels: tuple(outputs[:2]),
         labels=("start_positions", "end_positions"),
+    ),
+    "next-token": HeadKind(
+        auto=lambda config: AutoModelForCausalLM,
+        task_type=lambda config: TaskType.CAUSAL_LM,
+        is_new=False,
+        collator=lambda tokenizer, model: DataCollatorForSeq2Seq(_padding_on_the_right(tokenizer)),
+        trainer=Trainer,
+        outputs=lambda outputs, labels: _token_scores(_logits(outputs, labels), labels),
     ),
 }

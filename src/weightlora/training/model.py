@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from weightlora.errors import ConfigError, did_you_mean
 from weightlora.methods.stock import head_modules
+from weightlora.training.chat_templates import read_chat_template
 from weightlora.training.heads import HeadKind
 from weightlora.training.presets import PRESETS, by_tail, linear_modules, tails
 from weightlora.training.quantised import check_packages, prepared, quantised_options
@@ -29,6 +30,8 @@ def check_source(spec: ModelSpec) -> None:
             f"`model.dtype` is {spec.dtype!r}{did_you_mean(spec.dtype, _DTYPES)} (there are: {', '.join(_DTYPES)})."
         )
     check_packages(spec)
+    if spec.chat_template is not None:
+        read_chat_template(spec.chat_template)
     folder = Path(spec.name).expanduser()
     if folder.is_dir():
         return _check_gguf(folder, spec) if spec.gguf_file else _check_folder(folder, spec.name)
@@ -65,6 +68,8 @@ def _check_folder(folder: Path, name: str) -> None:
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The model's tokenizer; without a padding token of its own it pads with the end-of-text token."""
     tokenizer = _fetched(spec, "tokenizer", lambda name, options: AutoTokenizer.from_pretrained(name, **options))
+    if spec.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(spec.chat_template)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(

@@ -57,7 +57,8 @@ class ModelSpec(_Section):
     """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved).
 
     `quantization` rounds the frozen weights to 4 or 8 bits with bitsandbytes, and `dtype` is what they compute in;
-    `gguf_file` is a file in the folder or repository, unpacked to `dtype`.
+    `gguf_file` is a file in the folder or repository, unpacked to `dtype`. `chat_template` replaces that of the
+    tokenizer: a Jinja file, or `alpaca`.
     """
 
     shorthand: ClassVar[str | None] = "name"
@@ -67,6 +68,7 @@ class ModelSpec(_Section):
     trust_remote_code: bool = False
     quantization: Literal["4bit", "8bit"] | None = None
     gguf_file: str | None = None
+    chat_template: str | None = None
 
 
 class SourceSpec(_Section):

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 _EXTRA = {
     "datasets": "train",
+    "rouge_score": "train",
+    "sacrebleu": "train",
     "scipy": "train",
     "sklearn": "train",
-    "pydantic": "cli",
-    "rich": "cli",
-    "yaml": "cli",
+    "pydantic": "train",
+    "rich": "train",
+    "yaml": "train",
+    "trl": "llm",
 }
 _SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
 _MANY = 40  # from this many adapters on, layers are shown as one line per kind
@@ -56,7 +59,7 @@ def main() -> None:
         extra = _EXTRA.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        _fail(f"This needs the package {error.name!r}, which is not installed: pip install 'weightlora[train]'")
+        _fail(f"This needs the package {error.name!r}, which is not installed: pip install 'weightlora[{extra}]'")
 
 
 def _fail(message: str) -> None:

@@ -63,11 +63,12 @@ class Encoded:
 
     Attributes:
         features: a `datasets.Dataset`, what the collator gets; it may have more rows than the part, in another order.
-        score: (predictions, label_ids) of the Trainer, NumPy arrays in the order of `features` -> metrics by name.
+        score: (predictions, label_ids) of the Trainer, NumPy arrays in the order of `features` -> metrics by name; None
+            where the loss is all there is. Predictions of a model that writes text are its tokens, padded with -100.
     """
 
     features: Any
-    score: Callable[[Any, Any], dict[str, float]]
+    score: Callable[[Any, Any], dict[str, float]] | None
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 """Everything before the first step: data, model and method, loaded and checked, and the plan of the run."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -59,6 +59,11 @@ class Job:
         return self.head.collator(self.tokenizer, self.model)
 
     @property
+    def scores_during_training(self) -> bool:
+        """Whether metrics are worked out before and during training too; writing text costs too much for that."""
+        return self.task.head != "text-generation"
+
+    @property
     def has_adapters(self) -> bool:
         """Whether an adapter is trained, and not weights of the model itself."""
         return isinstance(self.model, PeftModel)
@@ -100,7 +105,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     recipe = with_sources(recipe, task)
     method = methods.create(recipe.method.name, recipe.method.options)
     lora = lora_values(recipe.lora, methods.get_method(recipe.method.name))
-    arguments = training_arguments(recipe.training, recipe.output_dir, recipe.seed, progress, HEADS[task.head].labels)
+    _arguments(recipe, task, progress)  # as far as they can be checked without the model
     after = _after_the_cut(recipe)
     check_source(recipe.model)
     check_method(recipe.model, methods.get_method(recipe.method.name), lora)
@@ -115,8 +120,16 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     if "target_modules" in lora:
         lora["target_modules"] = resolve(model, lora["target_modules"])
     check_lora(model, lora)
+    arguments = _arguments(recipe, task, progress, HEADS[task.head].arguments(model.config))
     job = Job(recipe, task, splits, tokenizer, model, method, arguments, after)
     return replace(job, model=_ready(job, lora))
+
+
+def _arguments(
+    recipe: Recipe, task: Task, progress: bool, make: Callable[..., TrainingArguments] = TrainingArguments
+) -> TrainingArguments:
+    labels = HEADS[task.head].labels
+    return training_arguments(recipe.training, recipe.output_dir, recipe.seed, progress, labels, make)
 
 
 def _after_the_cut(recipe: Recipe) -> list[TrainerCallback]:

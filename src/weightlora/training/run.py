@@ -59,7 +59,7 @@ def run(
         plan = make_plan(job)
         if on_ready is not None:
             on_ready(plan)
-        before = evaluate(trainer, validation)
+        before = evaluate(trainer, validation, scored=job.scores_during_training)
         _check_best(job, before)
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / "recipe.yaml")
@@ -112,18 +112,18 @@ def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback]
     own: list[TrainerCallback] = [*([job.method] if job.method is not None else []), *job.after]
     validation = job.encode(job.splits.validation)
     try:
-        trainer = job.head.trainer(
+        trainer = job.head.trainer(job.model.config)(
             model=job.model,
             args=job.arguments,
             train_dataset=job.training.features,
             eval_dataset=validation.features,  # pyright: ignore[reportArgumentType]
             processing_class=job.tokenizer,
             data_collator=job.collator,
-            compute_metrics=_scored_by(validation),
+            compute_metrics=_scored_by(validation) if job.scores_during_training else None,
             preprocess_logits_for_metrics=job.head.outputs,
             callbacks=[*own, *callbacks],
         )
-    except WeightLoRAError:
+    except (WeightLoRAError, ModuleNotFoundError):
         raise
     except (ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -134,9 +134,9 @@ def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback]
     return trainer, validation
 
 
-def evaluate(trainer: Trainer, rows: Encoded) -> dict[str, float]:
-    """Loss and metrics of these rows, without timings."""
-    usual, trainer.compute_metrics = trainer.compute_metrics, _scored_by(rows)
+def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True) -> dict[str, float]:
+    """Loss of these rows and, if they are `scored`, their metrics; without timings."""
+    usual, trainer.compute_metrics = trainer.compute_metrics, _scored_by(rows) if scored else None
     try:
         found = trainer.evaluate(rows.features)
     finally:
@@ -156,8 +156,9 @@ def _check_best(job: Job, scores: dict[str, float]) -> None:
         )
 
 
-def _scored_by(rows: Encoded) -> Callable[[EvalPrediction], dict[str, float]]:
-    return lambda output: rows.score(output.predictions, output.label_ids)
+def _scored_by(rows: Encoded) -> Callable[[EvalPrediction], dict[str, float]] | None:
+    score = rows.score
+    return None if score is None else lambda output: score(output.predictions, output.label_ids)
 
 
 def _set_rates(trainer: Trainer, job: Job) -> None:

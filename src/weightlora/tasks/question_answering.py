@@ -80,7 +80,9 @@ class QuestionAnswering:
         return tuple(zip(starts, texts, strict=True))
 
     def label_names(self, labels: list[Target], rows: Dataset, where: str) -> list[str] | None:
-        """None: there are no classes."""
+        """None: there are no classes. But there must be something to find."""
+        if not any(labels):
+            raise ConfigError(f"No question of {where} has an answer; give rows that have one.")
         return None
 
     def encode_labels(self, labels: list[Target], names: list[str] | None, where: str) -> list[Target]:

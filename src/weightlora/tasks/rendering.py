@@ -22,16 +22,15 @@ Span = tuple[int, int]
 
 def check_tokenizer(tokenizer: Any) -> None:
     """Refuses a tokenizer that cannot render conversations, or cannot tell which token an answer begins with."""
-    name = type(tokenizer).__name__
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"The model's {name} has no chat template; take an instruction-tuned model, or set `model.chat_template` "
+            "The model's tokenizer has no chat template; take an instruction-tuned model, or set `model.chat_template` "
             "to a Jinja file or to `alpaca`."
         )
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"Instruction tuning needs to know the characters of each token, which {name} does not tell; use a model "
-            "with a fast tokenizer (tokenizer.json)."
+            f"Instruction tuning needs to know the characters of each token, which {type(tokenizer).__name__} does not "
+            "tell; use a model with a fast tokenizer (tokenizer.json)."
         )
 
 

@@ -68,6 +68,12 @@ def _check_folder(folder: Path, name: str) -> None:
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The model's tokenizer; without a padding token of its own it pads with the end-of-text token."""
     tokenizer = _fetched(spec, "tokenizer", lambda name, options: AutoTokenizer.from_pretrained(name, **options))
+    # For many types of models transformers makes up a tokenizer where there is none, which knows no word.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise ConfigError(
+            f"Model {spec.name!r} comes without a tokenizer; put its files (tokenizer.json and tokenizer_config.json) "
+            "beside the model's."
+        )
     if spec.chat_template is not None:
         tokenizer.chat_template = read_chat_template(spec.chat_template)
     if tokenizer.pad_token is None:
@@ -140,6 +146,12 @@ def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str) ->
             f"The weights of {name!r} do not fit its config.json (first {wrong[0]!r}); use a matching pair."
         )
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith(heads) and "pooler" not in key)
+    body = [key for key in model.state_dict() if not key.startswith(heads)]
+    if len(missing) > len(body) / 2:
+        raise ConfigError(
+            f"{name!r} has no weights for {len(missing)} of the {len(body)} tensors of {type(model).__name__}, which "
+            "would train from noise; take another model for this task."
+        )
     if missing:
         logger.warning("%r lacks %d weights; they start at random: %s", name, len(missing), _some(missing))
     if keys:

@@ -177,7 +177,16 @@ class Recipe(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does."""
+    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does, and refusing a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                where = key.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", where)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

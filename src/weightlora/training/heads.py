@@ -42,6 +42,7 @@ class HeadKind:
         arguments: what makes the trainer's arguments of fields and values, by the model's config.
         outputs: (outputs, labels) -> what is kept of a batch's outputs for scoring.
         labels: what the targets in a batch are called.
+        writes: whether it is scored by the text it writes.
     """
 
     auto: Callable[[Any], Any]
@@ -52,6 +53,7 @@ class HeadKind:
     arguments: Callable[[Any], Callable[..., TrainingArguments]] = lambda config: TrainingArguments
     outputs: Callable[[Any, Any], Any] | None = None
     labels: tuple[str, ...] = ("labels",)
+    writes: bool = False
 
 
 def _logits(outputs: Any, labels: Any) -> Any:
@@ -122,5 +124,6 @@ HEADS: dict[Head, HeadKind] = {
         collator=lambda tokenizer, model: DataCollatorForSeq2Seq(_padding_on_the_right(tokenizer), model),
         trainer=_text_trainer,
         arguments=_text_arguments,
+        writes=True,
     ),
 }

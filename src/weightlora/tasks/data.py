@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ def load_splits(
     test: Source | None,
     columns: Mapping[str, str | None],
     limit: int | None = None,
+    eval_limit: int | None = None,
     seed: int = 42,
 ) -> Splits:
     """Loads, checks and splits the data of one run.
@@ -79,6 +80,7 @@ def load_splits(
             on a number of rows.
         columns: {role: its name in the data}, where that is not the task's own.
         limit: keep that many random training rows.
+        eval_limit: keep the rows of that many random inputs of validation and of test.
 
     Raises:
         ConfigError: any source, column, row or label that cannot work.
@@ -95,8 +97,10 @@ def load_splits(
     if task.stratify and not isinstance(validation, Source):
         _check_seen(targets, kept, names, validation)
     part = _limited(_select(Part(rows, targets), kept), limit, seed)
+    held_out = _limited_inputs(task, held_out, eval_limit, seed)
     _warn_about_overlap(task, part, held_out)
-    return Splits(part, held_out, _load_part(task, test, columns, names) if test else None, names)
+    tested = _limited_inputs(task, _load_part(task, test, columns, names), eval_limit, seed) if test else None
+    return Splits(part, held_out, tested, names)
 
 
 def _load_part(task: Task, source: Source, columns: Mapping[str, str | None], names: list[str] | None) -> Part:
@@ -219,9 +223,29 @@ def _select(part: Part, rows: list[int]) -> Part:
 def _limited(part: Part, limit: int | None, seed: int) -> Part:
     if limit is None or limit >= len(part):
         return part
+    return _select(part, _drawn(len(part), limit, seed))
+
+
+def _limited_inputs(task: Task, part: Part, limit: int | None, seed: int) -> Part:
+    """All rows of that many inputs: where an input has several references, they stay together."""
+    keys = _inputs(task, part)
+    distinct = list(dict.fromkeys(keys))
+    if limit is None or limit >= len(distinct):
+        return part
+    kept = {distinct[i] for i in _drawn(len(distinct), limit, seed)}
+    return _select(part, [row for row, key in enumerate(keys) if key in kept])
+
+
+def _drawn(count: int, limit: int, seed: int) -> list[int]:
     import numpy as np
 
-    return _select(part, sorted(np.random.default_rng(seed).permutation(len(part))[:limit].tolist()))
+    return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())
+
+
+def _inputs(task: Task, part: Part) -> list[Any]:
+    """What each row is known by: its inputs, or its target where that is the whole row."""
+    roles = [role for role in task.inputs if role in part.rows.column_names]
+    return list(zip(*(part.rows[role] for role in roles), strict=True)) if roles else part.targets
 
 
 def _warn_about_overlap(task: Task, train: Part, validation: Part) -> None:
@@ -230,9 +254,3 @@ def _warn_about_overlap(task: Task, train: Part, validation: Part) -> None:
     shared = sum(row in seen for row in _inputs(task, validation))
     if shared:
         logger.warning("%d of %d validation rows are in the training data too.", shared, len(validation))
-
-
-def _inputs(task: Task, part: Part) -> Iterable[Any]:
-    """What rows are known by; targets that are whole rows, where no role is an input of its own."""
-    roles = [role for role in task.inputs if role in part.rows.column_names]
-    return zip(*(part.rows[role] for role in roles), strict=True) if roles else part.targets

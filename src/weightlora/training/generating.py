@@ -20,6 +20,9 @@ from transformers import (
     Trainer,
 )
 
+from weightlora.errors import ConfigError
+from weightlora.training.recipe import GenerationSpec
+
 IGNORED_LABEL = -100
 
 
@@ -29,7 +32,7 @@ class Generating(Trainer):
     generation: GenerationConfig | None = None
 
     def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None, **_: Any
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None, **more: Any
     ) -> tuple[Any, Any, Any]:
         """The loss of a batch, with the tokens written for it and its labels unless only the loss is wanted."""
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
@@ -48,6 +51,40 @@ class Generating(Trainer):
 
 class EncoderDecoderTrainer(Generating, Seq2SeqTrainer):
     """`Seq2SeqTrainer` whose evaluation takes `generation`."""
+
+
+def generation_config(spec: GenerationSpec, model: Any, tokenizer: Any) -> GenerationConfig:
+    """What `generate` is told; what the recipe leaves open, `generate` takes from the model's own config.
+
+    Text ends with the tokenizer's end-of-text token, which is what is learnt, and where the model ends it anyway.
+    """
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    chosen = spec.model_dump(exclude_none=True, exclude={"during_training"})
+    return GenerationConfig(**chosen, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends))
+
+
+def check_lengths(spec: GenerationSpec, model: Any, max_length: int, max_target_length: int, limit: int | None) -> None:
+    """What is read and written must fit into the positions of the model.
+
+    Raises:
+        ConfigError: it does not, or an encoder-decoder does not know how a text starts.
+    """
+    written = spec.max_new_tokens or max_target_length
+    if model.config.is_encoder_decoder:
+        if getattr(model.config, "decoder_start_token_id", None) is None:
+            raise ConfigError(
+                f"The config.json of this {type(model).__name__} has no `decoder_start_token_id`, so nothing says how "
+                "a text starts; add it."
+            )
+        needed, what = max(written, max_target_length), "a text of"
+    else:
+        needed, what = max_length - max_target_length + written, "a prompt and a text of together"
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"The model has positions for {limit} tokens, and {what} {needed} may be asked of it; lower "
+            "`data.max_target_length`, `generation.max_new_tokens` or `data.max_length`."
+        )
 
 
 def write(model: Any, batch: Mapping[str, Tensor], generation: GenerationConfig) -> Tensor:

@@ -44,6 +44,7 @@ class HeadKind:
         arguments: what makes the trainer's arguments of fields and values, by the model's config.
         outputs: (outputs, labels) -> what is kept of a batch's outputs for scoring.
         labels: what the targets in a batch are called.
+        writes: whether it is scored by the text it writes.
     """
 
     auto: Callable[[Any], Any]
@@ -54,6 +55,7 @@ class HeadKind:
     arguments: Callable[[Any], Callable[..., TrainingArguments]] = lambda config: TrainingArguments
     outputs: Callable[[Any, Any], Any] | None = None
     labels: tuple[str, ...] = ("labels",)
+    writes: bool = False
 
 
 def _logits(outputs: Any, labels: Any) -> Any:
@@ -141,6 +143,7 @@ HEADS: dict[Head, HeadKind] = {
         collator=lambda tokenizer, model: DataCollatorForSeq2Seq(_padding_on_the_right(tokenizer), model),
         trainer=_text_trainer,
         arguments=_text_arguments,
+        writes=True,
     ),
 }
 # The same training on the same features, scored by the tokens it predicts: nothing has to be written for that.
@@ -148,4 +151,5 @@ HEADS["next-token"] = replace(
     HEADS["text-generation"],
     trainer=_decoder_trainer,
     outputs=_token_scores,
+    writes=False,
 )

@@ -160,6 +160,18 @@ def test_marks_in_the_template_say_the_same(tokenizer) -> None:
     assert encode([AGAIN, ASKED], tokenizer).features.to_dict() == usual
 
 
+@pytest.mark.parametrize("family", ["llama3", "gemma", "cohere", "qwen3_instruct_2507"])
+def test_answers_are_those_that_trl_has_marked(tokenizer, family: str) -> None:
+    """TRL's copies of these templates differ from the originals by the marks alone."""
+    learnt = []
+    for name in (family, f"{family}_training"):
+        path = parse_recipe(recipe(model={"name": "x", "chat_template": f"package:trl/chat_templates/{name}.jinja"}))
+        assert path.model.chat_template is not None
+        tokenizer.chat_template = read_chat_template(path.model.chat_template)
+        learnt.append(encode([AGAIN, ASKED], tokenizer).features.to_dict())
+    assert learnt[0] == learnt[1]
+
+
 def test_the_alpaca_template_needs_no_token_of_its_own(tokenizer) -> None:
     tokenizer.chat_template = CHAT_TEMPLATES["alpaca"]
     text = tokenizer.apply_chat_template([m._asdict() for m in ASKED], tokenize=False)
@@ -186,10 +198,11 @@ def test_a_template_without_an_end_of_turn_learns_what_ends_it(tokenizer) -> Non
         (None, "has no chat template; take an instruction-tuned model, or set `model.chat_template`"),
         (
             "{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}",
-            "so its answers cannot be told apart; put {% gen",
+            "so its answers cannot be told apart; set `model.chat_template`",
         ),
         ("{{ raise_exception('no users') }}", "refuses the conversation that begins with 'bread or soup': no users"),
         ("{% if %}", "refuses the conversation that begins with"),
+        ("{% for m in messages %}{{ m['role'] }}:{% endfor %}", "leaves out the answer 'soup': it gives 'assistant:'"),
     ],
 )
 def test_templates_that_cannot_work(tokenizer, template: str | None, says: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from weightlora.errors import ConfigError, short
-from weightlora.tasks.conversations import Conversation
+from weightlora.tasks.conversations import Conversation, Message
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANY_LENGTH = {"verbose": False}  # what is too long is cut later
@@ -63,11 +63,23 @@ def _rendered(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...])
             if not (turn.startswith(prompt) and whole.startswith(turn)):
                 raise ConfigError(
                     "The chat template does not render the beginning of a conversation as it renders the whole (answer "
-                    f"{short(message.content)}), so its answers cannot be told apart; put {{% generation %}} and "
-                    "{% endgeneration %} around them in a copy of it, and set `model.chat_template` to that file."
+                    f"{short(message.content)}), so its answers cannot be told apart; set `model.chat_template` to a "
+                    "copy of it with {% generation %} and {% endgeneration %} around them, such as TRL brings: "
+                    "package:trl/chat_templates/qwen3_training.jinja."
                 )
+            _check_said(message, turn[len(prompt) :])
             spans.append((len(prompt), _end(turn, ends)))
     return whole, spans
+
+
+def _check_said(message: Message, answer: str) -> None:
+    """Templates of models that see images too skip messages that are plain text."""
+    said = message.content.rsplit("</think>", 1)[-1].strip()  # some leave out what was thought before
+    if said not in answer:
+        raise ConfigError(
+            f"The chat template leaves out the answer {short(message.content)}: it gives {short(answer)}; set "
+            "`model.chat_template` to one for text."
+        )
 
 
 def _end(turn: str, ends: tuple[str, ...]) -> int:

@@ -57,7 +57,7 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved).
 
-    `package:NAME/FOLDER` is a folder inside an installed Python package, which is found and not imported.
+    `package:NAME/PATH` is a folder or file inside an installed Python package, which is found and not imported.
     `quantization` rounds the frozen weights to 4 or 8 bits with bitsandbytes, and `dtype` is what they compute in;
     `gguf_file` is a file in the folder or repository, unpacked to `dtype`. `chat_template` replaces that of the
     tokenizer: a Jinja file, or `alpaca`.
@@ -72,12 +72,12 @@ class ModelSpec(_Section):
     gguf_file: str | None = None
     chat_template: str | None = None
 
-    @field_validator("name")
+    @field_validator("name", "chat_template")
     @classmethod
-    def _in_package(cls, name: str) -> str:
-        package, _, folder = name.removeprefix("package:").partition("/")
-        if not name.startswith("package:"):
+    def _in_package(cls, name: str | None) -> str | None:
+        if name is None or not name.startswith("package:"):
             return name
+        package, _, folder = name.removeprefix("package:").partition("/")
         spec = find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"there is no installed package {package!r}; install the one that brings it")

@@ -145,9 +145,9 @@ def export(
     Example: weightlora export runs/topics topics-adapter
              weightlora export runs/topics topics-model --merged
     """
+    _log_to_stderr()
     from weightlora import export as export_run
 
-    _log_to_stderr()
     export_run(run, out, portable=portable, merged=merged)
     print(f"Written to {out}")
 
@@ -178,12 +178,16 @@ def list_tasks() -> None:
 
     for task in tasks.list_tasks():
         columns = ", ".join(role if usual else f"{role} if wanted" for role, usual in task.columns.items())
+        columns = "; ".join(", ".join(layout) for layout in getattr(task, "layouts", ())) or columns
         data = task.benchmark and ":".join(filter(None, (task.benchmark.path, task.benchmark.name)))
         _show_entry(task.name, task.title, {"columns": columns, "scored by": task.primary, "data": data or ""})
 
 
 def _log_to_stderr() -> None:
-    """The library's own log lines; what transformers says about a new head is expected and left out."""
+    """The library's own log lines; what transformers says about a new head is expected and left out.
+
+    To be called before PEFT is imported: that imports bitsandbytes, which warns of kernels it would like to have.
+    """
     import logging
     import warnings
 
@@ -194,6 +198,7 @@ def _log_to_stderr() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one dependency about another
     logging.basicConfig(format="%(message)s")
     logging.getLogger("weightlora").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _show_entry(name: str, title: str, facts: dict[str, str]) -> None:

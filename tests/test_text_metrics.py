@@ -7,7 +7,7 @@ import math
 import pytest
 
 from weightlora.tasks.gsm8k import accuracy, final_answer
-from weightlora.tasks.text_metrics import bleu, chrf, data_to_text, rouge, similarity
+from weightlora.tasks.text_metrics import best_rouge_l, bleu, chrf, data_to_text, rouge, similarity
 
 
 def test_bleu_by_hand() -> None:
@@ -48,6 +48,11 @@ def test_rouge_is_the_mean_over_references_and_then_over_texts() -> None:
     """1 and 4/7 for the first text, 0 for the second."""
     found = rouge(["a cat sat", "dogs"], [["a cat sat", "the cat sat down"], ["birds"]])
     assert found["rouge1"] == pytest.approx(100 * ((1 + 4 / 7) / 2 + 0) / 2)
+
+
+def test_for_data_only_the_nearest_reference_counts() -> None:
+    found = best_rouge_l(["a cat sat", "the cat"], [["birds", "the cat sat down"], ["the cat"]])
+    assert found == pytest.approx(100 * (4 / 7 + 1) / 2)
 
 
 def test_rouge_stems_words_and_rouge_lsum_goes_by_sentences() -> None:

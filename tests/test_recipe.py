@@ -149,6 +149,9 @@ def test_an_unknown_key_names_the_nearest(raw: dict[str, Any], says: str) -> Non
         ({"data": {"train": "a", "validation": 0}}, "between 0 and 1"),
         ({"data": {"train": "a", "validation": float("nan")}}, "between 0 and 1"),
         ({"data": {"train": "a", "validation": True}}, "between 0 and 1"),
+        ({"data": {"train": "a", "test": True}}, "`data.test` is True"),
+        ({"model": "package:no_such_package/model"}, "there is no installed package 'no_such_package'"),
+        ({"model": "package:os.path/model"}, "there is no installed package 'os.path'"),
         ({"task": None}, "`task` is None"),
     ],
 )
@@ -156,6 +159,24 @@ def test_bad_values_name_key_and_value(raw: dict[str, Any], says: str) -> None:
     assert says in refusal(raw)
 
 
+def test_a_model_in_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brings_a_model").mkdir()
+    (tmp_path / "brings_a_model/__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = parse_recipe({**yaml.safe_load(MINIMAL), "model": "package:brings_a_model/model"})
+    assert recipe.model.name == str(tmp_path / "brings_a_model/model")
+
+
 def test_options_of_the_method_are_left_to_the_method() -> None:
     recipe = parse_recipe({**yaml.safe_load(MINIMAL), "method": {"name": "weightlora", "keep": 5, "after": 0.1}})
     assert recipe.method.options == {"keep": 5, "after": 0.1}
+
+
+def test_the_test_split_of_a_benchmark_can_be_left_out() -> None:
+    from weightlora.tasks import get_task
+    from weightlora.training.prepare import with_sources
+
+    mnli = get_task("glue/mnli")
+    raw = {"model": "a", "task": mnli.name, "output_dir": "b"}
+    assert getattr(with_sources(parse_recipe(raw), mnli).data.test, "split", None) == "validation_mismatched"
+    assert with_sources(parse_recipe({**raw, "data": {"test": False}}), mnli).data.test is None

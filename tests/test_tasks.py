@@ -273,6 +273,15 @@ def test_a_share_too_small_for_the_classes() -> None:
     assert "`data.validation` of 0.01 cannot be carved from 60 rows" in refusal("a.jsonl", 0.01)
 
 
+def test_what_is_carved_may_be_a_number_of_rows() -> None:
+    write_jsonl(Path("a.jsonl"), questions())
+    columns: dict[str, str | None] = {"text": "question", "label": "topic"}
+    splits = load_splits(get_task("text-classification"), Source("a.jsonl"), 9.0, None, columns)
+    assert (len(splits.train), len(splits.validation)) == (51, 9)
+    assert sorted(splits.validation.targets) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert "`data.validation` of 60 cannot be carved from 60 rows" in refusal("a.jsonl", 60)
+
+
 # -- encoding, metrics, registry ---------------------------------------------------------------------------------
 
 

@@ -99,7 +99,8 @@ def load_splits(
     """Loads, checks and splits the data of one run.
 
     Args:
-        validation: a source, or the share of train to carve off, stratified by class for classification.
+        validation: a source, or what to carve off train, stratified by class for classification: a share, or from 1
+            on a number of rows.
         columns: {role: its name in the data}, where that is not the task's own.
         limit: keep that many random training rows.
         eval_limit: keep the rows of that many random inputs of validation and of test.
@@ -278,7 +279,7 @@ def _carve(targets: list[Any], share: float, seed: int, stratify: bool) -> tuple
     try:
         kept, carved = train_test_split(
             rows,
-            test_size=share,
+            test_size=share if share < 1 else int(share),
             random_state=seed,
             stratify=[targets[row] for row in rows] if stratify else None,
         )

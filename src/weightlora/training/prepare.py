@@ -274,8 +274,9 @@ def with_sources(recipe: Recipe, task: Task) -> Recipe:
         Source(data.path, data.name) if data.path else None,
         _source(data.train),
         _source(held_out) if isinstance(held_out, SourceSpec) else held_out,
-        _source(data.test),
+        _source(data.test or None),
     )
+    test = None if data.test is False else test
     named = {"train": _spec(train), "validation": _spec(validation), "test": _spec(test), "path": None, "name": None}
     length = data.max_length or getattr(task, "max_length", MAX_LENGTH)
     return recipe.model_copy(update={"data": data.model_copy(update={**named, "max_length": length})})
@@ -294,7 +295,7 @@ def _load_data(recipe: Recipe, task: Task) -> Splits:
     train, held_out = _source(data.train), data.validation
     validation = _source(held_out) if isinstance(held_out, SourceSpec) else held_out
     assert train is not None and validation is not None
-    test = _source(data.test)
+    test = _source(data.test or None)
     return load_splits(task, train, validation, test, data.columns, data.limit, data.eval_limit, recipe.seed)
 
 

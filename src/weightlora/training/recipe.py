@@ -12,6 +12,7 @@ of a run shows all of them.
 
 import re
 import types
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -56,6 +57,7 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved).
 
+    `package:NAME/FOLDER` is a folder inside an installed Python package, which is found and not imported.
     `quantization` rounds the frozen weights to 4 or 8 bits with bitsandbytes, and `dtype` is what they compute in;
     `gguf_file` is a file in the folder or repository, unpacked to `dtype`.
     """
@@ -67,6 +69,17 @@ class ModelSpec(_Section):
     trust_remote_code: bool = False
     quantization: Literal["4bit", "8bit"] | None = None
     gguf_file: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _in_package(cls, name: str) -> str:
+        package, _, folder = name.removeprefix("package:").partition("/")
+        if not name.startswith("package:"):
+            return name
+        spec = find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"there is no installed package {package!r}; install the one that brings it")
+        return str(Path(spec.submodule_search_locations[0], folder))
 
 
 class SourceSpec(_Section):
@@ -89,9 +102,10 @@ class DataSpec(_Section):
     """Rows to learn from and rows to score with; what is not named is where the task's benchmark has it.
 
     `path` (with `name`) is a folder or a `datasets` id that has all splits; `validation` may be a share carved from
-    `train`; `columns` are names in the data by role. Lengths are in tokens; without `max_length` or
-    `max_target_length` the task's own is taken. `prompt` has `{input}` where the input of a task that writes text goes.
-    `limit` and `eval_limit` keep that many rows of train, and the rows of that many inputs of what is scored.
+    `train`, or how many rows of it; `test: false` leaves out the one of the benchmark; `columns` are names in the data
+    by role. Lengths are in tokens; without `max_length` or `max_target_length` the task's own is taken. `prompt` has
+    `{input}` where the input of a task that writes text goes. `limit` and `eval_limit` keep that many rows of train,
+    and the rows of that many inputs of what is scored.
     """
 
     shorthand: ClassVar[str | None] = "path"
@@ -99,7 +113,7 @@ class DataSpec(_Section):
     name: str | None = None
     train: Source | None = None
     validation: float | Source | None = None
-    test: Source | None = None
+    test: Source | Literal[False] | None = None
     columns: dict[str, str | None] = {}
     max_length: int | None = Field(None, gt=0)
     max_target_length: int | None = Field(None, gt=0)
@@ -114,9 +128,13 @@ class DataSpec(_Section):
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int | float | str | dict | SourceSpec)
         ):
-            raise ValueError("should be a file, a `datasets` id or a share of train between 0 and 1")
-        if isinstance(value, int | float) and not 0 < value < 1:
-            raise ValueError("a share carved from train must lie between 0 and 1, for example 0.1")
+            raise ValueError(
+                "should be a file, a `datasets` id, a share of train between 0 and 1 or a number of its rows"
+            )
+        if isinstance(value, int | float) and not 0 < value < 1 and not (value >= 1 and value == int(value)):
+            raise ValueError(
+                "what is carved from train must be a share between 0 and 1, such as 0.1, or a whole number"
+            )
         return value
 
 
@@ -327,7 +345,7 @@ def explain(error: ValidationError, root: type[BaseModel] = Recipe, what: str = 
 
 
 def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (part in ("SourceSpec", "float") or "[" in part)
+    return isinstance(part, str) and (part in ("SourceSpec", "float", "literal[False]") or "[" in part)
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import tiny
 
 WORDS = [
     *"the cat dog sat ran on a mat hill and then it is was red big small answer question what who where".split(),
-    *"summary text sum : || \n \n\n , . ? # #### < > << >> = + * / - | name [ ] %".split(" "),
+    *"summary text sum Question: Answer: TL;DR: pub : , . ? #### = + * / - | name [ ]".split(),
     *string.digits,
 ]
 

@@ -45,7 +45,7 @@ XSUM = register(
         "XSum: a news article in one sentence.",
         ("document", "summary"),
         Benchmark("EdinburghNLP/xsum", test="test"),
-        (512, 64),
+        (1024, 64),
         {"num_beams": 6, "length_penalty": 1.0, "no_repeat_ngram_size": 3, "min_new_tokens": 10},
     )
 )
@@ -65,7 +65,7 @@ DIALOGSUM = register(
         "DialogSum: a conversation in a few sentences.",
         ("dialogue", "summary"),
         Benchmark("knkarthick/dialogsum", test="test"),
-        (512, 128),
+        (1024, 128),
         {"num_beams": 4},
     )
 )

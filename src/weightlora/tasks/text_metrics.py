@@ -1,14 +1,15 @@
 """Scores of written text against one or more references, in percent as published ones are.
 
 BLEU and chrF are those of sacrebleu over the whole corpus, with its defaults (13a tokens, mixed case), and look at all
-references of a text together. ROUGE is that of rouge-score with stemming; its F1 is averaged over the references of a
-text and then over texts, so that rows which share an input count as if each was scored alone.
+references of a text together. ROUGE is F1 of rouge-score with stemming. Where texts are summaries it is averaged over
+the references of a text and then over texts, so that rows which share an input count as if each was scored alone; where
+they say what data says, only the nearest reference counts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # (texts, references of each) -> metrics by name
@@ -46,16 +47,30 @@ def _streams(references: Sequence[Sequence[str]]) -> Any:
 
 def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """F1 of ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (Lin 2004); the last one is over sentences or lines."""
+    rows = [_mean_rows(row) for row in _rouge(texts, references, _ROUGE)]
+    return dict(zip(_ROUGE, _mean_rows(rows), strict=True))
+
+
+def best_rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """F1 of ROUGE-L with the reference of each text for which it is highest."""
+    best = [max(row) for row in _rouge(texts, references, ("rougeL",))]
+    return _mean_rows(best)[0]
+
+
+def _rouge(
+    texts: Sequence[str], references: Sequence[Sequence[str]], names: Sequence[str]
+) -> Iterator[list[tuple[float, ...]]]:
+    """For each text and each of its references the scores called `names`."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(list(_ROUGE), use_stemmer=True)
-    totals = dict.fromkeys(_ROUGE, 0.0)
+    scorer = RougeScorer(list(names), use_stemmer=True)
     for text, row in zip(texts, references, strict=True):
-        for reference in row:
-            found = scorer.score(_in_lines(reference), _in_lines(text))
-            for name in _ROUGE:
-                totals[name] += 100 * found[name].fmeasure / len(row)
-    return {name: total / len(texts) for name, total in totals.items()}
+        found = [scorer.score(_in_lines(reference), _in_lines(text)) for reference in row]
+        yield [tuple(100 * scores[name].fmeasure for name in names) for scores in found]
+
+
+def _mean_rows(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
 
 
 def _in_lines(text: str) -> str:
@@ -67,7 +82,7 @@ def data_to_text(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
     return {
         "bleu": bleu(texts, references),
         "chrf": chrf(texts, references),
-        "rougeL": rouge(texts, references)["rougeL"],
+        "rougeL": best_rouge_l(texts, references),
     }
 
 

@@ -60,10 +60,11 @@ def main() -> None:
     except (WeightLoRAError, PermissionError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        extra = _EXTRA.get((error.name or "").partition(".")[0])
+        package = (error.name or "").partition(".")[0]
+        extra = _EXTRA.get(package)
         if extra is None:
             raise
-        _fail(f"This needs the package {error.name!r}, which is not installed: pip install 'weightlora[{extra}]'")
+        _fail(f"This needs the package {package!r}, which is not installed: pip install 'weightlora[{extra}]'")
 
 
 def _fail(message: str) -> None:

@@ -195,6 +195,7 @@ def test_a_template_without_an_end_of_turn_learns_what_ends_it(tokenizer) -> Non
 @pytest.mark.parametrize(
     ("template", "says"),
     [
+        ({"rag": CHATML, "tool": CHATML}, "has no chat template"),
         (None, "has no chat template; take an instruction-tuned model, or set `model.chat_template`"),
         (
             "{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}",
@@ -205,7 +206,7 @@ def test_a_template_without_an_end_of_turn_learns_what_ends_it(tokenizer) -> Non
         ("{% for m in messages %}{{ m['role'] }}:{% endfor %}", "leaves out the answer 'soup': it gives 'assistant:'"),
     ],
 )
-def test_templates_that_cannot_work(tokenizer, template: str | None, says: str) -> None:
+def test_templates_that_cannot_work(tokenizer, template: Any, says: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(ConfigError) as caught:
         encode([AGAIN], tokenizer)

@@ -16,14 +16,13 @@ from weightlora.errors import ConfigError
 from weightlora.tasks.base import Benchmark, Encoded, Format, Head, Part, in_chunks, register
 from weightlora.tasks.conversations import ALPACA, TURNS, Conversation, read_conversation
 from weightlora.tasks.rendering import check_tokenizer, tokenized
+from weightlora.tasks.text_pairs import IGNORED_LABEL
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100  # the label of a token that is not learnt
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,17 @@ class InstructionTuning:
 
 def _labels(ids: Sequence[int], answered: Sequence[bool], max_length: int) -> list[int]:
     pairs = zip(ids[:max_length], answered[:max_length], strict=True)
-    return [token if learnt else IGNORED for token, learnt in pairs]
+    return [token if learnt else IGNORED_LABEL for token, learnt in pairs]
 
 
 def _is_learnt(conversation: Conversation, labels: Sequence[int]) -> bool:
     """Whether something is said in answer, and some of it not cut off; nothing predicts the first token."""
     answers = any(message.content.strip() for message in conversation if message.is_answer)
-    return answers and any(label != IGNORED for label in labels[1:])
+    return answers and any(label != IGNORED_LABEL for label in labels[1:])
 
 
 def _report(rows: int, left_out: int, cut: int, max_length: int) -> None:
-    """Logs what `max_length` costs."""
+    """Logs what `max_length` costs, and refuses one that leaves nothing."""
     why = f"their answers are empty or begin behind the {max_length} tokens of `data.max_length`"
     if left_out == rows:
         raise ConfigError(f"None of {rows} conversations can be learnt from: {why}; raise it, or look at the rows.")

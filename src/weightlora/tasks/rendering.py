@@ -22,11 +22,13 @@ Span = tuple[int, int]
 
 def check_tokenizer(tokenizer: Any) -> None:
     """Refuses a tokenizer that cannot render conversations, or cannot tell which token an answer begins with."""
-    if not tokenizer.chat_template:
+    try:
+        tokenizer.get_chat_template()
+    except ValueError:  # none, or several without a default
         raise ConfigError(
             "The model's tokenizer has no chat template; take an instruction-tuned model, or set `model.chat_template` "
             "to a Jinja file or to `alpaca`."
-        )
+        ) from None
     if not tokenizer.is_fast:
         raise ConfigError(
             f"Instruction tuning needs to know the characters of each token, which {type(tokenizer).__name__} does not "

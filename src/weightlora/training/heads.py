@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from weightlora.errors import ConfigError
 from weightlora.tasks.base import Head
+from weightlora.tasks.text_pairs import IGNORED_LABEL
 from weightlora.training.generating import EncoderDecoderTrainer
 
 
@@ -65,7 +66,7 @@ def _logits(outputs: Any, labels: Any) -> Any:
 
 def _token_scores(logits: Any, labels: Any) -> Any:
     """(rows, 3): summed loss, tokens predicted right, and tokens learnt; all logits of a split would not fit memory."""
-    learnt = labels[:, 1:] != -100
+    learnt = labels[:, 1:] != IGNORED_LABEL
     predicted, wanted = logits[:, :-1][learnt].float(), labels[:, 1:][learnt]
     losses = nn.functional.cross_entropy(predicted, wanted, reduction="none")
     right = predicted.argmax(dim=-1) == wanted

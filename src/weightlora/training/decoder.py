@@ -42,8 +42,8 @@ class QuietSFTTrainer(SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
         """The same number with or without TRL's tiles, which save the memory of the logits.
 
-        They are left out on the CPU, where they take twice the time, and where logits are wanted, for which TRL would run
-        the model once more.
+        They are left out on the CPU, where they take twice the time, and where logits are wanted, for which TRL would
+        run the model once more.
         """
         if self.args.device.type != "cpu" and not return_outputs:
             return super().compute_loss(model, inputs, return_outputs=False, **more)

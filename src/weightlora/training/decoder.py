@@ -39,14 +39,15 @@ class QuietSFTTrainer(SFTTrainer):
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
-        """By transformers on the CPU, where TRL's tiles, which save the memory of the logits, take twice the time.
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+        """The same number with or without TRL's tiles, which save the memory of the logits.
 
-        And wherever the logits are wanted: TRL runs the model a second time for them.
+        They are left out on the CPU, where they take twice the time, and where logits are wanted, for which TRL would
+        run the model once more.
         """
-        if return_outputs or self.args.device.type == "cpu":
-            return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, **options)
-        return super().compute_loss(model, inputs, **options)
+        if self.args.device.type != "cpu" and not return_outputs:
+            return super().compute_loss(model, inputs, return_outputs=False, **more)
+        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs=return_outputs, **more)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Without TRL's entropy and token counts."""

@@ -22,11 +22,14 @@ _EXTRA = {
     "datasets": "train",
     "filelock": "train",
     "optuna": "tune",
+    "rouge_score": "train",
+    "sacrebleu": "train",
     "scipy": "train",
     "sklearn": "train",
-    "pydantic": "cli",
-    "rich": "cli",
-    "yaml": "cli",
+    "pydantic": "train",
+    "rich": "train",
+    "yaml": "train",
+    "trl": "llm",
 }
 _SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
 _MANY = 40  # from this many adapters on, layers are shown as one line per kind
@@ -57,10 +60,11 @@ def main() -> None:
     except (WeightLoRAError, PermissionError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        extra = _EXTRA.get((error.name or "").partition(".")[0])
+        package = (error.name or "").partition(".")[0]
+        extra = _EXTRA.get(package)
         if extra is None:
             raise
-        _fail(f"This needs the package {error.name!r}, which is not installed: pip install 'weightlora[{extra}]'")
+        _fail(f"This needs the package {package!r}, which is not installed: pip install 'weightlora[{extra}]'")
 
 
 def _fail(message: str) -> None:
@@ -146,9 +150,9 @@ def export(
     Example: weightlora export runs/topics topics-adapter
              weightlora export runs/topics topics-model --merged
     """
+    _log_to_stderr()
     from weightlora import export as export_run
 
-    _log_to_stderr()
     export_run(run, out, portable=portable, merged=merged)
     print(f"Written to {out}")
 
@@ -236,6 +240,7 @@ def list_tasks() -> None:
 
     for task in tasks.list_tasks():
         columns = ", ".join(role if usual else f"{role} if wanted" for role, usual in task.columns.items())
+        columns = "; ".join(", ".join(layout) for layout in getattr(task, "layouts", ())) or columns
         data = task.benchmark and ":".join(filter(None, (task.benchmark.path, task.benchmark.name)))
         _show_entry(task.name, task.title, {"columns": columns, "scored by": task.primary, "data": data or ""})
 
@@ -284,7 +289,10 @@ def _show_suite(suite: "Suite") -> None:
 
 
 def _log_to_stderr(level: str = "INFO") -> None:
-    """The library's own log lines from `level` on; what transformers says about a new head is expected and left out."""
+    """The library's own log lines from `level` on; what transformers says about a new head is expected and left out.
+
+    To be called before PEFT is imported: that imports bitsandbytes, which warns of kernels it would like to have.
+    """
     import logging
     import warnings
 
@@ -296,6 +304,7 @@ def _log_to_stderr(level: str = "INFO") -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger().handlers[0].setLevel(level)
     logging.getLogger("weightlora").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _show_entry(name: str, title: str, facts: dict[str, str]) -> None:
@@ -362,13 +371,19 @@ def _show_result(metrics: dict[str, Any], output_dir: str) -> None:
         print(f"Kept       {len(kept)} of {len(attached)} adapters")
         for name in kept:
             print(f"           {name}")
-    print(f"Score      {primary} {metrics['before'][primary]:.4f} -> {metrics['after'][primary]:.4f}")
+    for name in dict.fromkeys((primary, "loss")):
+        scores = [f"{metrics[phase][name]:.4f}" for phase in ("before", "after") if name in metrics[phase]]
+        print(f"{'Score' if name == primary else 'Held out':<10} {name} {' -> '.join(scores)}")
     if metrics["test"]:
         print(f"Test       {primary} {metrics['test'][primary]:.4f}")
     print(f"Trainable  {parameters['before']:,} -> {parameters['after']:,} parameters")
     print(f"Training   {metrics['seconds']['training']:.0f} s")
     files = ["adapter/" if attached else "model/", "metrics.json", "recipe.yaml"]
-    files += [name for name in ("events.jsonl",) if (Path(output_dir) / name).is_file()]
+    files += [
+        name
+        for name in ("events.jsonl", "predictions.jsonl", "test_predictions.jsonl")
+        if (Path(output_dir) / name).is_file()
+    ]
     print(f"Files      {output_dir}: {', '.join(files)}")
 
 

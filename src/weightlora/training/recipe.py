@@ -57,9 +57,10 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved).
 
-    `package:NAME/FOLDER` is a folder inside an installed Python package, which is found and not imported.
+    `package:NAME/PATH` is a folder or file inside an installed Python package, which is found and not imported.
     `quantization` rounds the frozen weights to 4 or 8 bits with bitsandbytes, and `dtype` is what they compute in;
-    `gguf_file` is a file in the folder or repository, unpacked to `dtype`.
+    `gguf_file` is a file in the folder or repository, unpacked to `dtype`. `chat_template` replaces that of the
+    tokenizer: a Jinja file, or `alpaca`.
     """
 
     shorthand: ClassVar[str | None] = "name"
@@ -69,13 +70,14 @@ class ModelSpec(_Section):
     trust_remote_code: bool = False
     quantization: Literal["4bit", "8bit"] | None = None
     gguf_file: str | None = None
+    chat_template: str | None = None
 
-    @field_validator("name")
+    @field_validator("name", "chat_template")
     @classmethod
-    def _in_package(cls, name: str) -> str:
-        package, _, folder = name.removeprefix("package:").partition("/")
-        if not name.startswith("package:"):
+    def _in_package(cls, name: str | None) -> str | None:
+        if name is None or not name.startswith("package:"):
             return name
+        package, _, folder = name.removeprefix("package:").partition("/")
         spec = find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"there is no installed package {package!r}; install the one that brings it")
@@ -103,7 +105,9 @@ class DataSpec(_Section):
 
     `path` (with `name`) is a folder or a `datasets` id that has all splits; `validation` may be a share carved from
     `train`, or how many rows of it; `test: false` leaves out the one of the benchmark; `columns` are names in the data
-    by role. Lengths are in tokens; without `max_length` the task's own is taken.
+    by role. Lengths are in tokens; without `max_length` or `max_target_length` the task's own is taken. `prompt` has
+    `{input}` where the input of a task that writes text goes. `limit` and `eval_limit` keep that many rows of train,
+    and the rows of that many inputs of what is scored.
     """
 
     shorthand: ClassVar[str | None] = "path"
@@ -114,9 +118,11 @@ class DataSpec(_Section):
     test: Source | Literal[False] | None = None
     columns: dict[str, str | None] = {}
     max_length: int | None = Field(None, gt=0)
-    max_target_length: int = Field(128, gt=0)
+    max_target_length: int | None = Field(None, gt=0)
     doc_stride: int | None = Field(None, ge=0)
+    prompt: str | None = None
     limit: int | None = Field(None, gt=0)
+    eval_limit: int | None = Field(None, gt=0)
 
     @field_validator("validation", mode="before")
     @classmethod
@@ -147,6 +153,28 @@ class MethodSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
+class GenerationSpec(_Section):
+    """How text is written to be scored: fields of transformers' `GenerationConfig`.
+
+    What is null is the task's own choice, else the model's. Before and during training only the loss is looked at,
+    unless `during_training` asks for text too.
+    """
+
+    during_training: bool = False
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+    num_beams: int | None = Field(default=None, gt=0)
+    early_stopping: bool | Literal["never"] | None = None
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    do_sample: bool = False
+    temperature: float | None = Field(default=None, gt=0)
+    top_k: int | None = Field(default=None, gt=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    forced_bos_token_id: int | None = Field(default=None, ge=0)
+
+
 class Recipe(_Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
@@ -160,6 +188,7 @@ class Recipe(_Section):
     method: Annotated[MethodSpec, _expand("name")] = MethodSpec()
     lora: dict[str, Any] = Field(LORA_DEFAULTS, validate_default=True)
     training: dict[str, Any] = Field(TRAINING_DEFAULTS, validate_default=True)
+    generation: GenerationSpec = GenerationSpec()
     reuse_prefix: bool | Literal["float32", "bfloat16"] = False
     grow_batch: bool | int = False
     output_dir: str
@@ -175,7 +204,16 @@ class Recipe(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does."""
+    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does, and refusing a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                where = key.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", where)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -205,7 +205,10 @@ def refusal(folder: Path, **entries: Any) -> str:
         ({"task": "text-classification", "generation": {"num_beams": 2}}, "`generation` is for tasks that write text"),
         ({"data": {"prompt": "{input}", "train": "x.csv"}, "task": "regression"}, "`data.prompt` is for tasks that"),
         ({"data": {"max_length": 65}}, "`data.max_length` is 65, but the model has positions for 64 tokens"),
-        ({"data": {"max_length": 60}, "generation": {"max_new_tokens": 20}}, "together 70 may be asked of it"),
+        (
+            {"data": {"max_length": 60}, "generation": {"max_new_tokens": 20}},
+            "prompt and text together may take 70; lower",
+        ),
         ({"data": {"prompt": "say it"}}, "`data.prompt` is 'say it', which has no {input}"),
         ({"data": {"columns": {"input": "fact", "target": "text"}}}, "did you mean 'facts'?"),
         ({"data": {"columns": {"input": "facts"}}}, "`data.columns.target` is 'target', not a column"),

@@ -82,12 +82,12 @@ def check_lengths(spec: GenerationSpec, model: Any, max_length: int, max_target_
                 f"The config.json of this {type(model).__name__} has no `decoder_start_token_id`, so nothing says how "
                 "a text starts; add it."
             )
-        needed, what = max(written, max_target_length), "a text of"
+        needed, what = max(written, max_target_length), "a text"
     else:
-        needed, what = max_length - max_target_length + written, "a prompt and a text of together"
+        needed, what = max_length - max_target_length + written, "prompt and text together"
     if limit is not None and needed > limit:
         raise ConfigError(
-            f"The model has positions for {limit} tokens, and {what} {needed} may be asked of it; lower "
+            f"The model has positions for {limit} tokens, and {what} may take {needed}; lower "
             "`data.max_target_length`, `generation.max_new_tokens` or `data.max_length`."
         )
 

@@ -180,7 +180,7 @@ def _class_names(rows: Dataset) -> list[str] | None:
 def _each(rows: Dataset, where: str, convert: Callable[[Any], Any]) -> list[Any]:
     """Converts every label; the first that cannot be converted is reported with its row, counted from 1."""
     labels = []
-    for number, value in enumerate(rows["label"], start=1):
+    for number, value in enumerate(rows["label"][:], start=1):
         try:
             labels.append(convert(value))
         except ValueError as error:

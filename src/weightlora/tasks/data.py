@@ -245,7 +245,7 @@ def _drawn(count: int, limit: int, seed: int) -> list[int]:
 def _inputs(task: Task, part: Part) -> list[Any]:
     """What each row is known by: its inputs, or its target where that is the whole row."""
     roles = [role for role in task.inputs if role in part.rows.column_names]
-    return list(zip(*(part.rows[role] for role in roles), strict=True)) if roles else part.targets
+    return list(zip(*(part.rows[role][:] for role in roles), strict=True)) if roles else part.targets
 
 
 def _warn_about_overlap(task: Task, train: Part, validation: Part) -> None:

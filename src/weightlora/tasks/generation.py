@@ -58,7 +58,7 @@ class TextGeneration:
     def read_labels(self, rows: Dataset, where: str) -> list[Target]:
         """The references of each row."""
         targets = []
-        for number, value in enumerate(rows["target"], start=1):
+        for number, value in enumerate(rows["target"][:], start=1):
             try:
                 targets.append(self._target(value))
             except ValueError as error:
@@ -85,7 +85,7 @@ class TextGeneration:
     def encode(self, part: Part, tokenizer: Any, form: Format, *, training: bool) -> Encoded:
         """To learn from: an example for each reference. To score: one for each input, the longest last."""
         prompt = form.prompt or ("{input}" if form.is_encoder_decoder else self.prompt)
-        texts = [as_text(value, number) for number, value in enumerate(part.rows["input"], start=1)]
+        texts = [as_text(value, number) for number, value in enumerate(part.rows["input"][:], start=1)]
         if training:
             pairs = [(text, one) for text, target in zip(texts, part.targets, strict=True) for one in target]
             return Encoded(encode_pairs(pairs, tokenizer, form, prompt), None)

@@ -55,7 +55,7 @@ class QuestionAnswering:
         """The references of each row, found at their places in its context."""
         names = rows["id"] if "id" in rows.column_names else None
         targets = []
-        for number, (answers, context) in enumerate(zip(rows["answers"], rows["context"], strict=True)):
+        for number, (answers, context) in enumerate(zip(rows["answers"][:], rows["context"][:], strict=True)):
             try:
                 targets.append(self._target(answers, context))
             except ValueError as error:

@@ -140,7 +140,7 @@ def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) ->
     rows = _renamed(rows, wanted)
     for role in task.inputs:
         if role in wanted:
-            _check_text(rows[role], wanted[role], source)
+            _check_text(rows[role][:], wanted[role], source)
     return rows
 
 
@@ -309,7 +309,7 @@ def _warn_about_overlap(task: Task, train: Part, validation: Part) -> None:
     roles = [role for role in task.inputs if role in train.rows.column_names]
     if not roles:
         return
-    seen = set(zip(*(train.rows[role] for role in roles), strict=True))
-    shared = sum(row in seen for row in zip(*(validation.rows[role] for role in roles), strict=True))
+    seen = set(zip(*(train.rows[role][:] for role in roles), strict=True))
+    shared = sum(row in seen for row in zip(*(validation.rows[role][:] for role in roles), strict=True))
     if shared:
         logger.warning("%d of %d validation rows are in the training data too.", shared, len(validation))

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 _EXTRA = {
     "datasets": "train",
+    "rouge_score": "train",
+    "sacrebleu": "train",
     "scipy": "train",
     "sklearn": "train",
-    "pydantic": "cli",
-    "rich": "cli",
-    "yaml": "cli",
+    "pydantic": "train",
+    "rich": "train",
+    "yaml": "train",
+    "trl": "llm",
 }
 _SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
 _MANY = 40  # from this many adapters on, layers are shown as one line per kind
@@ -56,7 +59,7 @@ def main() -> None:
         extra = _EXTRA.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        _fail(f"This needs the package {error.name!r}, which is not installed: pip install 'weightlora[train]'")
+        _fail(f"This needs the package {error.name!r}, which is not installed: pip install 'weightlora[{extra}]'")
 
 
 def _fail(message: str) -> None:
@@ -257,13 +260,19 @@ def _show_result(metrics: dict[str, Any], output_dir: str) -> None:
         print(f"Kept       {len(kept)} of {len(attached)} adapters")
         for name in kept:
             print(f"           {name}")
-    print(f"Score      {primary} {metrics['before'][primary]:.4f} -> {metrics['after'][primary]:.4f}")
+    for name in dict.fromkeys((primary, "loss")):
+        scores = [f"{metrics[phase][name]:.4f}" for phase in ("before", "after") if name in metrics[phase]]
+        print(f"{'Score' if name == primary else 'Held out':<10} {name} {' -> '.join(scores)}")
     if metrics["test"]:
         print(f"Test       {primary} {metrics['test'][primary]:.4f}")
     print(f"Trainable  {parameters['before']:,} -> {parameters['after']:,} parameters")
     print(f"Training   {metrics['seconds']['training']:.0f} s")
     files = ["adapter/" if attached else "model/", "metrics.json", "recipe.yaml"]
-    files += [name for name in ("events.jsonl",) if (Path(output_dir) / name).is_file()]
+    files += [
+        name
+        for name in ("events.jsonl", "predictions.jsonl", "test_predictions.jsonl")
+        if (Path(output_dir) / name).is_file()
+    ]
     print(f"Files      {output_dir}: {', '.join(files)}")
 
 

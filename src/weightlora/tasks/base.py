@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Head = Literal["sequence-classification", "question-answering", "text-generation"]
 
 MAX_LENGTH = 128  # tokens of an input, for a task without a `max_length` of its own
+MAX_TARGET_LENGTH = 128  # and of a target
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class Benchmark:
     """Where published rows are: a `datasets` id, its configuration, and what it calls its splits.
 
     A local folder with the same splits and columns can stand in for it (`data.path` of a recipe). `test` is a second
-    split that is scored at the end; benchmarks with hidden test labels have none.
+    split that is scored at the end; benchmarks with hidden test labels have none. Without a `validation` split a share
+    of train is held out.
     """
 
     path: str
     name: str | None = None
     train: str = "train"
-    validation: str = "validation"
+    validation: str | None = "validation"
     test: str | None = None
 
 
@@ -48,12 +50,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Format:
-    """What inputs look like, beside the tokenizer: lengths in tokens and the kind of model that reads them."""
+    """What inputs look like, beside the tokenizer: lengths in tokens, the kind of model that reads them, a prompt."""
 
     max_length: int
     max_target_length: int | None = None
     is_encoder_decoder: bool = False
     doc_stride: int | None = None  # tokens that neighbouring windows of a long context share
+    prompt: str | None = None  # in place of the task's own
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,14 @@ class Encoded:
 
     Attributes:
         features: a `datasets.Dataset`, what the collator gets; it may have more rows than the part, in another order.
-        score: (predictions, label_ids) of the Trainer, NumPy arrays in the order of `features` -> metrics by name.
+        score: (predictions, label_ids) of the Trainer, NumPy arrays in the order of `features` -> metrics by name; None
+            where the loss is all there is. Predictions of a model that writes text are its tokens, padded with -100.
+        records: predictions -> one record for each row that was scored, as people want to read them, for a file.
     """
 
     features: Any
-    score: Callable[[Any, Any], dict[str, float]]
+    score: Callable[[Any, Any], dict[str, float]] | None
+    records: Callable[[Any], list[dict[str, Any]]] | None = None
 
 
 @runtime_checkable
@@ -84,7 +90,8 @@ class Task(Protocol):
         maximize: whether more of it is better.
         benchmark: where rows come from if a recipe names no data.
 
-    One that needs longer inputs than `MAX_LENGTH` has a default of its own in `max_length`.
+    One that needs longer inputs than `MAX_LENGTH` has a default of its own in `max_length`; one that writes text may
+    have `max_target_length` and, for the recipe's section of that name, `generation`.
     """
 
     @property

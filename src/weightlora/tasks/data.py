@@ -78,7 +78,9 @@ def sources(
             raise ConfigError(f"The recipe lacks `data.train`, and task {task.name!r} has no data of its own; add it.")
         return train, share if validation is None else validation, test
     path, name = (known.path, known.name) if place is None else (place.path, place.name)
-    held_out = Source(path, name, known.validation) if validation is None else validation
+    held_out = validation
+    if held_out is None:
+        held_out = share if known.validation is None else Source(path, name, known.validation)
     if test is None and known.test is not None:
         test = Source(path, name, known.test)
     return train or Source(path, name, known.train), held_out, test
@@ -91,6 +93,7 @@ def load_splits(
     test: Source | None,
     columns: Mapping[str, str | None],
     limit: int | None = None,
+    eval_limit: int | None = None,
     seed: int = 42,
 ) -> Splits:
     """Loads, checks and splits the data of one run.
@@ -100,6 +103,7 @@ def load_splits(
             on a number of rows.
         columns: {role: its name in the data}, where that is not the task's own.
         limit: keep that many random training rows.
+        eval_limit: keep the rows of that many random inputs of validation and of test.
 
     Raises:
         ConfigError: any source, column, row or label that cannot work.
@@ -116,8 +120,10 @@ def load_splits(
     if task.stratify and not isinstance(validation, Source):
         _check_seen(targets, kept, names, validation)
     part = _limited(_select(Part(rows, targets), kept), limit, seed)
+    held_out = _limited_inputs(task, held_out, eval_limit, seed)
     _warn_about_overlap(task, part, held_out)
-    return Splits(part, held_out, _load_part(task, test, columns, names) if test else None, names)
+    tested = _limited_inputs(task, _load_part(task, test, columns, names), eval_limit, seed) if test else None
+    return Splits(part, held_out, tested, names)
 
 
 def _load_part(task: Task, source: Source, columns: Mapping[str, str | None], names: list[str] | None) -> Part:
@@ -299,17 +305,34 @@ def _select(part: Part, rows: list[int]) -> Part:
 def _limited(part: Part, limit: int | None, seed: int) -> Part:
     if limit is None or limit >= len(part):
         return part
+    return _select(part, _drawn(len(part), limit, seed))
+
+
+def _limited_inputs(task: Task, part: Part, limit: int | None, seed: int) -> Part:
+    """All rows of that many inputs: where an input has several references, they stay together."""
+    keys = _inputs(task, part) or list(range(len(part)))
+    distinct = list(dict.fromkeys(keys))
+    if limit is None or limit >= len(distinct):
+        return part
+    kept = {distinct[i] for i in _drawn(len(distinct), limit, seed)}
+    return _select(part, [row for row, key in enumerate(keys) if key in kept])
+
+
+def _drawn(count: int, limit: int, seed: int) -> list[int]:
     import numpy as np
 
-    return _select(part, sorted(np.random.default_rng(seed).permutation(len(part))[:limit].tolist()))
+    return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())
+
+
+def _inputs(task: Task, part: Part) -> list[Any]:
+    """What each row is known by; nothing where a task's inputs are no text."""
+    roles = [role for role in task.inputs if role in part.rows.column_names]
+    return list(zip(*(part.rows[role][:] for role in roles), strict=True))
 
 
 def _warn_about_overlap(task: Task, train: Part, validation: Part) -> None:
     """Logs how many validation rows have the same input as a training row: such a score is too good."""
-    roles = [role for role in task.inputs if role in train.rows.column_names]
-    if not roles:
-        return
-    seen = set(zip(*(train.rows[role][:] for role in roles), strict=True))
-    shared = sum(row in seen for row in zip(*(validation.rows[role][:] for role in roles), strict=True))
+    seen = set(_inputs(task, train))
+    shared = sum(row in seen for row in _inputs(task, validation))
     if shared:
         logger.warning("%d of %d validation rows are in the training data too.", shared, len(validation))

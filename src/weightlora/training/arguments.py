@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -42,7 +42,12 @@ _NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps
 
 
 def training_arguments(
-    values: Mapping[str, Any], output_dir: str, seed: int, progress: bool, labels: tuple[str, ...] = ("labels",)
+    values: Mapping[str, Any],
+    output_dir: str,
+    seed: int,
+    progress: bool,
+    labels: tuple[str, ...] = ("labels",),
+    make: Callable[..., TrainingArguments] = TrainingArguments,
 ) -> TrainingArguments:
     """`TrainingArguments` from the `training` section.
 
@@ -50,6 +55,7 @@ def training_arguments(
         values: field names and values.
         progress: whether to show the Trainer's progress bar, unless `disable_tqdm` is among the values.
         labels: what the targets in a batch are called.
+        make: the class or function that takes the fields, for a trainer with arguments of its own.
 
     Raises:
         ConfigError: an unknown field, or a value that transformers refuses.
@@ -62,7 +68,7 @@ def training_arguments(
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     checked = check_fields("training", values, TrainingArguments)
-    return _built("training", TrainingArguments, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
+    return _built("training", make, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
 
 
 def lora_values(values: Mapping[str, Any], info: MethodInfo) -> dict[str, Any]:
@@ -116,9 +122,9 @@ def _wishes(error: ValidationError) -> str:
     return " or ".join(message[0].lower() + message[1:] for message in messages)
 
 
-def _built(section: str, cls: type, values: dict[str, Any]) -> Any:
+def _built(section: str, make: Callable[..., Any], values: dict[str, Any]) -> Any:
     try:
-        return cls(**values)
+        return make(**values)
     except WeightLoRAError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -12,13 +12,21 @@ from typing import Any
 
 from peft import TaskType
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    Seq2SeqTrainingArguments,
     Trainer,
+    TrainingArguments,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from weightlora.errors import ConfigError
 from weightlora.tasks.base import Head
+from weightlora.training.generating import EncoderDecoderTrainer
 
 
 @dataclass(frozen=True)
@@ -30,18 +38,22 @@ class HeadKind:
         task_type: PEFT's name for it, by the model's config.
         is_new: whether it starts at random, so that it is trained whole and saved beside the adapter.
         collator: (tokenizer, model) -> what makes a batch of features.
-        trainer: what trains it.
+        trainer: what trains it, by the model's config.
+        arguments: what makes the trainer's arguments of fields and values, by the model's config.
         outputs: (outputs, labels) -> what is kept of a batch's outputs for scoring.
         labels: what the targets in a batch are called.
+        writes: whether it is scored by the text it writes.
     """
 
     auto: Callable[[Any], Any]
     task_type: Callable[[Any], TaskType]
     is_new: bool
     collator: Callable[[Any, Any], Any]
-    trainer: type[Trainer]
+    trainer: Callable[[Any], type[Trainer]] = lambda config: Trainer
+    arguments: Callable[[Any], Callable[..., TrainingArguments]] = lambda config: TrainingArguments
     outputs: Callable[[Any, Any], Any] | None = None
     labels: tuple[str, ...] = ("labels",)
+    writes: bool = False
 
 
 def _logits(outputs: Any, labels: Any) -> Any:
@@ -56,13 +68,44 @@ def _padding_on_the_right(tokenizer: Any) -> Any:
     return copied
 
 
+def _writes(config: Any) -> Any:
+    """The auto class of a model that writes text.
+
+    Raises:
+        ConfigError: an encoder. transformers would load most of them as decoders that see what comes next.
+    """
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ConfigError(
+            f"The model is an encoder ({config.model_type!r}), which reads text and cannot write any; use a decoder "
+            "such as Llama or GPT-2, or an encoder-decoder such as BART or T5."
+        )
+    return AutoModelForCausalLM
+
+
+def _text_trainer(config: Any) -> type[Trainer]:
+    if config.is_encoder_decoder:
+        return EncoderDecoderTrainer
+    from weightlora.training.decoder import DecoderTrainer
+
+    return DecoderTrainer
+
+
+def _text_arguments(config: Any) -> Callable[..., TrainingArguments]:
+    if config.is_encoder_decoder:
+        return Seq2SeqTrainingArguments
+    from weightlora.training.decoder import decoder_arguments
+
+    return decoder_arguments
+
+
 HEADS: dict[Head, HeadKind] = {
     "sequence-classification": HeadKind(
         auto=lambda config: AutoModelForSequenceClassification,
         task_type=lambda config: TaskType.SEQ_CLS,
         is_new=True,
         collator=lambda tokenizer, model: DataCollatorWithPadding(tokenizer),
-        trainer=Trainer,
         outputs=_logits,
     ),
     "question-answering": HeadKind(
@@ -70,8 +113,17 @@ HEADS: dict[Head, HeadKind] = {
         task_type=lambda config: TaskType.QUESTION_ANS,
         is_new=True,
         collator=lambda tokenizer, model: DataCollatorWithPadding(_padding_on_the_right(tokenizer)),
-        trainer=Trainer,
         outputs=lambda outputs, labels: tuple(outputs[:2]),
         labels=("start_positions", "end_positions"),
+    ),
+    # features: input_ids, attention_mask, labels (-100 where nothing is learnt); decoders shift the labels themselves
+    "text-generation": HeadKind(
+        auto=_writes,
+        task_type=lambda config: TaskType.SEQ_2_SEQ_LM if config.is_encoder_decoder else TaskType.CAUSAL_LM,
+        is_new=False,
+        collator=lambda tokenizer, model: DataCollatorForSeq2Seq(_padding_on_the_right(tokenizer), model),
+        trainer=_text_trainer,
+        arguments=_text_arguments,
+        writes=True,
     ),
 }

@@ -99,7 +99,7 @@ def load_model(spec: ModelSpec, head: HeadKind, names: list[str] | None) -> PreT
             **{**options, **weights},
         ),
     )
-    _check_loaded(model, loading, spec.name)
+    _check_loaded(model, loading, spec.name, head_modules(model) if head.is_new else [])
     return prepared(model) if spec.quantization else model
 
 
@@ -125,9 +125,9 @@ def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
-def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:
-    """Only a head may have come with another shape; a mismatch in the body would train from noise."""
-    heads = tuple(f"{head}." for head in head_modules(model))
+def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str, new_heads: list[str]) -> None:
+    """Only a head that starts anew may have come with another shape; anything else would train from noise."""
+    heads = tuple(f"{head}." for head in new_heads)
     keys = [entry if isinstance(entry, str) else entry[0] for entry in loading["mismatched_keys"]]
     wrong = sorted(key for key in keys if not key.startswith(heads))
     if wrong:

@@ -1,7 +1,7 @@
 """Everything before the first step: data, model and method, loaded and checked, and the plan of the run."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,14 +23,22 @@ from weightlora.measure import trainable_parameters
 from weightlora.methods import Method
 from weightlora.methods.stock import head_modules
 from weightlora.tasks import Task, get_task
-from weightlora.tasks.base import MAX_LENGTH, Encoded, Format, Part
+from weightlora.tasks.base import MAX_LENGTH, MAX_TARGET_LENGTH, Encoded, Format, Part
 from weightlora.tasks.data import Source, Splits, load_splits, sources
 from weightlora.training.arguments import lora_values, training_arguments
+from weightlora.training.generating import check_lengths
 from weightlora.training.heads import HEADS, HeadKind
-from weightlora.training.model import check_lora, check_source, fit_tokenizer, load_model, load_tokenizer
+from weightlora.training.model import (
+    check_lora,
+    check_source,
+    fit_tokenizer,
+    load_model,
+    load_tokenizer,
+    position_limit,
+)
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
-from weightlora.training.recipe import Recipe, SourceSpec
+from weightlora.training.recipe import GenerationSpec, Recipe, SourceSpec
 
 _BATCHES = 16  # of training data, at most, for methods that start from some
 
@@ -59,6 +67,11 @@ class Job:
         return self.head.collator(self.tokenizer, self.model)
 
     @property
+    def scores_during_training(self) -> bool:
+        """Whether metrics are worked out before and during training too; text is written then only if asked for."""
+        return not self.head.writes or self.recipe.generation.during_training
+
+    @property
     def has_adapters(self) -> bool:
         """Whether an adapter is trained, and not weights of the model itself."""
         return isinstance(self.model, PeftModel)
@@ -68,7 +81,7 @@ class Job:
         data, config = self.recipe.data, self.model.config
         assert data.max_length is not None
         is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
-        form = Format(data.max_length, data.max_target_length, is_encoder_decoder, data.doc_stride)
+        form = Format(data.max_length, data.max_target_length, is_encoder_decoder, data.doc_stride, data.prompt)
         return self.task.encode(part, self.tokenizer, form, training=training)
 
     @cached_property
@@ -97,10 +110,10 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     """Loads data and model and gets the model ready for the method, cheapest checks first."""
     check_output_dir(recipe.output_dir, resume)
     task = get_task(recipe.task)
-    recipe = with_sources(recipe, task)
+    recipe = _with_generation(with_sources(recipe, task), task)
     method = methods.create(recipe.method.name, recipe.method.options)
     lora = lora_values(recipe.lora, methods.get_method(recipe.method.name))
-    arguments = training_arguments(recipe.training, recipe.output_dir, recipe.seed, progress, HEADS[task.head].labels)
+    _arguments(recipe, task, progress)  # as far as they can be checked without the model
     after = _after_the_cut(recipe)
     check_source(recipe.model)
     check_method(recipe.model, methods.get_method(recipe.method.name), lora)
@@ -112,11 +125,44 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     model = load_model(recipe.model, HEADS[task.head], splits.names)
     assert recipe.data.max_length is not None
     fit_tokenizer(model, tokenizer, recipe.data.max_length)
+    if HEADS[task.head].writes:
+        _check_writing(recipe, model)
     if "target_modules" in lora:
         lora["target_modules"] = resolve(model, lora["target_modules"])
     check_lora(model, lora)
+    arguments = _arguments(recipe, task, progress, HEADS[task.head].arguments(model.config))
     job = Job(recipe, task, splits, tokenizer, model, method, arguments, after)
     return replace(job, model=_ready(job, lora))
+
+
+def _arguments(
+    recipe: Recipe, task: Task, progress: bool, make: Callable[..., TrainingArguments] = TrainingArguments
+) -> TrainingArguments:
+    labels = HEADS[task.head].labels
+    return training_arguments(recipe.training, recipe.output_dir, recipe.seed, progress, labels, make)
+
+
+def _with_generation(recipe: Recipe, task: Task) -> Recipe:
+    """The recipe with the task's length of texts and its way of writing them, where it has none of its own."""
+    if not HEADS[task.head].writes:
+        for key, value, default in (
+            ("generation", recipe.generation, GenerationSpec()),
+            ("data.prompt", recipe.data.prompt, None),
+        ):
+            if value != default:
+                raise ConfigError(f"`{key}` is for tasks that write text, and {task.name!r} is none; leave it out.")
+        return recipe
+    length = recipe.data.max_target_length or getattr(task, "max_target_length", MAX_TARGET_LENGTH)
+    own = {"max_new_tokens": length, **getattr(task, "generation", {})}
+    generation = GenerationSpec(**{**own, **recipe.generation.model_dump(exclude_none=True)})
+    data = recipe.data.model_copy(update={"max_target_length": length})
+    return recipe.model_copy(update={"generation": generation, "data": data})
+
+
+def _check_writing(recipe: Recipe, model: Any) -> None:
+    data = recipe.data
+    assert data.max_length is not None and data.max_target_length is not None
+    check_lengths(recipe.generation, model, data.max_length, data.max_target_length, position_limit(model))
 
 
 def _after_the_cut(recipe: Recipe) -> list[TrainerCallback]:
@@ -250,7 +296,7 @@ def _load_data(recipe: Recipe, task: Task) -> Splits:
     validation = _source(held_out) if isinstance(held_out, SourceSpec) else held_out
     assert train is not None and validation is not None
     test = _source(data.test or None)
-    return load_splits(task, train, validation, test, data.columns, limit=data.limit, seed=recipe.seed)
+    return load_splits(task, train, validation, test, data.columns, data.limit, data.eval_limit, recipe.seed)
 
 
 @contextmanager

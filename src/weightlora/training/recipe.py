@@ -103,7 +103,9 @@ class DataSpec(_Section):
 
     `path` (with `name`) is a folder or a `datasets` id that has all splits; `validation` may be a share carved from
     `train`, or how many rows of it; `test: false` leaves out the one of the benchmark; `columns` are names in the data
-    by role. Lengths are in tokens; without `max_length` the task's own is taken.
+    by role. Lengths are in tokens; without `max_length` or `max_target_length` the task's own is taken. `prompt` has
+    `{input}` where the input of a task that writes text goes. `limit` and `eval_limit` keep that many rows of train,
+    and the rows of that many inputs of what is scored.
     """
 
     shorthand: ClassVar[str | None] = "path"
@@ -114,9 +116,11 @@ class DataSpec(_Section):
     test: Source | Literal[False] | None = None
     columns: dict[str, str | None] = {}
     max_length: int | None = Field(None, gt=0)
-    max_target_length: int = Field(128, gt=0)
+    max_target_length: int | None = Field(None, gt=0)
     doc_stride: int | None = Field(None, ge=0)
+    prompt: str | None = None
     limit: int | None = Field(None, gt=0)
+    eval_limit: int | None = Field(None, gt=0)
 
     @field_validator("validation", mode="before")
     @classmethod
@@ -147,6 +151,28 @@ class MethodSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
+class GenerationSpec(_Section):
+    """How text is written to be scored: fields of transformers' `GenerationConfig`.
+
+    What is null is the task's own choice, else the model's. Before and during training only the loss is looked at,
+    unless `during_training` asks for text too.
+    """
+
+    during_training: bool = False
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+    num_beams: int | None = Field(default=None, gt=0)
+    early_stopping: bool | Literal["never"] | None = None
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    do_sample: bool = False
+    temperature: float | None = Field(default=None, gt=0)
+    top_k: int | None = Field(default=None, gt=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    forced_bos_token_id: int | None = Field(default=None, ge=0)
+
+
 class Recipe(_Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
@@ -160,6 +186,7 @@ class Recipe(_Section):
     method: Annotated[MethodSpec, _expand("name")] = MethodSpec()
     lora: dict[str, Any] = Field(LORA_DEFAULTS, validate_default=True)
     training: dict[str, Any] = Field(TRAINING_DEFAULTS, validate_default=True)
+    generation: GenerationSpec = GenerationSpec()
     reuse_prefix: bool | Literal["float32", "bfloat16"] = False
     grow_batch: bool | int = False
     output_dir: str

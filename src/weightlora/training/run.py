@@ -3,8 +3,9 @@
     metrics = run(load_recipe("recipe.yaml"))
 
 writes into `output_dir`: recipe.yaml (every default filled in), checkpoints, events.jsonl (by the method),
-adapter/ (a stock PEFT adapter and the tokenizer; model/ where the model's own weights were trained) and, last,
-metrics.json: a folder that has it is of a run that ended.
+adapter/ (a stock PEFT adapter and the tokenizer; model/ where the model's own weights were trained),
+predictions.jsonl and test_predictions.jsonl (what a task that writes text was scored for) and, last, metrics.json: a
+folder that has it is of a run that ended.
 """
 
 import json
@@ -25,9 +26,11 @@ from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
 from weightlora.measure import trainable_parameters
 from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import Encoded
+from weightlora.training.generating import Generating, generation_config
 from weightlora.training.prepare import Job, Plan, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
 
+PREDICTIONS_FILE = "predictions.jsonl"
 _LIBRARIES = ("weightlora", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -59,7 +62,7 @@ def run(
         plan = make_plan(job)
         if on_ready is not None:
             on_ready(plan)
-        before = evaluate(trainer, validation)
+        before = evaluate(trainer, validation, scored=job.scores_during_training)
         _check_best(job, before)
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / "recipe.yaml")
@@ -67,8 +70,8 @@ def run(
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     seconds = time.perf_counter() - clock
-    after = evaluate(trainer, validation)
-    tested = evaluate(trainer, test) if test is not None else None
+    after = evaluate(trainer, validation, file=output_dir / PREDICTIONS_FILE)
+    tested = evaluate(trainer, test, file=output_dir / f"test_{PREDICTIONS_FILE}") if test is not None else None
 
     metrics = {
         "model": recipe.model.name,
@@ -112,31 +115,35 @@ def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback]
     own: list[TrainerCallback] = [*([job.method] if job.method is not None else []), *job.after]
     validation = job.encode(job.splits.validation)
     try:
-        trainer = job.head.trainer(
+        trainer = job.head.trainer(job.model.config)(
             model=job.model,
             args=job.arguments,
             train_dataset=job.training.features,
             eval_dataset=validation.features,  # pyright: ignore[reportArgumentType]
             processing_class=job.tokenizer,
             data_collator=job.collator,
-            compute_metrics=_scored_by(validation),
+            compute_metrics=_scored_by(validation) if job.scores_during_training else None,
             preprocess_logits_for_metrics=job.head.outputs,
             callbacks=[*own, *callbacks],
         )
-    except WeightLoRAError:
+    except (WeightLoRAError, ModuleNotFoundError):
         raise
     except (ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"The `training` section cannot work: {reason}") from error
+    if isinstance(trainer, Generating):
+        trainer.generation = generation_config(job.recipe.generation, job.model, job.tokenizer)
     if not progress:
         trainer.remove_callback(PrinterCallback)
     _set_rates(trainer, job)
     return trainer, validation
 
 
-def evaluate(trainer: Trainer, rows: Encoded) -> dict[str, float]:
-    """Loss and metrics of these rows, without timings."""
-    usual, trainer.compute_metrics = trainer.compute_metrics, _scored_by(rows)
+def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True, file: Path | None = None) -> dict[str, float]:
+    """Loss of these rows and, if they are `scored`, their metrics; without timings. Written texts go into `file`."""
+    if file is not None and not trainer.is_world_process_zero():
+        file = None
+    usual, trainer.compute_metrics = trainer.compute_metrics, _scored_by(rows, file) if scored else None
     try:
         found = trainer.evaluate(rows.features)
     finally:
@@ -156,8 +163,18 @@ def _check_best(job: Job, scores: dict[str, float]) -> None:
         )
 
 
-def _scored_by(rows: Encoded) -> Callable[[EvalPrediction], dict[str, float]]:
-    return lambda output: rows.score(output.predictions, output.label_ids)
+def _scored_by(rows: Encoded, file: Path | None = None) -> Callable[[EvalPrediction], dict[str, float]] | None:
+    if rows.score is None:
+        return None
+    score = rows.score
+
+    def metrics(output: EvalPrediction) -> dict[str, float]:
+        if file is not None and rows.records is not None:
+            lines = [json.dumps(record, ensure_ascii=False) for record in rows.records(output.predictions)]
+            write_whole(file, "".join(f"{line}\n" for line in lines))
+        return score(output.predictions, output.label_ids)
+
+    return metrics
 
 
 def _set_rates(trainer: Trainer, job: Job) -> None:

@@ -159,4 +159,23 @@ LLAMA_GLUE = Table(
     notes=("That the tasks are those of RoBERTa is an assumption; rates, epochs and batches are choices.",),
 )
 
-TABLES = (ROBERTA_BASE, ROBERTA_LARGE, LLAMA_GLUE)
+LLAMA_GENERATION = Table(
+    "lora_drop/llama2_generation",
+    f"{PAPER}, Llama2-7b, generation",
+    LLAMA,
+    {"e2e_nlg": {}, "dialogsum": {}, "gsm8k": {}},
+    (LORA, lora_drop()),
+    SEED,
+    lora={
+        "r": 64,
+        "lora_alpha": Because(128, UNKNOWN),
+        "lora_dropout": Because(0.1, UNKNOWN),
+        "target_modules": Because(
+            ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "192 modules, 0.13B parameters"
+        ),
+    },
+    training=LLAMA_TRAINING,
+    notes=("That the tasks are these three is an assumption; rates, epochs, batches and beams are choices.",),
+)
+
+TABLES = (ROBERTA_BASE, ROBERTA_LARGE, LLAMA_GLUE, LLAMA_GENERATION)

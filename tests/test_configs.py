@@ -17,7 +17,9 @@ import torch
 from test_glue import rows as glue_rows
 from test_question_answering import row as squad_row
 from tiny_text import save_tokenizer, write_jsonl
+from tiny_writer import words_tokenizer
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from weightlora import RLoRA, methods
 from weightlora.tasks import get_task
@@ -43,15 +45,25 @@ DEBERTA = {
     "share_att_key": True,
     "position_buckets": 8,
 }
+PARTS = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
+BART = {
+    "d_model": 16,
+    **{f"{part}_{key}": size for part in ("encoder", "decoder") for key, size in PARTS.items()},
+    "forced_eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+WRITERS: dict[str, Any] = {"bart": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "microsoft/deberta-v3-base": ("deberta-v2", DEBERTA),
     "FacebookAI/roberta-base": ("roberta", ROBERTA),
     "FacebookAI/roberta-large": ("roberta", ROBERTA),
+    "facebook/bart-large": ("bart", BART),
     "meta-llama/Llama-2-7b-hf": ("llama", {**LLAMA, "num_hidden_layers": 2}),
     "meta-llama/Meta-Llama-3-8B": ("llama", {**LLAMA, "num_hidden_layers": 15}),
 }
-# {(architecture, preset): modules in a block}
+# {(architecture, preset): modules in a block, of BART in one of the encoder and one of the decoder}
 MODULES = {
+    ("bart", "block-linear"): 6 + 10,
     ("deberta-v2", "self-attention"): 3,
     ("deberta-v2", "block-linear"): 6,
     ("roberta", "query-value"): 2,
@@ -83,11 +95,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def _save_model(folder: Path, kind: str, sizes: dict[str, Any]) -> None:
-    from transformers import AutoConfig, AutoModel
-
-    vocabulary = save_tokenizer(folder, positions=10_000)
+    if kind in WRITERS:
+        words_tokenizer().save_pretrained(folder)
+        size = len(words_tokenizer())
+    else:
+        size = save_tokenizer(folder, positions=10_000)
     torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=vocabulary, **sizes)).save_pretrained(folder)
+    config = AutoConfig.for_model(kind, vocab_size=size, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    WRITERS.get(kind, AutoModel).from_config(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +129,19 @@ def _rows(task: str, number: int) -> list[dict[str, Any]]:
     if task.startswith("glue/"):
         columns = glue_rows(task.removeprefix("glue/"), number)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return [squad_row() for _ in range(number)]
+    if task.startswith("squad"):
+        return [squad_row() for _ in range(number)]
+    return [{key: text.format(i) for key, text in WRITTEN[task].items()} for i in range(number)]
+
+
+# {task: a row in the hub's columns}
+WRITTEN = {
+    "xsum": {"document": "the cat sat on {} mat", "summary": "cat sat", "id": "{}"},
+    "cnn_dailymail": {"article": "the dog ran on {} hill", "highlights": "dog ran", "id": "{}"},
+    "dialogsum": {"dialogue": "who ran {} ?", "summary": "the dog ran", "id": "{}", "topic": "dog"},
+    "e2e_nlg": {"meaning_representation": "name [ pub {} ]", "human_reference": "it is a pub"},
+    "gsm8k": {"question": "what is {} + 1 ?", "answer": "1 + 1 = 2 #### 2"},
+}
 
 
 # -- the files -------------------------------------------------------------------------------------------------------
@@ -216,7 +243,9 @@ def _expected_adapters(recipe: Recipe) -> int:
     if recipe.method.name == "rlora":  # which drops before the first step
         return recipe.method.options["keep"]
     kind, sizes = TINY[recipe.model.name]
-    return sizes["num_hidden_layers"] * MODULES[kind, str(recipe.lora["target_modules"])]
+    targets = recipe.lora["target_modules"]
+    in_a_block = len(targets) if isinstance(targets, list) else MODULES[kind, targets]
+    return in_a_block * sizes["encoder_layers" if kind == "bart" else "num_hidden_layers"]
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
@@ -225,8 +254,9 @@ def _expected_adapters(recipe: Recipe) -> int:
 def full_size(name: str) -> tuple[Recipe, nn.Module]:
     """A recipe with the model it names as its method trains it, in full size without weights."""
     recipe = every_row(FILES[name])[0]
-    head = HEADS[get_task(recipe.task).head]
-    model = papers.MODELS[recipe.model.name](head.auto(None))
+    task, build = get_task(recipe.task), papers.MODELS[recipe.model.name]
+    head = HEADS[task.head]
+    model = build() if task.head == "text-generation" else build(head.auto(None))
     info = methods.get_method(recipe.method.name)
     lora = lora_values(recipe.lora, info)
     if "target_modules" in lora:
@@ -253,11 +283,13 @@ HEAD = {"classifier", "pooler", "score", "qa_outputs", "modules_to_save"}
         ("weightlora/table2/cola_lora", 8 * (48 * 1536 + 24 * 3840)),  # 72 modules; the table prints the share of 60
         ("weightlora/table3/cola_lora", 8 * 2_621_440),
         ("weightlora/table4/squad_lora", 8 * (48 * 1536 + 24 * 3840)),
+        ("weightlora/table5/xsum_lora", 8 * 540_672),
         ("lora_drop/roberta_base/cola_lora", 24 * 8 * 1536),  # 0.29M
         ("lora_drop/roberta_base/cola_vera", 24 * (512 + 768)),  # 0.03M
         ("lora_drop/roberta_base/cola_tied_lora", 3 * 768 * 56 + 12 * (56 + 2 * 768)),  # 0.15M
         ("lora_drop/roberta_large/cola_lora", 48 * 8 * 2048),  # 0.79M
         ("lora_drop/llama2_glue/cola_lora", 64 * 8 * 8192),  # 4.2M
+        ("lora_drop/llama2_generation/gsm8k_lora", 32 * 64 * (4 * 8192 + 2 * 15_104)),  # 0.13B
     ],
 )
 def test_recipes_train_the_parameters_of_the_tables(name: str, printed: int) -> None:

@@ -11,8 +11,8 @@ from configs.tables import UNKNOWN, Because, Row, Table
 PAPER = "LoRA-drop (Zhou et al. 2025)"
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 LIKE_LORA = (
-    "The paper's rates, epochs and batches are not known here. Unless said otherwise they are those of LoRA's scripts "
-    "(Hu et al. 2021), with the batch of one of their eight processes."
+    "Rates, epochs, batches, lengths, warm-up and weight decay are, unless said otherwise, those of LoRA's scripts (Hu et "
+    "al. 2021), with the batch of one of their eight processes; the paper's own are not known here."
 )
 SEED = Because(0, UNKNOWN)
 
@@ -156,7 +156,7 @@ LLAMA_GLUE = Table(
     data={"max_length": 512},
     lora={**QUERY_VALUE, "target_modules": Because("query-value", "64 modules, 4.2M parameters at rank 8")},
     training=LLAMA_TRAINING,
-    notes=("That the tasks are those of RoBERTa is an assumption; rates, epochs and batches are choices.",),
+    notes=("That the tasks are those of RoBERTa is an assumption; rates, lengths of runs and batches are choices.",),
 )
 
 LLAMA_GENERATION = Table(
@@ -175,7 +175,7 @@ LLAMA_GENERATION = Table(
         ),
     },
     training=LLAMA_TRAINING,
-    notes=("That the tasks are these three is an assumption; rates, epochs, batches and beams are choices.",),
+    notes=("That the tasks are these three is an assumption; rates, lengths of runs and batches are choices.",),
 )
 
 TABLES = (ROBERTA_BASE, ROBERTA_LARGE, LLAMA_GLUE, LLAMA_GENERATION)

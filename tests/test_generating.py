@@ -77,6 +77,20 @@ def test_the_loss_is_that_of_the_targets_alone(tmp_path: Path, name: str) -> Non
     }
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_decoder_s_loss_on_the_cpu_is_trl_s(tmp_path: Path, name: str) -> None:
+    from trl import SFTTrainer
+
+    made = tiny.build(name)
+    learner = trainer(tmp_path, made, features(decoder=True))
+    batch = learner.data_collator(features(decoder=True))
+    model = made.model.eval()
+    for count in (None, torch.tensor(12)):
+        ours = learner.compute_loss(model, dict(batch), num_items_in_batch=count)
+        theirs = SFTTrainer.compute_loss(learner, model, dict(batch), num_items_in_batch=count)
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_training_learns_the_targets(tmp_path: Path, name: str) -> None:
     made = tiny.build(name)

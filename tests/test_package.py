@@ -18,6 +18,7 @@ SOURCE = Path(weightlora.__file__).parent
 LAYERS = [
     "cli",
     "federated",
+    "bench",
     "training",
     "output",
     "after",

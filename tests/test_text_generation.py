@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
 from tiny_text import write_jsonl
 from tiny_writer import save_writer, words_tokenizer
 
 from weightlora import export
 from weightlora.errors import ConfigError
-from weightlora.training.recipe import parse_recipe
+from weightlora.training.generating import generation_config
+from weightlora.training.recipe import GenerationSpec, parse_recipe
 from weightlora.training.run import dry_run, run
 
 ANIMALS = ["cat", "dog"]
@@ -160,6 +164,28 @@ def test_methods_that_train_the_model_itself(folder: Path) -> None:
     export(folder / "run", folder / "out")
 
 
+def test_adapters_on_a_decoder_in_four_bits_stay_in_full_precision(folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from weightlora.training.prepare import prepare
+    from weightlora.training.run import build_trainer
+
+    save_writer(folder / "model", "llama", hidden_size=64)
+    model = {"name": str(folder / "model"), "quantization": "4bit"}
+    job = prepare(parse_recipe(recipe(folder, model=model)), resume=False, progress=False)
+    build_trainer(job, progress=False)
+    assert {p.dtype for p in job.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_what_a_model_says_itself_stands_where_the_recipe_is_silent() -> None:
+    model = tiny.build("llama").model
+    model.generation_config.eos_token_id = [2, 9]
+    model.generation_config.no_repeat_ngram_size = 3
+    tokenizer = words_tokenizer()
+    found = generation_config(GenerationSpec(num_beams=2), model, tokenizer)
+    assert (found.eos_token_id, found.pad_token_id, found.no_repeat_ngram_size) == ([2, 9], 0, 3)
+    assert generation_config(GenerationSpec(no_repeat_ngram_size=0), model, tokenizer).no_repeat_ngram_size == 0
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +205,10 @@ def refusal(folder: Path, **entries: Any) -> str:
         ({"task": "text-classification", "generation": {"num_beams": 2}}, "`generation` is for tasks that write text"),
         ({"data": {"prompt": "{input}", "train": "x.csv"}, "task": "regression"}, "`data.prompt` is for tasks that"),
         ({"data": {"max_length": 65}}, "`data.max_length` is 65, but the model has positions for 64 tokens"),
-        ({"data": {"max_length": 60}, "generation": {"max_new_tokens": 20}}, "together 70 may be asked of it"),
+        (
+            {"data": {"max_length": 60}, "generation": {"max_new_tokens": 20}},
+            "prompt and text together may take 70; lower",
+        ),
         ({"data": {"prompt": "say it"}}, "`data.prompt` is 'say it', which has no {input}"),
         ({"data": {"columns": {"input": "fact", "target": "text"}}}, "did you mean 'facts'?"),
         ({"data": {"columns": {"input": "facts"}}}, "`data.columns.target` is 'target', not a column"),
@@ -211,6 +240,11 @@ def test_models_that_do_not_say_how_text_starts_or_ends(folder: Path) -> None:
     assert "neither a padding nor an end-of-text token" in refusal(folder)
 
 
+def test_an_output_layer_that_is_tied_is_no_head_to_train(folder: Path) -> None:
+    save_writer(folder / "model", "bart")
+    assert "Method 'head' finds nothing to train in this BartForConditionalGeneration" in refusal(folder, method="head")
+
+
 def test_a_target_that_is_no_text(folder: Path) -> None:
     save_writer(folder / "model", "llama")
     write_jsonl(folder / "rows.jsonl", [{"facts": "name", "text": 3}])
@@ -218,8 +252,6 @@ def test_a_target_that_is_no_text(folder: Path) -> None:
 
 
 def test_a_missing_package_is_said_before_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     save_writer(folder / "model", "bart")
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ModuleNotFoundError, match="sacrebleu"):

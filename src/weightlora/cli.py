@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from weightlora.errors import WeightLoRAError
+from weightlora.errors import ConfigError, WeightLoRAError
 
 try:
     import typer
@@ -15,10 +15,13 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"The command needs the package {missing.name!r}: pip install 'weightlora[train]'") from None
 
 if TYPE_CHECKING:
+    from weightlora.bench import Suite
     from weightlora.training.prepare import Plan
 
 _EXTRA = {
     "datasets": "train",
+    "filelock": "train",
+    "optuna": "tune",
     "rouge_score": "train",
     "sacrebleu": "train",
     "scipy": "train",
@@ -42,6 +45,7 @@ app = typer.Typer(
     weightlora train recipe.yaml --dry-run      what would be attached and trained
     weightlora train recipe.yaml                train, select, save an ordinary PEFT adapter
     weightlora export runs/topics out           copy a run's adapter out, checked
+    weightlora bench suite.yaml                 methods by tasks by seeds, as one table
     weightlora list methods                     what `method:` can be
     """,
 )
@@ -56,10 +60,11 @@ def main() -> None:
     except (WeightLoRAError, PermissionError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        extra = _EXTRA.get((error.name or "").partition(".")[0])
+        package = (error.name or "").partition(".")[0]
+        extra = _EXTRA.get(package)
         if extra is None:
             raise
-        _fail(f"This needs the package {error.name!r}, which is not installed: pip install 'weightlora[{extra}]'")
+        _fail(f"This needs the package {package!r}, which is not installed: pip install 'weightlora[{extra}]'")
 
 
 def _fail(message: str) -> None:
@@ -152,6 +157,63 @@ def export(
     print(f"Written to {out}")
 
 
+@app.command()
+def bench(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A YAML suite.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. seeds=[0,1].", show_default=False),
+    ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", min=0, help="Make runs in so many processes, which share the cores; 0: in this one."),
+    ] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every run, say how many there are, stop.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Show what the finished runs come to, stop.")] = False,
+) -> None:
+    """Compare methods: all runs of a suite, and one table.
+
+    A suite says what all runs have in common, and what differs along each axis:
+
+    \b
+    base: {model: bert-base-uncased, lora: {r: 8}}
+    tasks: [glue/cola, glue/rte]
+    methods:
+      lora: lora
+      weightlora: {method: {name: weightlora, keep: 10}}
+    seeds: [0, 1, 2]
+    reference: lora                         # differences are to this one
+    tune:                                   # each method at its own best, chosen on a part of the training data
+      grid: {training.learning_rate: [5e-4, 2e-3]}
+      validation: 0.2
+    output_dir: runs/mine
+
+    \b
+    Interrupt it at any moment and start it again: finished runs stay, half runs are made again.
+    Example: weightlora bench suite.yaml data=folder/with/glue --jobs 2
+    """
+    from weightlora.bench.suite import load_suite
+
+    loaded = load_suite(suite, overrides)
+    _log_to_stderr("ERROR")  # the rest is in the suite's log.txt
+    from weightlora.bench import runner
+    from weightlora.bench.suite import groups
+
+    if not table:
+        count = len(groups(loaded))
+        trials = 0 if loaded.tune is None else count * (loaded.tune.trials or len(loaded.tune.points()))
+        print(f"Suite      {len(loaded.tasks)} tasks, {len(loaded.methods)} methods, {len(loaded.seeds)} seeds")
+        print(f"Runs       {count * len(loaded.seeds)}" + (f", after {trials} to choose by" if trials else ""))
+    if dry_run:
+        runner.check(loaded)
+        print("Dry run: nothing was trained or written.")
+        return
+    failed = [] if table else _make_runs(loaded, jobs)
+    _show_suite(loaded)
+    if failed:
+        raise typer.Exit(1)
+
+
 @listing.command("methods")
 def list_methods() -> None:
     """The methods a recipe can name, and their options.
@@ -182,8 +244,51 @@ def list_tasks() -> None:
         _show_entry(task.name, task.title, {"columns": columns, "scored by": task.primary, "data": data or ""})
 
 
-def _log_to_stderr() -> None:
-    """The library's own log lines; what transformers says about a new head is expected and left out."""
+def _make_runs(suite: "Suite", jobs: int) -> list[str]:
+    """Makes the runs of a suite under a progress bar, and returns what failed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from weightlora.bench.runner import Outcome, run_suite
+
+    failed = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("checking", total=None)
+
+        def report(outcome: Outcome, number: int, total: int) -> None:
+            description = "choosing" if outcome.cell.folder.startswith("tune/") else "running"
+            progress.update(bar, description=description, completed=number, total=total)
+            if outcome.result is None:
+                failed.append(f"{outcome.cell}: {outcome.error}")
+                said = f"failed: {outcome.error}"
+            else:
+                metrics = outcome.result["metrics"]
+                said = f"{metrics['after'][metrics['primary']]:.4f} in {metrics['seconds']['total']:.0f} s"
+            progress.console.print(f"{outcome.cell}: {said}", highlight=False, soft_wrap=True)
+
+        run_suite(suite, jobs=jobs, report=report)
+    return failed
+
+
+def _show_suite(suite: "Suite") -> None:
+    """Prints the tables of the finished runs, and where they are."""
+    from weightlora.bench import runner
+    from weightlora.bench.suite import groups
+    from weightlora.bench.table import chosen_table, differences_table, scores_table, summarise
+
+    found = runner.read_results(suite)
+    rows = summarise(suite, found)
+    if not rows:
+        raise ConfigError(f"There are no finished runs in {suite.output_dir!r}; start the suite without --table.")
+    for header, cells in (scores_table(suite, rows), differences_table(suite, rows), chosen_table(suite, rows)):
+        if cells:
+            _print_table(header, cells)
+    print(f"Runs       {len(found)} of {len(groups(suite)) * len(suite.seeds)}")
+    print(f"Files      {suite.output_dir}: {runner.TABLE_FILE}, {runner.RESULTS_FILE}, {runner.SUITE_FILE}, runs/")
+
+
+def _log_to_stderr(level: str = "INFO") -> None:
+    """The library's own log lines from `level` on; what transformers says about a new head is expected and left out."""
     import logging
     import warnings
 
@@ -193,6 +298,7 @@ def _log_to_stderr() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one dependency about another
     logging.basicConfig(format="%(message)s")
+    logging.getLogger().handlers[0].setLevel(level)
     logging.getLogger("weightlora").setLevel(logging.INFO)
 
 

@@ -6,6 +6,7 @@ alone. What `generate` is told is the trainer's `generation`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,8 @@ from transformers import (
 )
 
 from weightlora.errors import ConfigError
+from weightlora.tasks.text_pairs import IGNORED_LABEL
 from weightlora.training.recipe import GenerationSpec
-
-IGNORED_LABEL = -100
 
 
 class Generating(Trainer):
@@ -58,10 +58,15 @@ def generation_config(spec: GenerationSpec, model: Any, tokenizer: Any) -> Gener
 
     Text ends with the tokenizer's end-of-text token, which is what is learnt, and where the model ends it anyway.
     """
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    chosen = spec.model_dump(exclude_none=True, exclude={"during_training"})
-    return GenerationConfig(**chosen, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends))
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    chosen = {
+        "no_repeat_ngram_size": own.no_repeat_ngram_size,
+        **spec.model_dump(exclude_none=True, exclude={"during_training"}),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": sorted({tokenizer.eos_token_id, *ends} - {None}),
+    }
+    return GenerationConfig(**chosen)
 
 
 def check_lengths(spec: GenerationSpec, model: Any, max_length: int, max_target_length: int, limit: int | None) -> None:
@@ -77,12 +82,12 @@ def check_lengths(spec: GenerationSpec, model: Any, max_length: int, max_target_
                 f"The config.json of this {type(model).__name__} has no `decoder_start_token_id`, so nothing says how "
                 "a text starts; add it."
             )
-        needed, what = max(written, max_target_length), "a text of"
+        needed, what = max(written, max_target_length), "a text"
     else:
-        needed, what = max_length - max_target_length + written, "a prompt and a text of together"
+        needed, what = max_length - max_target_length + written, "prompt and text together"
     if limit is not None and needed > limit:
         raise ConfigError(
-            f"The model has positions for {limit} tokens, and {what} {needed} may be asked of it; lower "
+            f"The model has positions for {limit} tokens, and {what} may take {needed}; lower "
             "`data.max_target_length`, `generation.max_new_tokens` or `data.max_length`."
         )
 
@@ -130,7 +135,9 @@ def _only_written(generation: GenerationConfig, width: int) -> LogitsProcessorLi
 
 
 def _repeating(generation: GenerationConfig) -> GenerationConfig:
-    return GenerationConfig(**{**generation.to_dict(), "no_repeat_ngram_size": 0})
+    chosen = copy.copy(generation)
+    chosen.no_repeat_ngram_size = 0
+    return chosen
 
 
 def _pad_token(generation: GenerationConfig) -> int:

@@ -188,7 +188,13 @@ def _ready(job: Job, lora: dict[str, Any]) -> nn.Module:
         if job.head.is_new:
             lora["modules_to_save"] = lora.get("modules_to_save") or head_modules(job.model)
     batches = _some_batches(job) if info.needs_data else None
-    return methods.prepare(spec.name, job.model, lora, batches=batches, **spec.options)
+    model = methods.prepare(spec.name, job.model, lora, batches=batches, **spec.options)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"Method {spec.name!r} finds nothing to train in this {type(job.model).__name__}, whose output layer is "
+            "tied to its embeddings; choose `full`, or a method with adapters."
+        )
+    return model
 
 
 def _some_batches(job: Job) -> list[dict[str, Any]]:

@@ -1,0 +1,79 @@
+"""One run of a suite.
+
+A run is done when its folder holds result.json, which is written last and by rename. What a killed run left behind is
+thrown away and made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.training.recipe import parse_recipe
+
+RESULT_FILE = "result.json"
+_WEIGHTS = ("adapter", "model")
+
+
+def result(folder: Path) -> dict[str, Any] | None:
+    """What a finished run came to; None if it is not finished."""
+    file = folder / RESULT_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[str, Any]:
+    """Trains one run and writes its result, unless that is there already.
+
+    Args:
+        recipe: what `parse_recipe` takes, without `output_dir`.
+        keep_weights: whether adapter and tokenizer stay in the folder.
+
+    Returns:
+        `recipe`, `metrics` as in metrics.json, and `costs`.
+
+    Raises:
+        ConfigError: there is a result of another recipe.
+    """
+    done = result(folder)
+    if done is not None:
+        _check_same(folder, done["recipe"], json.loads(json.dumps(recipe)))
+        return done
+    from weightlora.bench.meter import Meter
+    from weightlora.training.run import run, write_whole
+
+    shutil.rmtree(folder, ignore_errors=True)
+    meter = Meter()
+    metrics = run(parse_recipe({**recipe, "output_dir": str(folder)}), callbacks=[meter])
+    if not keep_weights:
+        for name in (*_WEIGHTS, *(path.name for path in folder.glob("checkpoint-*"))):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    found = {"recipe": recipe, "metrics": metrics, "costs": meter.costs()}
+    write_whole(folder / RESULT_FILE, json.dumps(found, ensure_ascii=False) + "\n")
+    return found
+
+
+def _check_same(folder: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    one, other = dict(_leaves(made)), dict(_leaves(wanted))
+    for key in one.keys() | other.keys():
+        if one.get(key) != other.get(key):
+            raise ConfigError(
+                f"The run in {str(folder)!r} was made with `{key}` = {one.get(key)!r}, and the suite now says "
+                f"{other.get(key)!r}; choose another `output_dir`, or remove that folder to make the run again."
+            )
+
+
+def _leaves(values: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in values.items():
+        inner = isinstance(value, dict) and value
+        found += _leaves(value, f"{above}{key}.") if inner else [(f"{above}{key}", value)]
+    return found
+
+
+def describe(error: Exception) -> str:
+    """An error of a run as one line."""
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, WeightLoRAError) else f"{type(error).__name__}: {text}"

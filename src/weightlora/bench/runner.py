@@ -1,0 +1,210 @@
+"""Running a suite: what is finished stays, what is half done is made again, what fails does not stop the rest.
+
+OUT/suite.yaml       the suite as it was run, every default filled in
+OUT/runs/...         a folder for each run, with result.json once it is finished; OUT/tune/... those of the search
+OUT/studies.db       Optuna's studies
+OUT/results.jsonl    one line for each finished run
+OUT/table.md         what they come to
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from weightlora.bench.execute import describe, execute, result
+from weightlora.bench.suite import Cell, Group, Patch, Suite, groups, recipe, runs, trial
+from weightlora.bench.table import markdown, summarise
+from weightlora.bench.tuning import Search
+from weightlora.bench.workers import Job, Workers
+from weightlora.errors import ConfigError
+from weightlora.tasks import get_task
+from weightlora.training.recipe import parse_recipe
+
+logger = logging.getLogger(__name__)
+
+SUITE_FILE, RESULTS_FILE, TABLE_FILE, LOG_FILE = "suite.yaml", "results.jsonl", "table.md", "log.txt"
+
+
+class Outcome(NamedTuple):
+    """How one run ended: with a result, or with an error."""
+
+    cell: Cell
+    result: dict[str, Any] | None
+    error: str | None = None
+
+
+# (what ended, the how manieth it is, of how many): of the trials to choose by, and then of the runs
+Report = Callable[[Outcome, int, int], None]
+
+
+def run_suite(suite: Suite, *, jobs: int = 0, report: Report | None = None) -> list[Outcome]:
+    """Makes all runs of a suite that are not finished, and writes results and table after each.
+
+    Args:
+        jobs: how many processes make runs, each with its share of the cores; 0 makes them in this one.
+        report: called when a run has ended, and for each that was there.
+
+    Raises:
+        ConfigError: the folder belongs to something else, another process works in it, or a recipe cannot work; before
+            anything is trained.
+    """
+    folder = Path(suite.output_dir)
+    with _claimed(folder, suite):
+        check(suite)
+        with _logged(folder / LOG_FILE), _executor(suite, folder, jobs) as run:
+            cells = runs(suite, _tuned(suite, folder, run, report))
+            outcomes: list[Outcome] = []
+            for outcome in run(cells):
+                outcomes.append(outcome)
+                write_results(suite, folder)
+                if report is not None:
+                    report(outcome, len(outcomes), len(cells))
+            return outcomes
+
+
+def check(suite: Suite) -> None:
+    """Loads model and data of every task with the first method, and of the first task with every method.
+
+    Raises:
+        ConfigError: something of them cannot work; it names task and method.
+    """
+    from weightlora.training.run import dry_run
+
+    there = groups(suite)
+    first = there[0]
+    for group in there:
+        if group.method != first.method and (group.task, group.setting) != (first.task, first.setting):
+            continue
+        point = suite.tune.points()[0] if suite.tune else {}
+        unused = Path(suite.output_dir) / "runs" / group.folder / "dry"
+        try:
+            dry_run(parse_recipe({**recipe(suite, group, point), "output_dir": str(unused)}))
+        except ConfigError as error:
+            raise ConfigError(f"{group}: {error}") from None
+
+
+def read_results(suite: Suite) -> list[tuple[Cell, dict[str, Any]]]:
+    """The finished runs of a suite, in its order."""
+    folder = Path(suite.output_dir)
+    found = [(cell, result(folder / cell.folder)) for cell in runs(suite, {})]
+    return [(cell, ended) for cell, ended in found if ended is not None]
+
+
+def write_results(suite: Suite, folder: Path) -> None:
+    """results.jsonl and table.md, from what is finished."""
+    from weightlora.training.run import write_whole
+
+    found = read_results(suite)
+    lines = [json.dumps({**_names(cell), **ended}, ensure_ascii=False) for cell, ended in found]
+    write_whole(folder / RESULTS_FILE, "".join(f"{line}\n" for line in lines))
+    write_whole(folder / TABLE_FILE, markdown(suite, summarise(suite, found)))
+
+
+def _names(cell: Cell) -> dict[str, Any]:
+    group = cell.group
+    return {"task": group.task, "setting": group.setting, "method": group.method, "seed": cell.seed}
+
+
+@contextmanager
+def _claimed(folder: Path, suite: Suite) -> Iterator[None]:
+    """The folder is new or a suite's, and nobody else works in it; the lock of a killed process is gone with it."""
+    from filelock import FileLock, Timeout
+
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / SUITE_FILE).is_file()):
+        raise ConfigError(f"`output_dir` {suite.output_dir!r} is not empty and not of a suite; choose another.")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            _save(suite, folder / SUITE_FILE)
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"Another process is making the runs of {suite.output_dir!r}; wait for it or choose another `output_dir`."
+        ) from None
+
+
+@contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """What the library says, of every run made here, goes to a file."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    library = logging.getLogger("weightlora")
+    level = library.level
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+        library.removeHandler(handler)
+        handler.close()
+
+
+def _save(suite: Suite, file: Path) -> None:
+    from weightlora.training.run import write_whole
+
+    write_whole(file, yaml.safe_dump(suite.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+# -- making runs -----------------------------------------------------------------------------------------------------
+
+Run = Callable[[Sequence[Cell]], Iterable[Outcome]]
+
+
+@contextmanager
+def _executor(suite: Suite, folder: Path, processes: int) -> Iterator[Run]:
+    """What makes the runs of a list and gives each outcome when it is there."""
+
+    def jobs(cells: Sequence[Cell]) -> list[Job]:
+        return [Job(folder / cell.folder, cell.recipe, suite.keep_weights) for cell in cells]
+
+    if processes == 0:
+        yield lambda cells: (_here(cell, job) for cell, job in zip(cells, jobs(cells), strict=True))
+        return
+    with Workers(processes, folder) as workers:
+        yield lambda cells: (_outcome(cells[place], ended) for place, ended in workers.run(jobs(cells)))
+
+
+def _here(cell: Cell, job: Job) -> Outcome:
+    try:
+        return _outcome(cell, execute(*job))
+    except Exception as error:
+        return _outcome(cell, error)
+
+
+def _outcome(cell: Cell, ended: dict[str, Any] | Exception) -> Outcome:
+    if isinstance(ended, Exception):
+        logger.warning("%s failed", cell, exc_info=ended)
+        return Outcome(cell, None, describe(ended))
+    return Outcome(cell, ended)
+
+
+def _tuned(suite: Suite, folder: Path, run: Run, report: Report | None) -> dict[Group, Patch]:
+    """The best point of the grid for every group, tried on rows held out of the training data."""
+    if suite.tune is None:
+        return {}
+    searches = {}
+    for group in groups(suite):
+        task = get_task(str(recipe(suite, group, {}).get("task")))
+        searches[group] = Search(group, suite.tune, folder, task.maximize)
+    failed: set[str] = set()
+    while True:
+        cells = [trial(suite, g, point) for g, search in searches.items() for point in search.points()]
+        cells = [cell for cell in cells if cell.folder not in failed]
+        if not cells:
+            return {group: search.best() for group, search in searches.items()}
+        for number, outcome in enumerate(run(cells), start=1):
+            if outcome.result is None:
+                failed.add(outcome.cell.folder)
+            else:
+                metrics = outcome.result["metrics"]
+                searches[outcome.cell.group].tell(outcome.cell.changed, metrics["after"][metrics["primary"]])
+            if report is not None:
+                report(outcome, number, len(cells))

@@ -1,0 +1,239 @@
+"""A suite as data: one YAML file that says which runs a comparison is made of.
+
+    base: {model: path-or-hub-id, training: {num_train_epochs: 3}}      # what all runs have in common: a recipe
+    tasks: {cola: glue/cola, rte: {task: glue/rte, data.limit: 500}}     # each axis: names, and what they change
+    methods: {lora: lora, weightlora-5: {method: {name: weightlora, keep: 5}}}
+    seeds: [0, 1, 2]
+    tune: {grid: {training.learning_rate: [5e-4, 2e-3]}, validation: 0.2}
+    output_dir: runs/mine
+
+Every entry of an axis is part of a recipe, written as a nested mapping or with dotted keys; a bare name is short for
+`task: NAME` or `method: NAME`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from weightlora.errors import ConfigError, did_you_mean
+from weightlora.training.recipe import explain, parse_override, parse_recipe, read_yaml, set_entry
+
+Patch = dict[str, Any]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # also a folder
+_SET_BY_THE_SUITE = ("seed", "output_dir")
+
+
+def _spelled_out(key: str) -> BeforeValidator:
+    """`{lora: lora}` as `{lora: {method: lora}}`, and `[lora]` too."""
+
+    def spell(value: Any) -> Any:
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            value = {name.rpartition("/")[2]: name for name in value}
+        if not isinstance(value, dict):
+            return value
+        return {name: {key: entry} if isinstance(entry, str) else entry for name, entry in value.items()}
+
+    return BeforeValidator(spell)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TuneSpec(_Section):
+    """Choosing by a part of the training data: every method, on every task, gets its own best point of `grid`.
+
+    `grid` is {recipe key: values}; `validation` the share, or the number, of training rows that are held out to choose
+    by. `trials` is how many points are tried, in the order of Optuna's TPE; without it, all of them.
+    """
+
+    grid: dict[str, list[Any]] = Field(min_length=1)
+    validation: float = Field(0.2, gt=0)
+    trials: int | None = Field(None, gt=0)
+    seed: int = Field(1000, ge=0, lt=2**32)
+
+    @field_validator("grid")
+    @classmethod
+    def _has_values(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for key, values in grid.items():
+            if not values or len({json.dumps(value) for value in values}) < len(values):
+                raise ValueError(f"`{key}` needs a list of different values")
+        return grid
+
+    def points(self) -> list[Patch]:
+        """All of the grid; the first key changes slowest."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+class Suite(_Section):
+    """Which runs to make, and what to compare them with.
+
+    `data` is a folder that holds one folder for each task, such as `FOLDER/cola` for `glue/cola`; without it tasks take
+    theirs from the hub or from their entry. Differences are to the method `reference`.
+    """
+
+    title: str = ""
+    base: Patch
+    data: str | None = None
+    tasks: Annotated[dict[str, Patch], _spelled_out("task")] = Field(min_length=1)
+    settings: dict[str, Patch] = {}
+    methods: Annotated[dict[str, Patch], _spelled_out("method")] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
+    reference: str | None = None
+    tune: TuneSpec | None = None
+    keep_weights: bool = False
+    output_dir: str
+
+    @field_validator("tasks", "settings", "methods")
+    @classmethod
+    def _are_names(cls, axis: dict[str, Patch]) -> dict[str, Patch]:
+        for name in axis:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot be the name of a folder; use letters, digits and . + - _")
+        return axis
+
+    @field_validator("seeds")
+    @classmethod
+    def _differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed stands there twice; runs with the same seed are the same")
+        return seeds
+
+    @model_validator(mode="after")
+    def _reference_exists(self) -> Suite:
+        if self.reference is not None and self.reference not in self.methods:
+            known = list(self.methods)
+            raise ValueError(
+                f"`reference` is {self.reference!r}, none of the methods{did_you_mean(self.reference, known)} "
+                f"(there are: {', '.join(known)})"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only."""
+
+    task: str
+    setting: str
+    method: str
+
+    @property
+    def folder(self) -> str:
+        return "/".join(part for part in (self.task, self.setting, self.method) if part)
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.task, self.setting, self.method) if part)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        group: what is run. seed: of the run.
+        folder: in the suite's folder.
+        recipe: what `parse_recipe` takes, without `output_dir`.
+        changed: the point of the tuning grid among it.
+    """
+
+    group: Group
+    seed: int
+    folder: str
+    recipe: dict[str, Any]
+    changed: Patch
+
+    def __str__(self) -> str:
+        point = "".join(f" {key.rpartition('.')[2]}={value:g}" for key, value in self.changed.items())
+        return f"{self.group}{point} seed {self.seed}"
+
+
+def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
+    """Reads a suite file, applies `key=value` overrides and checks every run's recipe.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value of the suite or of one of its recipes cannot work.
+    """
+    raw = read_yaml(Path(path), "suite")
+    raw.setdefault("output_dir", f"runs/{Path(path).stem}")
+    for override in overrides or []:
+        set_entry(raw, *parse_override(override), said=override)
+    return parse_suite(raw)
+
+
+def parse_suite(raw: dict[str, Any]) -> Suite:
+    """Turns a mapping into a `Suite`, or raises one ConfigError that names the key and the remedy."""
+    try:
+        suite = Suite.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Suite, "suite")) from None
+    points = suite.tune.points() if suite.tune else [{}]
+    for group, point in itertools.product(groups(suite), points):
+        _check(recipe(suite, group, point), str(group))
+    return suite
+
+
+def groups(suite: Suite) -> list[Group]:
+    """Every task with every setting and every method."""
+    axes = (suite.tasks, suite.settings or {"": {}}, suite.methods)
+    return [Group(*names) for names in itertools.product(*axes)]
+
+
+def recipe(suite: Suite, group: Group, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a group, without seed and `output_dir`: each axis changes what stands before it."""
+    task = suite.tasks[group.task]
+    raw = copy.deepcopy(suite.base)
+    if suite.data is not None:
+        _patch(raw, {"data.path": str(Path(suite.data) / str(task.get("task")).rpartition("/")[2])})
+    for patch in (task, suite.settings.get(group.setting, {}), suite.methods[group.method], point):
+        _patch(raw, patch)
+    return raw
+
+
+def runs(suite: Suite, chosen: Mapping[Group, Patch]) -> list[Cell]:
+    """The runs that are reported, with what tuning chose; one seed after the other, so that a part is a fair part."""
+    return [
+        Cell(group, seed, f"runs/{group.folder}/seed-{seed}", {**recipe(suite, group, point), "seed": seed}, point)
+        for seed in suite.seeds
+        for group in groups(suite)
+        for point in [chosen.get(group, {})]
+    ]
+
+
+def trial(suite: Suite, group: Group, point: Patch) -> Cell:
+    """A run that is only there to choose by: rows of train are its validation, and what is reported is not loaded."""
+    assert suite.tune is not None
+    raw = {**recipe(suite, group, point), "seed": suite.tune.seed}
+    _patch(raw, {"data.validation": suite.tune.validation, "data.test": False})
+    name = "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
+    return Cell(group, suite.tune.seed, f"tune/{group.folder}/{name}", raw, point)
+
+
+def _patch(raw: dict[str, Any], patch: Mapping[str, Any], above: tuple[str, ...] = ()) -> None:
+    """Sets the entries of a nested or dotted mapping; `method` and its options are replaced as a whole."""
+    for key, value in patch.items():
+        keys = (*above, *str(key).split("."))
+        if isinstance(value, dict) and keys != ("method",):
+            _patch(raw, value, keys)
+        else:
+            set_entry(raw, list(keys), copy.deepcopy(value), said=f"{'.'.join(keys)}={value}")
+
+
+def _check(raw: dict[str, Any], where: str) -> None:
+    for key in _SET_BY_THE_SUITE:
+        if key in raw:
+            raise ConfigError(f"The suite's runs get their own `{key}`; leave it out of the recipe of {where}.")
+    try:
+        parse_recipe({**raw, "output_dir": "."})
+    except ConfigError as error:
+        raise ConfigError(f"The recipe of {where} cannot work: {error}") from None

@@ -1,0 +1,246 @@
+"""What the runs of a suite come to: scores with their spread, paired differences with an interval, and costs.
+
+A difference is between two runs with the same task and seed, so with the same rows and the same start. Its interval is
+a percentile bootstrap over seeds, within each task; with few seeds it is rough, and it says nothing about other rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightlora.bench.suite import Cell, Suite
+from weightlora.tasks import get_task
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences; `low` and `high` are None where a bootstrap has nothing to draw from."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return _signed(self.mean)
+        return f"{_signed(self.mean)} [{_signed(self.low)}, {_signed(self.high)}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, in one setting.
+
+    Attributes:
+        scores: {task: the primary metric of every seed that is finished}.
+        differences: {task: to the reference}; None where no pair is finished.
+        overall: the same over all tasks; None where there are not pairs on each.
+        trainable: parameters in the end without those of the head, the mean over runs.
+        step: the median step after the cut, as a ratio to the reference's in the same task and seed.
+        saved: what a step keeps for backward in the end, as such a ratio.
+        points: {task: what tuning chose}.
+    """
+
+    setting: str
+    method: str
+    scores: Mapping[str, list[float]]
+    differences: Mapping[str, Difference | None]
+    overall: Difference | None
+    trainable: float
+    step: float | None
+    saved: float | None
+    points: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def average(self) -> float | None:
+        """The mean over tasks, None as long as one of them has no run."""
+        if not self.scores or not all(self.scores.values()):
+            return None
+        return statistics.fmean(statistics.fmean(values) for values in self.scores.values())
+
+
+def summarise(suite: Suite, found: Sequence[tuple[Cell, Result]]) -> list[Row]:
+    """One row for each setting and method of the suite that has a finished run, in its order."""
+    by_key = {(cell.group.setting, cell.group.method, cell.group.task, cell.seed): result for cell, result in found}
+    rows = []
+    for setting in suite.settings or {"": {}}:
+        reference = _of(by_key, setting, suite.reference) if suite.reference else {}
+        for method in suite.methods:
+            own = _of(by_key, setting, method)
+            if own:
+                rows.append(_row(suite, setting, method, own, reference if method != suite.reference else {}))
+    return rows
+
+
+def _of(by_key: Mapping[tuple[str, str, str, int], Result], setting: str, method: str) -> dict[tuple[str, int], Result]:
+    """{(task, seed): result} of one method."""
+    return {(task, seed): result for (s, m, task, seed), result in by_key.items() if (s, m) == (setting, method)}
+
+
+def _row(
+    suite: Suite,
+    setting: str,
+    method: str,
+    own: Mapping[tuple[str, int], Result],
+    reference: Mapping[tuple[str, int], Result],
+) -> Row:
+    scores = {task: [score(own[task, seed]) for seed in suite.seeds if (task, seed) in own] for task in suite.tasks}
+    pairs = {
+        task: [
+            score(own[task, s]) - score(reference[task, s]) for s in suite.seeds if (task, s) in own.keys() & reference
+        ]
+        for task in suite.tasks
+    }
+    return Row(
+        setting=setting,
+        method=method,
+        scores=scores,
+        differences={task: difference([values]) if values else None for task, values in pairs.items()},
+        overall=difference(list(pairs.values())) if all(pairs.values()) else None,
+        trainable=statistics.fmean(_without_head(result) for result in own.values()),
+        step=_ratio("step_s", own, reference),
+        saved=_ratio("saved_bytes", own, reference),
+        points={task: _point(suite, result) for (task, _), result in own.items()},
+    )
+
+
+def score(result: Result) -> float:
+    """The primary metric of a run's task."""
+    return float(result["metrics"]["after"][result["metrics"]["primary"]])
+
+
+def difference(samples: Sequence[Sequence[float]]) -> Difference:
+    """The mean over tasks of the mean difference, with a bootstrap interval.
+
+    Args:
+        samples: for each task the paired differences, one for each seed; seeds are drawn within their task.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    mean = statistics.fmean(statistics.fmean(values) for values in samples)
+    pairs = sum(map(len, samples))
+    if min(map(len, samples)) < 2:
+        return Difference(mean, None, None, pairs)
+    interval = bootstrap(
+        [np.asarray(values) for values in samples],
+        lambda *drawn, axis: sum(values.mean(axis=axis) for values in drawn) / len(drawn),
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Difference(mean, float(interval.low), float(interval.high), pairs)
+
+
+def _without_head(result: Result) -> int:
+    trained = result["metrics"]["trainable_parameters"]
+    return trained["after"] - trained["head"]
+
+
+def _ratio(
+    cost: str, own: Mapping[tuple[str, int], Result], reference: Mapping[tuple[str, int], Result]
+) -> float | None:
+    ratios = [own[key]["costs"][cost] / reference[key]["costs"][cost] for key in own if key in reference]
+    return statistics.median(ratios) if ratios else None
+
+
+def _point(suite: Suite, result: Result) -> dict[str, Any]:
+    """What the recipe of a run has at the keys of the tuning grid."""
+    keys = suite.tune.grid if suite.tune else {}
+    return {key: _at(result["recipe"], key) for key in keys}
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+# -- as text ---------------------------------------------------------------------------------------------------------
+
+
+def scores_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: scores by task, their mean, the difference to the reference and what it costs."""
+    to = f"Δ {suite.reference}" if suite.reference else None
+    header = [
+        "method",
+        *(f"{task} ({_metric(suite, task)})" for task in suite.tasks),
+        *(["mean"] if len(suite.tasks) > 1 else []),
+        *([to, "step", "saved"] if to else []),
+        "trainable",
+    ]
+    return header, [_scores(suite, row) for row in rows]
+
+
+def _scores(suite: Suite, row: Row) -> list[str]:
+    cells = [f"{row.setting} {row.method}".strip()]
+    cells += [_with_spread(row.scores[task], len(suite.seeds)) for task in suite.tasks]
+    if len(suite.tasks) > 1:
+        cells.append("" if row.average is None else f"{row.average:.3f}")
+    if suite.reference:
+        cells.append("" if row.overall is None else str(row.overall))
+        is_reference = row.method == suite.reference
+        cells += ["1" if is_reference else "" if ratio is None else f"{ratio:.2f}" for ratio in (row.step, row.saved)]
+    return [*cells, f"{row.trainable:,.0f}"]
+
+
+def differences_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: the paired differences task by task, where there is a reference."""
+    shown = [row for row in rows if any(row.differences.values())]
+    cells = [
+        [f"{row.setting} {row.method}".strip(), *(str(row.differences[task] or "") for task in suite.tasks)]
+        for row in shown
+    ]
+    return [f"Δ {suite.reference}", *suite.tasks], cells
+
+
+def chosen_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: what tuning chose for each method and task."""
+    named = [key.rpartition(".")[2] for key in (suite.tune.grid if suite.tune else {})]
+    cells = [
+        [
+            f"{row.setting} {row.method}".strip(),
+            *(", ".join(f"{v}" for v in row.points.get(task, {}).values()) for task in suite.tasks),
+        ]
+        for row in rows
+    ]
+    return [", ".join(named), *suite.tasks], cells if named else []
+
+
+def markdown(suite: Suite, rows: Sequence[Row]) -> str:
+    """All three tables as a page."""
+    shown = (scores_table(suite, rows), differences_table(suite, rows), chosen_table(suite, rows))
+    tables = [_markdown(header, cells) for header, cells in shown if cells]
+    return "\n\n".join([*([f"# {suite.title}"] if suite.title else []), *tables]) + "\n"
+
+
+def _markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # no -0.000
+
+
+def _metric(suite: Suite, task: str) -> str:
+    return get_task(str(suite.tasks[task].get("task") or suite.base.get("task"))).primary
+
+
+def _with_spread(values: Sequence[float], wanted: int) -> str:
+    """`.812 ± .011`; says how many runs there are as long as some are missing."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    missing = f" ({len(values)} of {wanted})" if len(values) < wanted else ""
+    return f"{statistics.fmean(values):.3f}{spread}{missing}"

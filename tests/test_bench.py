@@ -1,0 +1,427 @@
+"""Suites: which runs they are, what they choose by, what a kill leaves behind, and the table by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from tiny_text import questions, save_tiny_bert, write_jsonl
+from typer.testing import CliRunner
+
+from weightlora.bench.runner import Outcome, read_results, run_suite
+from weightlora.bench.suite import Group, TuneSpec, groups, load_suite, parse_suite, recipe, runs, trial
+from weightlora.bench.table import difference, markdown, scores_table, summarise
+from weightlora.bench.tuning import Search
+from weightlora.bench.workers import Job, Workers
+from weightlora.cli import app
+from weightlora.errors import ConfigError
+
+SUITES = Path(__file__).parents[1] / "suites"
+QUICK = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 8,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    save_tiny_bert(tmp_path / "model")
+    for name, rows in (("train", questions()[::2]), ("held_out", questions()[1::2])):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    return tmp_path
+
+
+def raw(folder: Path, **entries: Any) -> dict[str, Any]:
+    """One task, two methods, two seeds."""
+    data = {"columns": {"text": "question", "label": "topic"}, "max_length": 16}
+    rows = {"train": str(folder / "train.jsonl"), "validation": str(folder / "held_out.jsonl")}
+    return {
+        "base": {"model": str(folder / "model"), "data": data, "lora": {"r": 4}, "training": QUICK},
+        "tasks": {"topics": {"task": "text-classification", "data": rows}},
+        "methods": {"lora": "lora", "kept": {"method": {"name": "weightlora", "keep": 3}}},
+        "seeds": [0, 1],
+        "reference": "lora",
+        "output_dir": str(folder / "out"),
+        **entries,
+    }
+
+
+def scores(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Everything that is not a time."""
+    return {
+        outcome.cell.folder: (
+            outcome.result["recipe"],
+            outcome.result["metrics"]["after"],
+            outcome.result["metrics"]["adapters"],
+            outcome.result["costs"]["saved_bytes"],
+        )
+        for outcome in outcomes
+        if outcome.result is not None
+    }
+
+
+# -- which runs ------------------------------------------------------------------------------------------------------
+
+
+def test_axes_change_the_recipe_one_after_the_other(folder: Path) -> None:
+    suite = parse_suite(
+        raw(
+            folder,
+            data=str(folder / "glue"),
+            tasks={"cola": "glue/cola", "half": {"task": "glue/rte", "data.limit": 5, "data": {"path": "mine"}}},
+            settings={"small": {"lora": {"r": 2}, "training.learning_rate": 1e-3}, "large": {"lora.r": 8}},
+            methods={"lora": "lora", "kept": {"method": {"name": "weightlora", "keep": 3}, "lora.r": 16}},
+        )
+    )
+    assert [str(group) for group in groups(suite)][:4] == [
+        "cola small lora",
+        "cola small kept",
+        "cola large lora",
+        "cola large kept",
+    ]
+    first = recipe(suite, Group("cola", "small", "lora"), {"training.learning_rate": 5})
+    assert first["data"] == {**suite.base["data"], "path": str(folder / "glue/cola")}
+    assert first["lora"] == {"r": 2} and first["training"] == {**QUICK, "learning_rate": 5}
+    last = recipe(suite, Group("half", "large", "kept"), {})
+    assert (last["data"]["path"], last["data"]["limit"], last["lora"]["r"]) == ("mine", 5, 16)
+    assert last["method"] == {"name": "weightlora", "keep": 3} and suite.base["lora"] == {"r": 4}
+    assert runs(suite, {})[0].folder == "runs/cola/small/lora/seed-0"
+    assert [cell.seed for cell in runs(suite, {})] == [0] * 8 + [1] * 8
+
+
+def test_a_method_replaces_the_method_before_it(folder: Path) -> None:
+    suite = parse_suite(raw(folder, base={**raw(folder)["base"], "method": {"name": "weightlora", "keep": 2}}))
+    assert recipe(suite, Group("topics", "", "lora"), {})["method"] == "lora"
+
+
+@pytest.mark.parametrize("validation", ["held_out.jsonl", None])
+def test_what_is_reported_is_not_even_loaded_to_choose_by(folder: Path, validation: str | None) -> None:
+    rows = {"train": str(folder / "train.jsonl"), "validation": validation, "test": "test.jsonl"}
+    tasks = {"topics": {"task": "text-classification", "data": rows}}
+    suite = parse_suite(raw(folder, tasks=tasks, tune={"grid": {"training.learning_rate": [1e-3]}, "validation": 6}))
+    cell = trial(suite, groups(suite)[0], {"training.learning_rate": 1e-3})
+    assert (cell.recipe["data"]["validation"], cell.recipe["data"]["test"]) == (6, False)
+    assert cell.seed == 1000 and cell.folder == "tune/topics/lora/learning_rate=0.001"
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"sedes": [1]}, "`sedes` is not a suite key; did you mean 'seeds'?"),
+        ({"seeds": []}, "`seeds` is []"),
+        ({"seeds": [1, 1]}, "a seed stands there twice"),
+        ({"methods": {}}, "`methods` is {}"),
+        ({"methods": ["lora", "weightlra"]}, None),
+        ({"methods": {"a/b": "lora"}}, "'a/b' cannot be the name of a folder"),
+        ({"reference": "lore"}, "none of the methods; did you mean 'lora'?"),
+        ({"tune": {"grid": {}}}, "`tune.grid` is {}"),
+        ({"tune": {"grid": {"lora.r": []}}}, "`lora.r` needs a list of different values"),
+        ({"tune": {"grid": {"lora.r": [4, 4]}}}, "`lora.r` needs a list of different values"),
+        ({"tune": {"grid": {"lorra.r": [4]}}}, "The recipe of topics lora cannot work: `lorra` is not a recipe key"),
+        ({"tasks": {"topics": {"task": "x", "seed": 3}}}, "runs get their own `seed`"),
+        ({"tasks": {"topics": {"data": {}}}}, "The recipe of topics lora cannot work: The recipe lacks `task`"),
+    ],
+)
+def test_mistakes_in_a_suite(folder: Path, entries: dict[str, Any], says: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        suite = parse_suite(raw(folder, **entries))
+        run_suite(suite)  # an unknown method is found here, before anything is trained
+    assert (says or "did you mean 'weightlora'?") in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(folder.rglob("result.json"))
+
+
+def test_overrides_and_a_default_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = raw(folder)
+    del entries["output_dir"]
+    (folder / "mine.yaml").write_text(yaml.safe_dump(entries))
+    suite = load_suite(folder / "mine.yaml", ["seeds=[7]", "base.lora.r=2", "data=here"])
+    assert (suite.output_dir, suite.seeds, suite.base["lora"]["r"], suite.data) == ("runs/mine", [7], 2, "here")
+    with pytest.raises(ConfigError, match=r"Suite 'gone\.yaml' is not a file"):
+        load_suite("gone.yaml")
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_stay_and_half_runs_are_made_again(folder: Path) -> None:
+    tune = {"grid": {"training.learning_rate": [1e-4, 1e-2]}, "validation": 9}
+    suite = parse_suite(raw(folder, tune=tune))
+    reports: list[tuple[str, int, int]] = []
+    first = run_suite(suite, report=lambda outcome, n, of: reports.append((outcome.cell.folder, n, of)))
+    assert len(first) == 4 and not any(outcome.error for outcome in first)
+    assert [of for _, _, of in reports] == [4] * 4 + [4] * 4
+    out = folder / "out"
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(line["method"], line["seed"]) for line in lines] == [("lora", 0), ("kept", 0), ("lora", 1), ("kept", 1)]
+    assert not [path.name for path in out.glob("runs/*/*/*/*") if path.is_dir()]  # no weights
+    trials = {
+        name: json.loads((out / f"tune/topics/lora/learning_rate={name}/result.json").read_text())
+        for name in ("0.0001", "0.01")
+    }
+    best = max(trials, key=lambda name: trials[name]["metrics"]["after"]["accuracy"])
+    assert lines[0]["recipe"]["training"]["learning_rate"] == float(best)
+    assert trials[best]["metrics"]["rows"] == {"train": 21, "validation": 9}
+    assert lines[0]["metrics"]["rows"] == {"train": 30, "validation": 30}
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    half = out / "runs/topics/kept/seed-1"
+    (half / "result.json").unlink()
+    (half / "checkpoint-1").mkdir()
+    again = run_suite(parse_suite(raw(folder, tune=tune, seeds=[0, 1, 2])))
+    assert scores(first).items() <= scores(again).items() and len(again) == 6
+    changed = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
+    assert changed == {half / "result.json"} and not (half / "checkpoint-1").exists()
+
+
+def test_a_result_of_other_settings_is_not_taken_for_this_one(folder: Path) -> None:
+    run_suite(parse_suite(raw(folder, seeds=[0], methods=["lora"])))
+    outcomes = run_suite(
+        parse_suite(
+            raw(folder, seeds=[0], methods=["lora"], settings={}, base={**raw(folder)["base"], "lora": {"r": 2}})
+        )
+    )
+    assert outcomes[0].result is None
+    assert "was made with `lora.r` = 4, and the suite now says 2" in str(outcomes[0].error)
+
+
+def test_folders_of_others_are_left_alone(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out/thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="is not empty and not of a suite"):
+        run_suite(parse_suite(raw(folder)))
+    from filelock import FileLock
+
+    (folder / "out/thesis.tex").unlink()
+    with FileLock(folder / "out/.lock"), pytest.raises(ConfigError, match="Another process is making the runs"):
+        (folder / "out/suite.yaml").write_text("")
+        run_suite(parse_suite(raw(folder)))
+
+
+def test_what_fails_is_named_and_does_not_stop_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weightlora.bench import execute
+
+    def breaks(at: Path, *job: Any) -> dict[str, Any]:
+        if "kept/seed-0" in str(at):
+            raise RuntimeError("out of memory")
+        return execute.execute(at, *job)
+
+    suite = parse_suite(raw(folder))
+    with monkeypatch.context() as patched:
+        patched.setattr("weightlora.bench.runner.execute", breaks)
+        outcomes = run_suite(suite)
+    assert [outcome.error for outcome in outcomes] == [None, "RuntimeError: out of memory", None, None]
+    assert "Traceback" in (folder / "out/log.txt").read_text()
+    assert "(1 of 2)" in (folder / "out/table.md").read_text()
+    assert not any(outcome.error for outcome in run_suite(suite))
+
+
+def test_processes_give_the_same_results_and_may_die(folder: Path) -> None:
+    suite = parse_suite(raw(folder))
+    here = run_suite(suite)
+    there = run_suite(parse_suite(raw(folder, output_dir=str(folder / "there"))), jobs=2)
+    assert scores(there) == scores(here)
+    with Workers(1, folder) as workers:
+        workers._started[0].stop()
+        jobs = [Job(folder / f"run-{i}", runs(suite, {})[0].recipe, False) for i in range(2)]
+        ended = dict(workers.run(jobs))
+        assert isinstance(ended[0], ChildProcessError) and "killed by signal 9" in str(ended[0])
+        assert isinstance(ended[1], dict) and ended[1]["metrics"]["after"] == here[0].result["metrics"]["after"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("jobs", ["0", "1"])
+def test_killed_in_the_middle_and_started_again(folder: Path, jobs: str) -> None:
+    """SIGKILL in the second of the reported runs, after the search; what ends is what runs through."""
+    (folder / "suite.yaml").write_text(
+        yaml.safe_dump(raw(folder, tune={"grid": {"training.learning_rate": [1e-3, 1e-2]}}), sort_keys=False)
+    )
+    command = [sys.executable, "-m", "weightlora.cli", "bench", str(folder / "suite.yaml"), "--jobs", jobs]
+    out = folder / "out"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder) as bench:
+        _wait(lambda: (out / "runs/topics/kept/seed-0").is_dir(), bench)
+        os.kill(bench.pid, signal.SIGKILL)
+    _wait(lambda: _processes_in(out) == 0)
+    done = len(list(out.glob("runs/**/result.json")))
+    assert 1 <= done < 4
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+    straight = parse_suite(
+        {**yaml.safe_load((folder / "suite.yaml").read_text()), "output_dir": str(folder / "straight")}
+    )
+    through = run_suite(straight)
+    resumed = load_suite(folder / "suite.yaml")
+    found = [Outcome(cell, result) for cell, result in read_results(resumed)]
+    assert scores(found) == scores(through) and len(found) == 4
+    tables = [scores_table(suite, summarise(suite, read_results(suite)))[1] for suite in (resumed, straight)]
+    step = scores_table(resumed, [])[0].index("step")
+    assert [[c for i, c in enumerate(row) if i != step] for row in tables[0]] == [
+        [c for i, c in enumerate(row) if i != step] for row in tables[1]
+    ]
+
+
+def _wait(until: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
+    for _ in range(2400):
+        if until():
+            return
+        assert process is None or process.poll() is None, "the bench ended before it could be killed"
+        time.sleep(0.05)
+    raise AssertionError("it did not come to that")
+
+
+def _processes_in(folder: Path) -> int:
+    """How many processes have a file of the folder open: a worker its log, whoever works the lock."""
+    import psutil
+
+    count = 0
+    for process in psutil.process_iter():
+        try:
+            links = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+        except OSError:
+            continue
+        count += any(link.startswith(str(folder)) for link in links)
+    return count
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+
+
+def _searched(folder: Path, tune: TuneSpec, stops: int | None = None) -> tuple[list[Any], Search]:
+    """What a search tries where the best rate is 3; after every `stops` trials it is opened afresh."""
+    folder.mkdir(exist_ok=True)
+    group, tried = Group("task", "", "method"), []
+    search = Search(group, tune, folder, maximize=True)
+    while points := search.points():
+        for point in points[: stops or None]:
+            tried.append(point)
+            search.tell(point, -abs(point["training.learning_rate"] - 3) - point["lora.r"] / 100)
+        if stops:
+            search = Search(group, tune, folder, maximize=True)
+    return tried, search
+
+
+def test_a_search_finds_the_best_of_the_grid_and_survives_interruption(tmp_path: Path) -> None:
+    grid = {"training.learning_rate": [1, 2, 3, 4, 5], "lora.r": [4, 8]}
+    whole = TuneSpec(grid=grid)
+    tried, search = _searched(tmp_path / "a", whole)
+    assert tried == whole.points() and len(tried) == 10
+    assert search.best() == {"training.learning_rate": 3, "lora.r": 4}
+    assert _searched(tmp_path / "b", whole, stops=3)[1].best() == search.best()
+    part = TuneSpec(grid=grid, trials=7)
+    straight, found = _searched(tmp_path / "c", part)
+    interrupted, same = _searched(tmp_path / "d", part, stops=1)
+    assert straight == interrupted and len(straight) == 7 and found.best() == same.best()
+
+
+def test_among_equals_the_first_of_the_grid_wins(tmp_path: Path) -> None:
+    tune = TuneSpec(grid={"lora.r": [8, 4, 2]})
+    for maximize in (True, False):
+        search = Search(Group(f"task-{maximize}", "", "method"), tune, tmp_path, maximize)
+        for point in reversed(tune.points()):
+            search.tell(point, 1.0 if point["lora.r"] != 2 else (0.0 if maximize else 2.0))
+        assert search.best() == {"lora.r": 8}
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_differences_by_hand() -> None:
+    one = difference([[0.1, 0.3]])
+    # the four equally likely samples of two are (.1 .1) (.1 .3) (.3 .1) (.3 .3)
+    assert one.mean == pytest.approx(0.2) and (one.low, one.high) == (pytest.approx(0.1), pytest.approx(0.3))
+    same = difference([[0.2, 0.2, 0.2], [-0.1, -0.1, -0.1]])
+    assert same.mean == same.low == same.high == pytest.approx(0.05)
+    assert same.pairs == 6 and difference([[0.1, 0.3]]) == one
+    alone = difference([[0.5]])
+    assert (alone.mean, alone.low, alone.high, str(alone)) == (0.5, None, None, "+0.500")
+
+
+def _result(score: float, step: float, trainable: int) -> dict[str, Any]:
+    return {
+        "recipe": {"training": {"learning_rate": 1e-3}},
+        "metrics": {
+            "primary": "accuracy",
+            "after": {"accuracy": score},
+            "trainable_parameters": {"after": trainable, "head": 10},
+        },
+        "costs": {"step_s": step, "first_half_step_s": step, "saved_bytes": 1000 * step},
+    }
+
+
+def test_the_table_by_hand(folder: Path) -> None:
+    tune = {"grid": {"training.learning_rate": [1e-3]}}
+    tasks = {name: {"task": "text-classification", "data.train": "x"} for name in ("a", "b")}
+    suite = parse_suite(raw(folder, tasks=tasks, tune=tune, title="By hand"))
+    values = {
+        ("a", "lora"): (0.5, 0.7),
+        ("b", "lora"): (0.8, 0.8),
+        ("a", "kept"): (0.6, 0.9),
+        ("b", "kept"): (0.7, 0.7),
+    }
+    found = [
+        (
+            cell,
+            _result(
+                values[cell.group.task, cell.group.method][cell.seed],
+                *((2.0, 110) if cell.group.method == "lora" else (1.0, 30)),
+            ),
+        )
+        for cell in runs(suite, {})
+    ]
+    lora, kept = summarise(suite, found)
+    assert lora.average == pytest.approx(0.7) and kept.average == pytest.approx(0.725)
+    assert kept.differences["a"] is not None and kept.differences["a"].mean == pytest.approx(0.15)
+    assert kept.overall is not None and kept.overall.mean == pytest.approx((0.15 - 0.1) / 2)
+    # task b has no spread, so the interval is half that of task a, whose means are .1, .15, .2
+    assert (kept.overall.low, kept.overall.high) == (pytest.approx(0.0), pytest.approx(0.05))
+    assert (kept.step, kept.saved, kept.trainable, lora.trainable) == (0.5, 0.5, 20, 100)
+    page = markdown(suite, [lora, kept])
+    spread = statistics.stdev([0.6, 0.9])
+    assert (
+        f"| kept | 0.750 ± {spread:.3f} | 0.700 ± 0.000 | 0.725 | +0.025 [+0.000, +0.050] | 0.50 | 0.50 | 20 |" in page
+    )
+    assert page.startswith("# By hand") and "| learning_rate | a | b |" in page
+    part = summarise(suite, found[:-1])
+    assert "(1 of 2)" in markdown(suite, part) and part[1].overall is not None and part[1].overall.low is None
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(folder: Path) -> None:
+    (folder / "suite.yaml").write_text(yaml.safe_dump(raw(folder, seeds=[0])))
+    command = CliRunner()
+    dry = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--dry-run"])
+    assert dry.exit_code == 0 and "Runs       2" in dry.stdout and not (folder / "out").exists()
+    early = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--table"])
+    assert isinstance(early.exception, ConfigError) and "no finished runs" in str(early.exception)
+    done = command.invoke(app, ["bench", str(folder / "suite.yaml")])
+    assert done.exit_code == 0 and "topics lora seed 0: 0." in done.stdout and "Runs       2 of 2" in done.stdout
+    shown = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--table"])
+    assert shown.exit_code == 0 and "topics (accuracy)" in shown.stdout
+
+
+@pytest.mark.parametrize("file", sorted(SUITES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_suites_here_are_accepted(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe parses; the encoder's package need not be installed."""
+    monkeypatch.setattr(
+        "weightlora.training.recipe.find_spec", lambda name: SimpleNamespace(submodule_search_locations=[name])
+    )
+    suite = load_suite(file)
+    assert set(suite.methods) == {
+        *("head", "lora", "weightlora-1", "weightlora-5", "weightlora-10"),
+        *("weightlora-plus", "rlora-5", "lora-drop", "adalora"),
+    }
+    assert suite.reference == "lora" and suite.tune is not None and file.read_text().startswith("# ")

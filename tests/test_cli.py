@@ -183,3 +183,11 @@ def test_a_decoder_that_writes_needs_trl(
 def test_a_command_that_does_not_exist(command: Callable[..., Any]) -> None:
     code, _, err = command("trian", "x.yaml")
     assert code == 2 and "No such command" in err
+
+
+def test_unreadable_data_is_one_line(command, folder: Path) -> None:
+    (folder / "data.parquet").write_bytes(b"PAR1 and no more")
+    path = write_recipe(folder, data=str(folder / "data.parquet"))
+    code, _, error = command("train", path)
+    assert code == 2 and error.startswith("weightlora: Data file ") and error.count("\n") == 1
+    assert not (folder / "run").exists()

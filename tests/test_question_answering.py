@@ -131,6 +131,14 @@ def test_bad_rows_are_named(bad: dict[str, Any], says: str) -> None:
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_some_question_must_have_an_answer() -> None:
+    from datasets import Dataset
+
+    task, data = get_task("squad_v2"), Dataset.from_list([row(None), row(None)])
+    with pytest.raises(ConfigError, match="No question of rows has an answer"):
+        task.label_names(task.read_labels(data, "rows"), data, "rows")
+
+
 def test_a_question_that_leaves_no_room(tokenizer) -> None:
     with pytest.raises(ConfigError, match="leaves 4 of 9 tokens for its context, and windows share 4"):
         encode([row()], tokenizer, max_length=9, stride=4)

@@ -103,6 +103,8 @@ def test_bad_overrides(file: Path, override: str, says: str) -> None:
         ("just words", "holds a str"),
         ("", "is empty"),
         ("model: \x00", "is not YAML"),
+        ("seed: 1\nmodel: a\nseed: 2\n", "the key 'seed' is there twice .*line 3"),
+        ("data: {columns: {text: a, label: b, text: c}}", "the key 'text' is there twice"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, says: str) -> None:

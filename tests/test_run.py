@@ -170,6 +170,17 @@ def test_a_tokenizer_without_padding_uses_the_end_of_text_token(folder: Path) ->
     assert dry_run(parse_recipe(recipe(folder))).steps == 48
 
 
+@pytest.mark.parametrize(
+    ("metric", "higher"), [("eval_accuracy", True), ("loss", False), ("mse", False), ("perplexity", False)]
+)
+def test_the_best_checkpoint_is_the_one_that_scores_best(tmp_path: Path, metric: str, higher: bool) -> None:
+    from weightlora.training.arguments import training_arguments
+
+    assert training_arguments({"metric_for_best_model": metric}, str(tmp_path), 0, False).greater_is_better == higher
+    opposite = {"metric_for_best_model": metric, "greater_is_better": not higher}
+    assert training_arguments(opposite, str(tmp_path), 0, False).greater_is_better != higher
+
+
 # -- the dry run ---------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +246,10 @@ def test_steps_are_counted_as_the_trainer_counts(
         ({"training": {"optim": "adamx"}}, "The `training` section cannot work: adamx is not a valid"),
         ({"training": {"eval_strategy": "often"}}, "The `training` section cannot work"),
         ({"training": {"seed": 3}}, "set it at the top of the recipe"),
+        (
+            {"training": {"per_device_train_batch_size": 64, "dataloader_drop_last": True}},
+            "`training.dataloader_drop_last` leaves out all 48 training rows, since a batch has 64; lower",
+        ),
         ({"model": {"name": "x", "dtype": "float8"}}, "`model.dtype` is 'float8'"),
         ({"model": "./gone"}, "Model folder './gone' does not exist"),
         ({"model": "nobody/such-model"}, "neither a folder here nor could it be fetched from the hub"),
@@ -261,6 +276,21 @@ def test_model_folders_that_cannot_work(folder: Path) -> None:
     (folder / "model/config.json").unlink()
     assert "has no config.json" in refusal(folder)
     assert "is a file" in refusal(folder, model=str(folder / "train.jsonl"))
+
+
+def test_a_model_folder_without_a_tokenizer(folder: Path) -> None:
+    """transformers makes one up, which knows no word."""
+    for file in (folder / "model").glob("tokenizer*"):
+        file.unlink()
+    assert "comes without a tokenizer; put its files (tokenizer.json" in refusal(folder)
+
+
+def test_a_body_that_starts_at_random_is_refused(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "model/model.safetensors"
+    save_file({f"other.{name}": tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert "would train from noise; take another model for this task" in refusal(folder)
 
 
 def test_a_body_of_another_size_is_refused(folder: Path) -> None:

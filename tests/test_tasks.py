@@ -202,16 +202,39 @@ def test_a_class_in_validation_that_train_never_saw() -> None:
         ("./gone", None, "Data file './gone' does not exist"),
         ("no/such-data", None, "neither a file or folder here nor a `datasets` id"),
         ("a.xlsx", "x", "has the suffix '.xlsx'; supported: .jsonl"),
-        ("a.jsonl", "{oops\n", "cannot be read as JSONL"),
+        ("a.png", b"\x89PNG\r\n", "has the suffix '.png'; supported: .jsonl"),
+        ("a.jsonl", "{oops\n", "cannot be read as JSONL: line 1, character 2: Expecting property name"),
+        ("a.jsonl", '{"question": "a"}\n\n{"question":\n', "JSONL: line 3, character 14: Expecting value"),
+        ("a.jsonl", '["a", "x"]\n["b", "y"]\n', 'JSONL: line 1 is not an object such as {"text": ...}'),
+        ("a.jsonl", b"\x89PNG\r\n", "JSONL: line 1: 'utf-8' codec can't decode byte 0x89"),
+        ("a.csv", "question,topic\na,x\nb,y,z\n", "cannot be read as CSV: Error tokenizing data"),
+        ("a.csv", 'question,topic\n"a,x\nb,y\n', "cannot be read as CSV: Error tokenizing data"),
+        ("a.csv", "question,topic\ncaf\xe9,x\n".encode("latin-1"), "; save the file as UTF-8"),
         ("a.parquet", "oops", "cannot be read as PARQUET"),
         ("a.jsonl", "", "is empty"),
+        ("a.jsonl", "\n\n", "has no rows"),
+        ("a.json", "[]", "has no rows"),
         ("a.csv", "question,topic\n", "has no rows"),
     ],
 )
-def test_files_that_cannot_be_read(name: str, content: str | None, says: str) -> None:
+def test_files_that_cannot_be_read(name: str, content: str | bytes | None, says: str) -> None:
     if content is not None:
-        Path(name).write_text(content, encoding="utf-8")
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert says in refusal(name)
+
+
+def test_parquet_that_is_cut_off_or_empty() -> None:
+    import pandas as pd
+
+    table = pd.DataFrame(questions())
+    table.head(0).to_parquet("empty.parquet")
+    assert "Data file 'empty.parquet' has no rows" in refusal("empty.parquet")
+    table.to_parquet("cut.parquet")
+    Path("cut.parquet").write_bytes(Path("cut.parquet").read_bytes()[:500])
+    assert "'cut.parquet' cannot be read as PARQUET: Parquet magic bytes not found" in refusal("cut.parquet")
+    Path("folder").mkdir()
+    Path("empty.parquet").rename("folder/train.parquet")
+    assert "Data folder 'folder' holds a split that has no rows" in refusal("folder")
 
 
 def test_an_empty_split() -> None:
@@ -257,8 +280,16 @@ def test_rows_are_where_the_recipe_the_folder_or_the_benchmark_says() -> None:
     )
     assert sources(glue, None, a, None, None) == (a, 0.1, None)
     assert sources(glue, folder, a, b, b) == (a, b, b)
+    train_only = Classification("y", "", benchmark=Benchmark("hub", validation=None))
+    assert sources(train_only, None, None, None, None) == (Source("hub", None, "train"), 0.1, None)
     with pytest.raises(ConfigError, match=r"lacks `data\.train`, and task 'text-classification'"):
         sources(own, None, None, None, None)
+
+
+def test_every_role_has_a_column_of_its_own() -> None:
+    write_jsonl(Path("a.jsonl"), questions())
+    says = refusal("a.jsonl", columns={"text": "question", "label": "question"})
+    assert says.startswith("`data.columns` takes both 'text' and 'label' from 'question'")
 
 
 def test_text_must_be_text() -> None:
@@ -268,9 +299,29 @@ def test_text_must_be_text() -> None:
     assert "Row 1 of 'b.jsonl': 'question' is 1, not text" in refusal("b.jsonl")
 
 
-def test_a_share_too_small_for_the_classes() -> None:
-    write_jsonl(Path("a.jsonl"), questions())
-    assert "`data.validation` of 0.01 cannot be carved from 60 rows" in refusal("a.jsonl", 0.01)
+@pytest.mark.parametrize(
+    ("labels", "share", "says"),
+    [
+        (
+            ["a", "b"] * 10,
+            0.01,
+            "of 0.01 cannot be carved from 20 rows: it takes 1 and leaves 19, and each",
+        ),
+        (["a", "b"] * 10, 0.01, "part needs 2 of different classes; raise it, or give a validation file."),
+        (["a", "b"] * 10, 0.99, "it takes 20 and leaves 0, and each part needs 2 of different classes; lower it"),
+        (["a", "b"] * 10, 50.0, "of 50 cannot be carved from 20 rows: it takes 50 and leaves 0"),
+        (["a", "b"], 0.5, "it takes 0 and leaves 2, and each part needs 1; add rows, or give a validation file"),
+    ],
+)
+def test_shares_that_cannot_be_carved(labels: list[str], share: float, says: str) -> None:
+    write_jsonl(Path("a.jsonl"), rows(labels))
+    assert says in refusal("a.jsonl", share)
+
+
+def test_one_row_cannot_be_both_learnt_from_and_scored() -> None:
+    write_jsonl(Path("a.jsonl"), rows([1.0]))
+    says = refusal("a.jsonl", 0.1, task="regression")
+    assert says.endswith("it takes 1 and leaves 0, and each part needs 1; add rows, or give a validation file.")
 
 
 def test_what_is_carved_may_be_a_number_of_rows() -> None:
@@ -299,6 +350,19 @@ def test_encoding_cuts_and_does_not_depend_on_the_chunk(tmp_path: Path) -> None:
     assert whole["token_type_ids"][1] == [0, 0, 0, 1, 1]
     numbers = [in_chunks(7, lambda start, stop: {"n": list(range(start, stop))}, chunk)["n"][:] for chunk in (2, 7, 9)]
     assert numbers == [list(range(7))] * 3
+
+
+@pytest.mark.parametrize(("task", "least"), [("text-classification", 3), ("pair-classification", 5)])
+def test_inputs_need_room_beside_the_special_tokens(tmp_path: Path, task: str, least: int) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_bert(tmp_path / "model"))
+    part = Part(Dataset.from_dict({role: ["bread soup"] for role in get_task(task).inputs}), [0])
+    with pytest.raises(ConfigError, match=f"`data.max_length` is {least - 1}, of which .* give at least {least}"):
+        get_task(task).encode(part, tokenizer, Format(least - 1), training=True)
+    (ids,) = get_task(task).encode(part, tokenizer, Format(least), training=True).features["input_ids"]
+    assert len(ids) == least
 
 
 def test_classification_metrics_by_hand() -> None:

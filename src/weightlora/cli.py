@@ -150,9 +150,9 @@ def export(
     Example: weightlora export runs/topics topics-adapter
              weightlora export runs/topics topics-model --merged
     """
+    _log_to_stderr()
     from weightlora import export as export_run
 
-    _log_to_stderr()
     export_run(run, out, portable=portable, merged=merged)
     print(f"Written to {out}")
 
@@ -240,6 +240,7 @@ def list_tasks() -> None:
 
     for task in tasks.list_tasks():
         columns = ", ".join(role if usual else f"{role} if wanted" for role, usual in task.columns.items())
+        columns = "; ".join(", ".join(layout) for layout in getattr(task, "layouts", ())) or columns
         data = task.benchmark and ":".join(filter(None, (task.benchmark.path, task.benchmark.name)))
         _show_entry(task.name, task.title, {"columns": columns, "scored by": task.primary, "data": data or ""})
 
@@ -288,7 +289,10 @@ def _show_suite(suite: "Suite") -> None:
 
 
 def _log_to_stderr(level: str = "INFO") -> None:
-    """The library's own log lines from `level` on; what transformers says about a new head is expected and left out."""
+    """The library's own log lines from `level` on; what transformers says about a new head is expected and left out.
+
+    To be called before PEFT is imported: that imports bitsandbytes, which warns of kernels it would like to have.
+    """
     import logging
     import warnings
 
@@ -300,6 +304,7 @@ def _log_to_stderr(level: str = "INFO") -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger().handlers[0].setLevel(level)
     logging.getLogger("weightlora").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _show_entry(name: str, title: str, facts: dict[str, str]) -> None:

@@ -34,3 +34,9 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def short(value: object, most: int = 60) -> str:
+    """How a value is written, cut after `most` characters, so that a message stays on one line."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -6,6 +6,7 @@ thrown away and made again.
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -50,6 +51,7 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
     if not keep_weights:
         for name in (*_WEIGHTS, *(path.name for path in folder.glob("checkpoint-*"))):
             shutil.rmtree(folder / name, ignore_errors=True)
+    gc.collect()  # models are parts of cycles, and large ones, not many ones, fill the memory of a process that goes on
     found = {"recipe": recipe, "metrics": metrics, "costs": meter.costs()}
     write_whole(folder / RESULT_FILE, json.dumps(found, ensure_ascii=False) + "\n")
     return found

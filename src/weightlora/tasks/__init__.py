@@ -7,6 +7,7 @@ from weightlora.tasks import question_answering as question_answering  # isort: 
 from weightlora.tasks import generation as generation  # isort: skip
 from weightlora.tasks import nlg as nlg  # isort: skip
 from weightlora.tasks import gsm8k as gsm8k  # isort: skip
+from weightlora.tasks import chat as chat  # isort: skip
 from weightlora.tasks.base import Task, get_task, list_tasks, register
 
 __all__ = ["Task", "get_task", "list_tasks", "register"]

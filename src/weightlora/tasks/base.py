@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # What sits on top of the model; `training.heads` has one way of loading and training for each.
-Head = Literal["sequence-classification", "question-answering", "text-generation"]
+Head = Literal["sequence-classification", "question-answering", "text-generation", "next-token"]
 
 MAX_LENGTH = 128  # tokens of an input, for a task without a `max_length` of its own
 MAX_TARGET_LENGTH = 128  # and of a target
@@ -91,7 +91,8 @@ class Task(Protocol):
         benchmark: where rows come from if a recipe names no data.
 
     One that needs longer inputs than `MAX_LENGTH` has a default of its own in `max_length`; one that writes text may
-    have `max_target_length` and, for the recipe's section of that name, `generation`.
+    have `max_target_length` and, for the recipe's section of that name, `generation`. One that reads rows in several
+    layouts has them in `layouts`, each {role: usual column}; the first whose columns are all there is read.
     """
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import ConfigError
+from weightlora.errors import ConfigError, short
 from weightlora.tasks.base import Benchmark, Encoded, Format, Head, Part, in_chunks, register
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class _Texts:
 
     def encode(self, part: Part, tokenizer: Any, form: Format, *, training: bool) -> Encoded:
         """`text` and `text_pair`, the longer one cut first, unpadded; targets become `labels`."""
+        _check_room(tokenizer, form.max_length, texts=2 if "text_pair" in part.rows.column_names else 1)
 
         def encoded(start: int, stop: int) -> Mapping[str, Any]:
             rows = part.rows[start:stop]
@@ -81,7 +82,9 @@ class Classification(_Texts):
 
     def _known(self, label: str | int) -> str | int:
         if self.classes and label not in self.classes:
-            raise ValueError(f"the label {label!r} is no class of {self.name} (classes: {', '.join(self.classes)}).")
+            raise ValueError(
+                f"the label {short(label)} is no class of {self.name} (classes: {', '.join(self.classes)})."
+            )
         return label
 
     def label_names(self, labels: list[Any], rows: Dataset, where: str) -> list[str] | None:
@@ -208,7 +211,7 @@ def _unusual_class(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     hint = " For numbers use `task: regression`." if isinstance(value, float) else ""
-    raise ValueError(f"the label {value!r} is not a class; give a string or an integer.{hint}")
+    raise ValueError(f"the label {short(value)} is not a class; give a string or an integer.{hint}")
 
 
 def _as_number(value: Any) -> float:
@@ -217,10 +220,20 @@ def _as_number(value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"the label {value!r} is not a number; this task needs numeric labels.") from None
+        raise ValueError(f"the label {short(value)} is not a number; this task needs numeric labels.") from None
     if not math.isfinite(number):
         raise ValueError(f"the label {value!r} is not finite; fill it in or remove the row.")
     return number
+
+
+def _check_room(tokenizer: Any, max_length: int, texts: int) -> None:
+    """A token of each text must remain beside those that the tokenizer adds."""
+    added = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+    if max_length < added + texts:
+        raise ConfigError(
+            f"`data.max_length` is {max_length}, of which the tokenizer's own tokens take {added}; give at least "
+            f"{added + texts}."
+        )
 
 
 def _check_not_empty(ids: list[list[int]], texts: list[str], start: int) -> None:

@@ -1,4 +1,4 @@
-"""Rows from a file, a folder or the hub, with every check that can be made before a model is loaded.
+"""The rows of one run, with every check that can be made before a model is loaded.
 
 Whatever the source, rows leave here with their columns named after the task's roles.
 """
@@ -6,42 +6,20 @@ Whatever the source, rows leave here with their columns named after the task's r
 from __future__ import annotations
 
 import logging
-import re
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import ConfigError, did_you_mean
+from weightlora.errors import ConfigError, did_you_mean, short
 from weightlora.tasks.base import Part, Task
+from weightlora.tasks.files import Source, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-# Suffix -> builder of `datasets` and its options. Empty cells stay empty text, so that "NA" and "null"
-# survive; a TSV file by convention quotes nothing: a stray quotation mark must not swallow lines.
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
-    ".parquet": ("parquet", {}),
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file, a folder or a `datasets` id; `name` is its configuration, `split` the part to take."""
-
-    path: str
-    name: str | None = None
-    split: str | None = None
-
-    def __str__(self) -> str:
-        return repr(":".join(part for part in (self.path, self.name, self.split) if part))
 
 
 @dataclass(frozen=True)
@@ -78,12 +56,11 @@ def sources(
             raise ConfigError(f"The recipe lacks `data.train`, and task {task.name!r} has no data of its own; add it.")
         return train, share if validation is None else validation, test
     path, name = (known.path, known.name) if place is None else (place.path, place.name)
-    held_out = validation
-    if held_out is None:
-        held_out = share if known.validation is None else Source(path, name, known.validation)
+    if validation is None:
+        validation = share if known.validation is None else Source(path, name, known.validation)
     if test is None and known.test is not None:
         test = Source(path, name, known.test)
-    return train or Source(path, name, known.train), held_out, test
+    return train or Source(path, name, known.train), validation, test
 
 
 def load_splits(
@@ -133,10 +110,8 @@ def _load_part(task: Task, source: Source, columns: Mapping[str, str | None], na
 
 def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) -> Dataset:
     """The rows of one source with standard column names, each text checked to be text."""
-    rows = _open(source)
-    if len(rows) == 0:
-        raise ConfigError(f"{source} has no rows; give a file or split that is not empty.")
-    wanted = _wanted_columns(task, columns)
+    rows = read_rows(source)
+    wanted = _wanted_columns(task, columns, source, rows.column_names)
     for role, column in wanted.items():
         if column not in rows.column_names:
             raise ConfigError(
@@ -157,7 +132,7 @@ def _renamed(rows: Dataset, wanted: dict[str, str]) -> Dataset:
     return Dataset.from_dict({role: rows[column][:] for role, column in wanted.items()}, features=features)
 
 
-def _wanted_columns(task: Task, columns: Mapping[str, str | None]) -> dict[str, str]:
+def _wanted_columns(task: Task, columns: Mapping[str, str | None], source: Source, there: list[str]) -> dict[str, str]:
     """Where every role of the task is found."""
     columns = {role: column for role, column in columns.items() if column is not None or role in task.columns}
     for role in sorted(columns.keys() - task.columns.keys()):
@@ -165,108 +140,46 @@ def _wanted_columns(task: Task, columns: Mapping[str, str | None]) -> dict[str, 
             f"`data.columns.{role}` is not read by task {task.name!r}{did_you_mean(role, list(task.columns))} "
             f"(it reads: {', '.join(task.columns)})."
         )
-    found = {**task.columns, **columns}
-    for role, usual in task.columns.items():
-        if found[role] is None and usual is not None:
+    layouts = getattr(task, "layouts", None)
+    usual = task.columns if layouts is None else _layout(layouts, columns, source, there)
+    found = {**usual, **columns}
+    for role, column in usual.items():
+        if found[role] is None and column is not None:
             raise ConfigError(f"Task {task.name!r} needs {role!r}; name its column in `data.columns.{role}`.")
-    return {role: column for role, column in found.items() if column is not None}
+    wanted = {role: column for role, column in found.items() if column is not None}
+    for role, column in wanted.items():
+        other = next(first for first, same in wanted.items() if same == column)
+        if other != role:
+            raise ConfigError(
+                f"`data.columns` takes both {other!r} and {role!r} from {column!r}; give each role a column of its own."
+            )
+    return wanted
+
+
+def _layout(
+    layouts: Sequence[Mapping[str, str]], columns: Mapping[str, str | None], source: Source, there: list[str]
+) -> Mapping[str, str]:
+    """The first layout with the roles that the recipe names, without those it switches off, that is there."""
+    named = {role for role, column in columns.items() if column is not None}
+    possible = [layout for layout in layouts if named <= layout.keys() and not layout.keys() & (columns.keys() - named)]
+    for layout in possible:
+        if all((columns.get(role) or usual) in there for role, usual in layout.items()):
+            return layout
+    if named and possible:
+        return possible[-1]
+    least = [layout for layout in layouts if not any(other.keys() < layout.keys() for other in layouts)]
+    known = "; ".join(", ".join(layout.values()) for layout in least)
+    raise ConfigError(
+        f"{source} has none of the layouts of the task ({known}); name its columns in `data.columns` "
+        f"(columns there: {', '.join(there)})."
+    )
 
 
 def _check_text(texts: Any, column: str, source: Source) -> None:
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
-            what = "is missing" if text is None else f"is {text!r}, not text"
+            what = "is missing" if text is None else f"is {short(text)}, not text"
             raise ConfigError(f"Row {number} of {source}: {column!r} {what}; fix the row or `data.columns`.")
-
-
-def _open(source: Source) -> Dataset:
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        return _open_folder(path, source)
-    if path.is_file():
-        return _open_file(path, source)
-    looks_like_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path)
-    if path.suffix.lower() in _BUILDERS or not looks_like_hub_id or source.path.startswith("."):
-        raise ConfigError(f"Data file {source.path!r} does not exist (looked for {path.absolute()}).")
-    return _open_hub(source)
-
-
-def _open_file(path: Path, source: Source) -> Dataset:
-    from datasets import load_dataset
-
-    if path.suffix.lower() not in _BUILDERS:
-        raise ConfigError(
-            f"Data file {source.path!r} has the suffix {path.suffix!r}; supported: {', '.join(_BUILDERS)}."
-        )
-    if path.stat().st_size == 0:
-        raise ConfigError(f"Data file {source.path!r} is empty; it needs at least one row.")
-    if source.split or source.name:
-        raise ConfigError(f"{source}: a single file has no `name` or `split`; give its path alone.")
-    builder, options = _BUILDERS[path.suffix.lower()]
-    try:
-        return load_dataset(builder, data_files=str(path), split="train", **options)  # pyright: ignore
-    except Exception as error:  # whatever the parsers under `datasets` raise
-        if "corresponds to no data" in str(error):
-            raise ConfigError(f"Data file {source.path!r} has no rows; it needs at least one.") from None
-        raise ConfigError(
-            f"Data file {source.path!r} cannot be read as {path.suffix[1:].upper()}: {_cause(error)}"
-        ) from error
-
-
-def _open_folder(path: Path, source: Source) -> Dataset:
-    from datasets import load_dataset, load_from_disk
-
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    files = [] if saved else _split_files(path / (source.name or ""), source.split or "train")
-    try:
-        if files:
-            builder, options = _BUILDERS[files[0].suffix.lower()]
-            return load_dataset(builder, data_files=[*map(str, files)], split="train", **options)  # pyright: ignore
-        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path), source.name)
-    except IndexError:  # how `load_from_disk` fails on a split that was saved without rows
-        raise ConfigError(f"Data folder {source.path!r} holds a split that has no rows; leave it out.") from None
-    except Exception as error:
-        raise ConfigError(f"Data folder {source.path!r} cannot be read: {_cause(error)}") from error
-    return _pick_split(loaded, source)
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    """Files named after a split, as on the hub; `datasets` would take validation_matched.parquet for `validation`."""
-    name = re.compile(rf"{re.escape(split)}(-\d{{5}}-of-\d{{5}})?")
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [file for file in files if file.suffix.lower() in _BUILDERS and name.fullmatch(file.stem)]
-    return found if len({file.suffix.lower() for file in found}) == 1 else []
-
-
-def _open_hub(source: Source) -> Dataset:
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(source.path, source.name)
-    except Exception as error:
-        raise ConfigError(
-            f"Data {source} is neither a file or folder here nor a `datasets` id that could be fetched: {_cause(error)}"
-        ) from error
-    return _pick_split(loaded, source)
-
-
-def _pick_split(loaded: Any, source: Source) -> Dataset:
-    """The wanted split, `train` unless named; a folder that was saved as one split needs no name."""
-    if not hasattr(loaded, "keys"):
-        return loaded
-    split = source.split or "train"
-    if split not in loaded:
-        raise ConfigError(
-            f"{source} has no split {split!r}{did_you_mean(split, list(loaded))} (there are: {', '.join(loaded)})."
-        )
-    return loaded[split]
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason on one line; the wrappers of `datasets` say only that something failed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:300]
 
 
 def _carve(targets: list[Any], share: float, seed: int, stratify: bool) -> tuple[list[int], list[int]]:
@@ -276,19 +189,24 @@ def _carve(targets: list[Any], share: float, seed: int, stratify: bool) -> tuple
     counts = Counter(targets) if stratify else {}
     single = [row for row, target in enumerate(targets) if counts.get(target) == 1]
     rows = [row for row, target in enumerate(targets) if counts.get(target) != 1]
-    try:
-        kept, carved = train_test_split(
-            rows,
-            test_size=share if share < 1 else int(share),
-            random_state=seed,
-            stratify=[targets[row] for row in rows] if stratify else None,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"`data.validation` of {share} cannot be carved from {len(targets)} rows: {_cause(error)} "
-            "Raise the share, or give a validation file."
-        ) from None
+    classes = [targets[row] for row in rows] if stratify else None
+    held_out = math.ceil(share * len(rows)) if share < 1 else int(share)
+    _check_room(share, len(targets), len(rows), held_out, len(set(classes)) if classes else 1)
+    kept, carved = train_test_split(rows, test_size=held_out, random_state=seed, stratify=classes)
     return sorted(kept + single), sorted(carved)
+
+
+def _check_room(share: float, rows: int, free: int, held_out: int, needed: int) -> None:
+    """Both parts need a row, or one of every class; `free` is how many rows may go into either."""
+    if needed <= held_out <= free - needed:
+        return
+    remedy = "raise it" if held_out < needed else "lower it"
+    remedy = remedy if free >= 2 * needed else "add rows"
+    classes = " of different classes" if needed > 1 else ""
+    raise ConfigError(
+        f"`data.validation` of {share:g} cannot be carved from {rows} rows: it takes {held_out} and leaves "
+        f"{max(rows - held_out, 0)}, and each part needs {needed}{classes}; {remedy}, or give a validation file."
+    )
 
 
 def _check_seen(targets: list[Any], kept: list[int], names: list[str] | None, share: float) -> None:
@@ -310,7 +228,7 @@ def _limited(part: Part, limit: int | None, seed: int) -> Part:
 
 def _limited_inputs(task: Task, part: Part, limit: int | None, seed: int) -> Part:
     """All rows of that many inputs: where an input has several references, they stay together."""
-    keys = _inputs(task, part) or list(range(len(part)))
+    keys = _inputs(task, part)
     distinct = list(dict.fromkeys(keys))
     if limit is None or limit >= len(distinct):
         return part
@@ -325,9 +243,9 @@ def _drawn(count: int, limit: int, seed: int) -> list[int]:
 
 
 def _inputs(task: Task, part: Part) -> list[Any]:
-    """What each row is known by; nothing where a task's inputs are no text."""
+    """What each row is known by: its inputs, or its target where that is the whole row."""
     roles = [role for role in task.inputs if role in part.rows.column_names]
-    return list(zip(*(part.rows[role][:] for role in roles), strict=True))
+    return list(zip(*(part.rows[role][:] for role in roles), strict=True)) if roles else part.targets
 
 
 def _warn_about_overlap(task: Task, train: Part, validation: Part) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import ConfigError
+from weightlora.errors import ConfigError, short
 from weightlora.tasks.answers import Window, find_answers, squad_scores, squad_v2_scores
 from weightlora.tasks.base import Benchmark, Encoded, Format, Head, Part, in_chunks, register
 
@@ -68,7 +68,7 @@ class QuestionAnswering:
             isinstance(answers.get(key), list) for key in ("text", "answer_start")
         ):
             raise ValueError(
-                f"the answers are {_short(answers)}; give two lists: {{'text': [...], 'answer_start': [...]}}."
+                f"the answers are {short(answers)}; give two lists: {{'text': [...], 'answer_start': [...]}}."
             )
         texts, starts = answers["text"], answers["answer_start"]
         if len(texts) != len(starts):
@@ -80,7 +80,9 @@ class QuestionAnswering:
         return tuple(zip(starts, texts, strict=True))
 
     def label_names(self, labels: list[Target], rows: Dataset, where: str) -> list[str] | None:
-        """None: there are no classes."""
+        """None: there are no classes. But there must be something to find."""
+        if not any(labels):
+            raise ConfigError(f"No question of {where} has an answer; give rows that have one.")
         return None
 
     def encode_labels(self, labels: list[Target], names: list[str] | None, where: str) -> list[Target]:
@@ -156,11 +158,11 @@ def _check_answer(start: Any, text: Any, context: str) -> None:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"the answer {text!r} is no text; for a question without answer leave both lists empty.")
     if isinstance(start, bool) or not isinstance(start, int):
-        raise ValueError(f"the `answer_start` {start!r} of {_short(text)} is not a whole number.")
+        raise ValueError(f"the `answer_start` {start!r} of {short(text)} is not a whole number.")
     if start < 0 or context[start : start + len(text)] != text:
         place = context.find(text)
         hint = f"it is at {place}" if place >= 0 else "it is nowhere in the context"
-        raise ValueError(f"the context has no {_short(text)} at `answer_start` {start}, counted in characters; {hint}.")
+        raise ValueError(f"the context has no {short(text)} at `answer_start` {start}, counted in characters; {hint}.")
 
 
 def _check_room(questions: Sequence[str], tokenizer: Any, max_length: int, stride: int) -> None:
@@ -170,7 +172,7 @@ def _check_room(questions: Sequence[str], tokenizer: Any, max_length: int, strid
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - lengths[longest]
     if room <= stride:
         raise ConfigError(
-            f"The question {_short(questions[longest])} leaves {max(room, 0)} of {max_length} tokens for its context, "
+            f"The question {short(questions[longest])} leaves {max(room, 0)} of {max_length} tokens for its context, "
             f"and windows share {stride}; there must be more than that. Raise `data.max_length`, lower "
             "`data.doc_stride`, or shorten the question."
         )
@@ -205,11 +207,6 @@ def _warn_about_unseen(part: Part, windows: Sequence[Window], features: Dataset)
             unseen,
             len(part),
         )
-
-
-def _short(value: Any, most: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 QUESTION_ANSWERING = register(QuestionAnswering("question-answering", "The span of a context that answers a question."))

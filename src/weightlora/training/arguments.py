@@ -38,6 +38,7 @@ _ABOVE_ZERO = {
     "r",
     "lora_alpha",
 }
+_LOWER_IS_BETTER = {"mse", "perplexity"}  # of what is no loss by name; transformers takes the highest for the best
 _NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
 
 
@@ -68,6 +69,8 @@ def training_arguments(
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     checked = check_fields("training", values, TrainingArguments)
+    if str(checked.get("metric_for_best_model")).removeprefix("eval_") in _LOWER_IS_BETTER:
+        defaults["greater_is_better"] = False
     return _built("training", make, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
 
 

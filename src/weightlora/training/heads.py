@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from peft import TaskType
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -26,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from weightlora.errors import ConfigError
 from weightlora.tasks.base import Head
+from weightlora.tasks.text_pairs import IGNORED_LABEL
 from weightlora.training.generating import EncoderDecoderTrainer
 
 
@@ -61,6 +64,17 @@ def _logits(outputs: Any, labels: Any) -> Any:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
+def _token_scores(logits: Any, labels: Any) -> Any:
+    """(rows, 3): summed loss, tokens predicted right, and tokens learnt; all logits of a split would not fit memory."""
+    learnt = labels[:, 1:] != IGNORED_LABEL
+    predicted, wanted = logits[:, :-1][learnt].float(), labels[:, 1:][learnt]
+    losses = nn.functional.cross_entropy(predicted, wanted, reduction="none")
+    right = predicted.argmax(dim=-1) == wanted
+    scores = torch.zeros(*learnt.shape, 3, device=logits.device)
+    scores[learnt] = torch.stack([losses, right, torch.ones_like(losses)], dim=-1)
+    return scores.sum(dim=1)
+
+
 def _padding_on_the_right(tokenizer: Any) -> Any:
     """A copy of a tokenizer that may pad on the left, which would move the positions of answers."""
     copied = copy.copy(tokenizer)
@@ -90,6 +104,12 @@ def _text_trainer(config: Any) -> type[Trainer]:
     from weightlora.training.decoder import DecoderTrainer
 
     return DecoderTrainer
+
+
+def _decoder_trainer(config: Any) -> type[Trainer]:
+    from weightlora.training.decoder import QuietSFTTrainer
+
+    return QuietSFTTrainer
 
 
 def _text_arguments(config: Any) -> Callable[..., TrainingArguments]:
@@ -127,3 +147,10 @@ HEADS: dict[Head, HeadKind] = {
         writes=True,
     ),
 }
+# The same training on the same features, scored by the tokens it predicts: nothing has to be written for that.
+HEADS["next-token"] = replace(
+    HEADS["text-generation"],
+    trainer=_decoder_trainer,
+    outputs=_token_scores,
+    writes=False,
+)

@@ -216,6 +216,7 @@ def make_plan(job: Job) -> Plan:
     examples = len(job.training.features)
     held_out = job.method.held_out(examples) if job.method is not None else 0
     trained_on = examples - held_out
+    _check_batches(trained_on, job.arguments)
     steps, per_epoch = count_steps(trained_on, job.arguments)
     cuts = job.method.plan(total_steps=steps, steps_per_epoch=per_epoch) if job.method is not None else ()
     splits = job.splits
@@ -259,6 +260,16 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
         )
     if resume and (not in_use or get_last_checkpoint(output_dir) is None):
         raise ConfigError(f"`output_dir` {output_dir!r} has no checkpoint to resume from; start without --resume.")
+
+
+def _check_batches(rows: int, arguments: TrainingArguments) -> None:
+    """The Trainer would find out when it has no step to take, or take none."""
+    size = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and rows < size:
+        raise ConfigError(
+            f"`training.dataloader_drop_last` leaves out all {rows} training rows, since a batch has {size}; lower "
+            "`training.per_device_train_batch_size` or leave the key out."
+        )
 
 
 def count_steps(rows: int, arguments: TrainingArguments) -> tuple[int, int]:
@@ -307,11 +318,15 @@ def _load_data(recipe: Recipe, task: Task) -> Splits:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Reading a local file needs no progress bar."""
+    """Reading a local file needs no progress bar, and what goes wrong is said once, by our own error."""
     from datasets import disable_progress_bars, enable_progress_bars
+    from datasets.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     disable_progress_bars()
     try:
         yield
     finally:
         enable_progress_bars()
+        logging.set_verbosity(verbosity)

@@ -57,9 +57,10 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved).
 
-    `package:NAME/FOLDER` is a folder inside an installed Python package, which is found and not imported.
+    `package:NAME/PATH` is a folder or file inside an installed Python package, which is found and not imported.
     `quantization` rounds the frozen weights to 4 or 8 bits with bitsandbytes, and `dtype` is what they compute in;
-    `gguf_file` is a file in the folder or repository, unpacked to `dtype`.
+    `gguf_file` is a file in the folder or repository, unpacked to `dtype`. `chat_template` replaces that of the
+    tokenizer: a Jinja file, or `alpaca`.
     """
 
     shorthand: ClassVar[str | None] = "name"
@@ -69,13 +70,14 @@ class ModelSpec(_Section):
     trust_remote_code: bool = False
     quantization: Literal["4bit", "8bit"] | None = None
     gguf_file: str | None = None
+    chat_template: str | None = None
 
-    @field_validator("name")
+    @field_validator("name", "chat_template")
     @classmethod
-    def _in_package(cls, name: str) -> str:
-        package, _, folder = name.removeprefix("package:").partition("/")
-        if not name.startswith("package:"):
+    def _in_package(cls, name: str | None) -> str | None:
+        if name is None or not name.startswith("package:"):
             return name
+        package, _, folder = name.removeprefix("package:").partition("/")
         spec = find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"there is no installed package {package!r}; install the one that brings it")
@@ -202,7 +204,16 @@ class Recipe(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does."""
+    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does, and refusing a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                where = key.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", where)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -1,0 +1,160 @@
+"""Rows from a file, a folder or the hub, as they are there."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Suffix -> builder of `datasets` and its options. Empty cells stay empty text, so that "NA" and "null"
+# survive; a TSV file by convention quotes nothing: a stray quotation mark must not swallow lines.
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
+    ".parquet": ("parquet", {}),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, a folder or a `datasets` id; `name` is its configuration, `split` the part to take."""
+
+    path: str
+    name: str | None = None
+    split: str | None = None
+
+    def __str__(self) -> str:
+        return repr(":".join(part for part in (self.path, self.name, self.split) if part))
+
+
+def read_rows(source: Source) -> Dataset:
+    """All rows of a source.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, or holds no rows.
+    """
+    rows = _open(source)
+    if len(rows) == 0:
+        raise ConfigError(f"{source} has no rows; give a file or split that is not empty.")
+    return rows
+
+
+def _open(source: Source) -> Dataset:
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return _open_folder(path, source)
+    if path.is_file():
+        return _open_file(path, source)
+    looks_like_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path)
+    if path.suffix.lower() in _BUILDERS or not looks_like_hub_id or source.path.startswith("."):
+        raise ConfigError(f"Data file {source.path!r} does not exist (looked for {path.absolute()}).")
+    return _open_hub(source)
+
+
+def _open_file(path: Path, source: Source) -> Dataset:
+    from datasets import load_dataset
+
+    if path.suffix.lower() not in _BUILDERS:
+        raise ConfigError(
+            f"Data file {source.path!r} has the suffix {path.suffix!r}; supported: {', '.join(_BUILDERS)}."
+        )
+    if path.stat().st_size == 0:
+        raise ConfigError(f"Data file {source.path!r} is empty; it needs at least one row.")
+    if source.split or source.name:
+        raise ConfigError(f"{source}: a single file has no `name` or `split`; give its path alone.")
+    builder, options = _BUILDERS[path.suffix.lower()]
+    try:
+        return load_dataset(builder, data_files=str(path), split="train", **options)  # pyright: ignore
+    except Exception as error:  # whatever the parsers under `datasets` raise
+        if _means_no_rows(error):
+            raise ConfigError(f"Data file {source.path!r} has no rows; it needs at least one.") from None
+        reason = _bad_line(path) if path.suffix.lower() == ".jsonl" else None
+        raise ConfigError(
+            f"Data file {source.path!r} cannot be read as {path.suffix[1:].upper()}: {reason or _cause(error)}"
+        ) from error
+
+
+def _open_folder(path: Path, source: Source) -> Dataset:
+    from datasets import load_dataset, load_from_disk
+
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    files = [] if saved else _split_files(path / (source.name or ""), source.split or "train")
+    try:
+        if files:
+            builder, options = _BUILDERS[files[0].suffix.lower()]
+            return load_dataset(builder, data_files=[*map(str, files)], split="train", **options)  # pyright: ignore
+        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path), source.name)
+    except Exception as error:
+        if _means_no_rows(error):
+            raise ConfigError(f"Data folder {source.path!r} holds a split that has no rows; leave it out.") from None
+        raise ConfigError(f"Data folder {source.path!r} cannot be read: {_cause(error)}") from error
+    return _pick_split(loaded, source)
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """Files named after a split, as on the hub; `datasets` would take validation_matched.parquet for `validation`."""
+    name = re.compile(rf"{re.escape(split)}(-\d{{5}}-of-\d{{5}})?")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [file for file in files if file.suffix.lower() in _BUILDERS and name.fullmatch(file.stem)]
+    return found if len({file.suffix.lower() for file in found}) == 1 else []
+
+
+def _open_hub(source: Source) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(source.path, source.name)
+    except Exception as error:
+        raise ConfigError(
+            f"Data {source} is neither a file or folder here nor a `datasets` id that could be fetched: {_cause(error)}"
+        ) from error
+    return _pick_split(loaded, source)
+
+
+def _pick_split(loaded: Any, source: Source) -> Dataset:
+    """The wanted split, `train` unless named; a folder that was saved as one split needs no name."""
+    if not hasattr(loaded, "keys"):
+        return loaded
+    split = source.split or "train"
+    if split not in loaded:
+        raise ConfigError(
+            f"{source} has no split {split!r}{did_you_mean(split, list(loaded))} (there are: {', '.join(loaded)})."
+        )
+    return loaded[split]
+
+
+def _means_no_rows(error: BaseException) -> bool:
+    """How `datasets` fails on CSV and JSON without rows, on such parquet, and on such a split it has saved itself."""
+    said = ("corresponds to no data", "BatchSize must be greater than 0")
+    return isinstance(error, IndexError) or any(words in f"{error} {_cause(error)}" for words in said)
+
+
+def _bad_line(path: Path) -> str | None:
+    """The first line that is not a JSON object; the parsers under `datasets` count from wherever they have begun."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f'line {number} is not an object such as {{"text": ...}}'
+            except json.JSONDecodeError as error:
+                return f"line {number}, character {error.pos + 1}: {error.msg}"
+            except UnicodeDecodeError as error:
+                return f"line {number}: {_cause(error)}"
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason on one line; the wrappers of `datasets` say only that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    hint = "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+    return " ".join(str(error).split())[:300] + hint

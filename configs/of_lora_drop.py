@@ -11,8 +11,8 @@ from configs.tables import UNKNOWN, Because, Row, Table
 PAPER = "LoRA-drop (Zhou et al. 2025)"
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 LIKE_LORA = (
-    "Rates, epochs, batches, lengths, warm-up and weight decay are, unless said otherwise, those of LoRA's scripts (Hu et "
-    "al. 2021), with the batch of one of their eight processes; the paper's own are not known here."
+    "Rates, epochs, batches, lengths, warm-up and weight decay are, unless said otherwise, those of LoRA's scripts "
+    "(Hu et al. 2021), with the batch of one of their eight processes; the paper's own are not known here."
 )
 SEED = Because(0, UNKNOWN)
 

@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -36,7 +36,9 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Benchmarks:
 def test_the_comparison_of_methods_can_build_each_of_them(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
     comparison = importlib.import_module("benchmarks.methods")
-    monkeypatch.setattr(comparison, "package_folder", lambda name: tmp_path)
+    monkeypatch.setattr(
+        "weightlora.training.recipe.find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
     for name, entry in comparison.ENTRIES.items():
         recipe = parse_recipe(comparison.recipe(name, tmp_path, epochs=1, seed=0))
         methods.create(entry.method, recipe.method.options)

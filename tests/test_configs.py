@@ -186,7 +186,7 @@ def test_the_docs_count_them() -> None:
     assert said == Counter(str(Path(name).parent) for name in FILES)
     rows = sum(len(every_row(path)) for path in FILES.values())
     unknown = sum("the paper's is not known here" in path.read_text(encoding="utf-8") for path in FILES.values())
-    assert f"{len(FILES)} files. They stand for {rows} rows" in " ".join(text.split())
+    assert f"{len(FILES)} files. They stand for {rows} runs" in " ".join(text.split())
     assert f"{unknown} of the files have such a value" in " ".join(text.split())
 
 

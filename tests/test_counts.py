@@ -9,70 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from papers import bart_large, deberta_v3_base, llama_3_8b, roberta_base
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    DebertaV2Config,
-    LlamaConfig,
-    RobertaConfig,
-)
 
 from weightlora import RLoRA, WeightLoRA, list_adapters
 from weightlora.selection import After, Disconnect, Expand, RandomScore, Selector, Strategy, parse
 
 QKV = ["query_proj", "key_proj", "value_proj"]
 OUTPUTS = "output.dense"  # of attention and of the feed-forward block
-
-
-def deberta_v3_base() -> nn.Module:
-    config = DebertaV2Config(
-        vocab_size=128100,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        max_position_embeddings=512,
-        type_vocab_size=0,
-        relative_attention=True,
-        position_biased_input=False,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        layer_norm_eps=1e-7,
-        pooler_hidden_size=768,
-        num_labels=2,
-    )
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config)
-
-
-def bart_large() -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForSeq2SeqLM.from_config(BartConfig())
-
-
-def llama_3_8b() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-    )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def roberta_base() -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(RobertaConfig(vocab_size=50265, num_labels=2))
 
 
 def with_lora(model: nn.Module, r: int, targets: list[str], task_type: str = "SEQ_CLS") -> PeftModel:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import papers
 import pytest
 import tiny
-import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from weightlora.errors import ConfigError
 from weightlora.training import presets
@@ -20,35 +20,20 @@ from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import dry_run, run
 
 
-def papers_model(name: str) -> nn.Module:
-    """A model of a paper in full size, without weights."""
-    base: dict[str, Any] = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-    configs = {
-        "deberta-v3-base": transformers.DebertaV2Config(
-            **base, num_hidden_layers=12, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True
-        ),
-        "roberta-base": transformers.RobertaConfig(**base, num_hidden_layers=12),
-        "bart-large": transformers.BartConfig(encoder_layers=12, decoder_layers=12),
-        "llama-3-8b": transformers.LlamaConfig(num_hidden_layers=32, num_key_value_heads=8, pad_token_id=0),
-    }
-    with torch.device("meta"):
-        return transformers.AutoModelForSequenceClassification.from_config(configs[name])
-
-
 @pytest.mark.parametrize(
     ("model", "preset", "number"),
     [
-        ("deberta-v3-base", "self-attention", 36),
-        ("deberta-v3-base", "block-linear", 72),
-        ("roberta-base", "query-value", 24),
-        ("bart-large", "block-linear", 192),
-        ("bart-large", "self-attention", 3 * 24),  # not the decoder's attention to the encoder
-        ("llama-3-8b", "block-linear", 224),
-        ("llama-3-8b", "query-value", 64),
+        (papers.deberta_v3_base, "self-attention", 36),
+        (papers.deberta_v3_base, "block-linear", 72),
+        (papers.roberta_base, "query-value", 24),
+        (papers.bart_large, "block-linear", 192),
+        (papers.bart_large, "self-attention", 3 * 24),  # not the decoder's attention to the encoder
+        (papers.llama_3_8b, "block-linear", 224),
+        (papers.llama_3_8b, "query-value", 64),
     ],
 )
-def test_the_papers_counts(model: str, preset: str, number: int) -> None:
-    built = papers_model(model)
+def test_the_papers_counts(model: Callable[..., nn.Module], preset: str, number: int) -> None:
+    built = model(AutoModelForSequenceClassification)
     assert sum(presets.count(built, preset).values()) == number
     suffixes = presets.target_modules(built, preset)
     names = [name for name, _ in built.named_modules() if any(f".{name}".endswith(f".{s}") for s in suffixes)]

@@ -12,14 +12,13 @@ TOPICS = {
 }
 
 
-def save_tiny_bert(folder: Path, *, positions: int = 32, layers: int = 2) -> Path:
-    """A BERT of `layers` x 32 with a whole-word vocabulary, loadable by name as any model folder."""
-    import torch
+def save_tokenizer(folder: Path, *, positions: int = 32) -> int:
+    """A tokenizer of whole words, laid out as BERT's; the size of its vocabulary."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = sorted(word for group in TOPICS.values() for word in group)
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "or", *words])}
@@ -39,9 +38,18 @@ def save_tiny_bert(folder: Path, *, positions: int = 32, layers: int = 2) -> Pat
         model_max_length=positions,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_tiny_bert(folder: Path, *, positions: int = 32, layers: int = 2) -> Path:
+    """A BERT of `layers` x 32 with that tokenizer, loadable by name as any model folder."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    size = save_tokenizer(folder, positions=positions)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=size,
         hidden_size=32,
         num_hidden_layers=layers,
         num_attention_heads=2,

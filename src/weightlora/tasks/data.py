@@ -121,7 +121,7 @@ def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) ->
     rows = _renamed(rows, wanted)
     for role in task.inputs:
         if role in wanted:
-            _check_text(rows[role], wanted[role], source)
+            _check_text(rows[role][:], wanted[role], source)
     return rows
 
 

@@ -1,0 +1,326 @@
+"""The recipes of the papers' tables: up to date, parsed, dry-run on tiny models, and as large as the papers print."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import papers
+import pytest
+import torch
+from test_glue import rows as glue_rows
+from test_question_answering import row as squad_row
+from tiny_text import save_tokenizer, write_jsonl
+from tiny_writer import words_tokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from weightlora import RLoRA, methods
+from weightlora.tasks import get_task
+from weightlora.training.arguments import lora_values, training_arguments
+from weightlora.training.heads import HEADS
+from weightlora.training.presets import resolve
+from weightlora.training.recipe import Recipe, load_recipe
+from weightlora.training.run import dry_run
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+FILES = {path.relative_to(CONFIGS).as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
+# {what a recipe calls a model: (its architecture, next to no width, as few blocks as the papers' K need)}
+WIDTH = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+ROBERTA = {**WIDTH, "num_hidden_layers": 2, "max_position_embeddings": 514}
+LLAMA = {**WIDTH, "num_key_value_heads": 1, "max_position_embeddings": 4096}
+DEBERTA = {
+    **WIDTH,
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 512,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "position_buckets": 8,
+}
+PARTS = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
+BART = {
+    "d_model": 16,
+    **{f"{part}_{key}": size for part in ("encoder", "decoder") for key, size in PARTS.items()},
+    "forced_eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+WRITERS: dict[str, Any] = {"bart": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "microsoft/deberta-v3-base": ("deberta-v2", DEBERTA),
+    "FacebookAI/roberta-base": ("roberta", ROBERTA),
+    "FacebookAI/roberta-large": ("roberta", ROBERTA),
+    "facebook/bart-large": ("bart", BART),
+    "meta-llama/Llama-2-7b-hf": ("llama", {**LLAMA, "num_hidden_layers": 2}),
+    "meta-llama/Meta-Llama-3-8B": ("llama", {**LLAMA, "num_hidden_layers": 15}),
+}
+# {(architecture, preset): modules in a block, of BART in one of the encoder and one of the decoder}
+MODULES = {
+    ("bart", "block-linear"): 6 + 10,
+    ("deberta-v2", "self-attention"): 3,
+    ("deberta-v2", "block-linear"): 6,
+    ("roberta", "query-value"): 2,
+    ("llama", "query-value"): 2,
+    ("llama", "block-linear"): 7,
+}
+STEPS = 20  # at least, so that every schedule has room
+
+
+@pytest.fixture(scope="module")
+def generate() -> Iterator[Any]:
+    """The generator, which is no part of the package."""
+    sys.path.insert(0, str(ROOT))
+    yield importlib.import_module("configs.generate")
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What a recipe calls a model -> a folder with a tiny one of its architecture, each made once."""
+
+    @cache
+    def folder(name: str) -> Path:
+        made = tmp_path_factory.mktemp("model")
+        _save_model(made, *TINY[name])
+        return made
+
+    return folder
+
+
+def _save_model(folder: Path, kind: str, sizes: dict[str, Any]) -> None:
+    if kind in WRITERS:
+        words_tokenizer().save_pretrained(folder)
+        size = len(words_tokenizer())
+    else:
+        size = save_tokenizer(folder, positions=10_000)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=size, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    WRITERS.get(kind, AutoModel).from_config(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """(task, rows to train on) -> a folder with hand-written rows in the hub's layout, each made once."""
+
+    @cache
+    def folder(task: str, number: int) -> Path:
+        made = tmp_path_factory.mktemp("data")
+        for split in _splits(task):
+            write_jsonl(made / f"{split}.jsonl", _rows(task, number if split == "train" else 8))
+        return made
+
+    return folder
+
+
+def _splits(task: str) -> list[str]:
+    benchmark = get_task(task).benchmark
+    assert benchmark is not None
+    return [split for split in (benchmark.train, benchmark.validation, benchmark.test) if split]
+
+
+def _rows(task: str, number: int) -> list[dict[str, Any]]:
+    if task.startswith("glue/"):
+        columns = glue_rows(task.removeprefix("glue/"), number)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if task.startswith("squad"):
+        return [squad_row() for _ in range(number)]
+    return [{key: text.format(i) for key, text in WRITTEN[task].items()} for i in range(number)]
+
+
+# {task: a row in the hub's columns}
+WRITTEN = {
+    "xsum": {"document": "the cat sat on {} mat", "summary": "cat sat", "id": "{}"},
+    "cnn_dailymail": {"article": "the dog ran on {} hill", "highlights": "dog ran", "id": "{}"},
+    "dialogsum": {"dialogue": "who ran {} ?", "summary": "the dog ran", "id": "{}", "topic": "dog"},
+    "e2e_nlg": {"meaning_representation": "name [ pub {} ]", "human_reference": "it is a pub"},
+    "gsm8k": {"question": "what is {} + 1 ?", "answer": "1 + 1 = 2 #### 2"},
+}
+
+
+# -- the files -------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_what_the_tables_say(generate: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--check"]) == 0, capsys.readouterr().out
+    assert set(generate.recipes()) == set(FILES)
+
+
+def test_files_that_differ_are_named_and_repaired(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    assert generate.write() == len(FILES) and generate.differing() == []
+    changed, gone, extra = [*list(FILES)[:2], "weightlora/table1/extra.yaml"]
+    (tmp_path / changed).write_text("model: other\n")
+    (tmp_path / gone).unlink()
+    (tmp_path / extra).write_text("")
+    assert generate.main(["--check"]) == 1
+    assert capsys.readouterr().out.split("\n")[:-1] == [
+        f"configs/{name} is not what `python -m configs.generate` writes" for name in sorted((changed, gone, extra))
+    ]
+    assert generate.main([]) == 0 and generate.differing() == []
+
+
+def test_the_first_line_is_the_command_and_every_row_has_a_folder_of_its_own() -> None:
+    outputs = []
+    for name, path in FILES.items():
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(f"# weightlora train configs/{name}\n")
+        assert max(map(len, text.splitlines())) <= 120
+        outputs += [recipe.output_dir for recipe in every_row(path)]
+    assert len(outputs) == len(set(outputs)) > len(FILES)
+
+
+def test_the_docs_count_them() -> None:
+    text = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
+    said = {folder: int(number) for folder, number in re.findall(r"^\| `([\w/]+)` \| (\d+) \|", text, re.MULTILINE)}
+    assert said == Counter(str(Path(name).parent) for name in FILES)
+    rows = sum(len(every_row(path)) for path in FILES.values())
+    unknown = sum("the paper's is not known here" in path.read_text(encoding="utf-8") for path in FILES.values())
+    assert f"{len(FILES)} files. They stand for {rows} runs" in " ".join(text.split())
+    assert f"{unknown} of the files have such a value" in " ".join(text.split())
+
+
+@cache
+def every_row(path: Path) -> list[Recipe]:
+    """The recipe, and what its head says to override for other rows."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    others = [line.rpartition(": ")[2].split() for line in lines if line.startswith("#") and " output_dir=" in line]
+    return [load_recipe(path), *(load_recipe(path, overrides) for overrides in others)]
+
+
+@pytest.mark.parametrize("folder", sorted({str(Path(name).parent) for name in FILES}))
+def test_every_row_is_accepted(folder: str) -> None:
+    """Keys and values of all sections, without model and data."""
+    for name, path in FILES.items():
+        if str(Path(name).parent) != folder:
+            continue
+        for recipe in every_row(path):
+            task, info = get_task(recipe.task), methods.get_method(recipe.method.name)
+            methods.create(recipe.method.name, recipe.method.options)
+            lora_values(recipe.lora, info)
+            training_arguments(recipe.training, recipe.output_dir, recipe.seed, False, HEADS[task.head].labels)
+
+
+# -- dry runs --------------------------------------------------------------------------------------------------------
+
+
+def _distinct() -> dict[str, Path]:
+    """One recipe for each architecture, task and method."""
+    found: dict[tuple[str, str, str], Path] = {}
+    for path in FILES.values():
+        recipe = every_row(path)[0]
+        found.setdefault((TINY[recipe.model.name][0], recipe.task, recipe.method.name), path)
+    return {"-".join(key): path for key, path in found.items()}
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=key) for key, path in _distinct().items()])
+def test_a_dry_run_on_a_tiny_model(
+    path: Path,
+    tiny_model: Callable[[str], Path],
+    hub: Callable[[str, int], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+    recipe = every_row(path)[0]
+    overrides = {"model.name": tiny_model(recipe.model.name), "data.path": hub(recipe.task, _rows_for(recipe.training))}
+    plan = dry_run(load_recipe(path, [f"{key}={json.dumps(str(value))}" for key, value in overrides.items()]))
+    assert plan.steps > 0 and plan.trainable > plan.head
+    assert len(plan.adapters) == _expected_adapters(recipe)
+    if recipe.method.name == "weightlora_plus":
+        last = recipe.method.options["after"]
+        assert plan.cuts == (last // 2, last)
+
+
+def _rows_for(training: dict[str, Any]) -> int:
+    if "max_steps" in training:
+        return 16
+    batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
+    return max(16, math.ceil(STEPS / training["num_train_epochs"]) * batch)
+
+
+def _expected_adapters(recipe: Recipe) -> int:
+    if recipe.method.name == "full":
+        return 0
+    if recipe.method.name == "rlora":  # which drops before the first step
+        return recipe.method.options["keep"]
+    kind, sizes = TINY[recipe.model.name]
+    targets = recipe.lora["target_modules"]
+    in_a_block = len(targets) if isinstance(targets, list) else MODULES[kind, targets]
+    return in_a_block * sizes["encoder_layers" if kind == "bart" else "num_hidden_layers"]
+
+
+# -- parameters ------------------------------------------------------------------------------------------------------
+
+
+def full_size(name: str) -> tuple[Recipe, nn.Module]:
+    """A recipe with the model it names as its method trains it, in full size without weights."""
+    recipe = every_row(FILES[name])[0]
+    task, build = get_task(recipe.task), papers.MODELS[recipe.model.name]
+    head = HEADS[task.head]
+    model = build() if task.head == "text-generation" else build(head.auto(None))
+    info = methods.get_method(recipe.method.name)
+    lora = lora_values(recipe.lora, info)
+    if "target_modules" in lora:
+        lora["target_modules"] = resolve(model, lora["target_modules"])
+    with torch.device("meta"):
+        lora["task_type"] = head.task_type(model.config)
+        return recipe, methods.prepare(recipe.method.name, model, lora, **recipe.method.options)
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not HEAD & set(n.split(".")))
+
+
+HEAD = {"classifier", "pooler", "score", "qa_outputs", "modules_to_save"}
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("weightlora/table1/cola_lora", 36 * 8 * 1536),  # 442K
+        ("weightlora/table1/cola_adalora", 36 * 12 * 1537),  # 664K, before it prunes
+        ("weightlora/table1/cola_melora", 36 * 2 * 1536),  # 110K
+        ("weightlora/table1/cola_flexora", 36 * 8 * 1536),  # 442K, before it chooses
+        ("weightlora/table2/cola_lora", 8 * (48 * 1536 + 24 * 3840)),  # 72 modules; the table prints the share of 60
+        ("weightlora/table3/cola_lora", 8 * 2_621_440),
+        ("weightlora/table4/squad_lora", 8 * (48 * 1536 + 24 * 3840)),
+        ("weightlora/table5/xsum_lora", 8 * 540_672),
+        ("lora_drop/roberta_base/cola_lora", 24 * 8 * 1536),  # 0.29M
+        ("lora_drop/roberta_base/cola_vera", 24 * (512 + 768)),  # 0.03M
+        ("lora_drop/roberta_base/cola_tied_lora", 3 * 768 * 56 + 12 * (56 + 2 * 768)),  # 0.15M
+        ("lora_drop/roberta_large/cola_lora", 48 * 8 * 2048),  # 0.79M
+        ("lora_drop/llama2_glue/cola_lora", 64 * 8 * 8192),  # 4.2M
+        ("lora_drop/llama2_generation/gsm8k_lora", 32 * 64 * (4 * 8192 + 2 * 15_104)),  # 0.13B
+    ],
+)
+def test_recipes_train_the_parameters_of_the_tables(name: str, printed: int) -> None:
+    _, model = full_size(f"{name}.yaml")
+    assert adapter_parameters(model) == printed
+
+
+@pytest.mark.parametrize(("keep", "printed"), [(1, 12_324), (5, 61_476), (10, 122_916)])
+@pytest.mark.parametrize("name", ["weightlora/table1/rte_weightlora.yaml", "weightlora/table6/rte_rlora.yaml"])
+def test_the_rows_of_k_adapters_count_their_gates(name: str, keep: int, printed: int) -> None:
+    """12.3K, 61.5K and 123K are the kept adapters and the gates of all 36."""
+    (recipe,) = (one for one in every_row(FILES[name]) if one.method.options["keep"] == keep)
+    _, model = full_size(name)
+    method = RLoRA(keep=recipe.method.options["keep"]).attach(model)  # which ones stay does not matter here
+    gates = len(method.kept) + len(method.dropped)
+    assert adapter_parameters(model) + gates == printed
+
+
+def test_half_of_the_adapters_in_table_1_s_lora_drop() -> None:
+    recipe, model = full_size("weightlora/table1/rte_lora_drop.yaml")
+    kinds = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert len(kinds) * recipe.method.options["keep"] * 8 * 1536 == 221_184  # 221K

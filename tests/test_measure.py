@@ -1,5 +1,6 @@
 """Each measure on a case whose truth is known without running it."""
 
+import gc
 import time
 
 import pytest
@@ -138,3 +139,12 @@ def test_sgd_without_momentum_keeps_nothing():
     layer(torch.randn(2, 8)).sum().backward()
     optimizer.step()
     assert measure.optimizer_bytes(optimizer) == 0
+
+
+def test_nothing_of_the_graph_outlives_the_count():
+    """An operation that saves its output, such as exp, refers to itself through what stands for that output."""
+    model = nn.Linear(4, 4)
+    counted = measure.saved_bytes(lambda: model(torch.ones(2, 4)).exp().sum(), exclude=model)
+    assert counted > 0
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is measure._Saved]

@@ -52,7 +52,9 @@ class _Saved:
     __slots__ = ("__weakref__", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # Detached: an operation that saves its own output would otherwise hold itself, unseen by Python's gc.
+        # Autograd puts the history back when it unpacks.
+        self.tensor = tensor.detach()
 
 
 def step_time(step: Callable[[], object], *, repeats: int = 10, warmup: int = 2) -> float:

@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     Seq2SeqTrainer,
-    Trainer,
 )
 
 from weightlora.errors import ConfigError
 from weightlora.tasks.text_pairs import IGNORED_LABEL
+from weightlora.training.in_order import InOrder
 from weightlora.training.recipe import GenerationSpec
 
 
-class Generating(Trainer):
+class Generating(InOrder):
     """What both kinds of trainers add to evaluation. Predictions are the tokens a model wrote, padded with -100."""
 
     generation: GenerationConfig | None = None
@@ -43,10 +42,6 @@ class Generating(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             written: Any = write(self.model, batch, self.generation)
         return loss, written, batch["labels"]
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        """The rows as they come, already sorted by length; predictions are scored in this order."""
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
 class EncoderDecoderTrainer(Generating, Seq2SeqTrainer):

@@ -23,10 +23,11 @@ QUERY_VALUE = {
     "target_modules": "query-value",
 }
 TRAINING = {"weight_decay": 0.1, "warmup_steps": Because(0.06, "of the run"), "lr_scheduler_type": "linear"}
+REMEMBERED = "with epochs and batch from memory of LoRA's paper; no unchanged script was at hand"
 # {task: (rate, epochs, batch)} of LoRA's scripts for RoBERTa-base; they start MRPC, STS-B and RTE from MNLI's adapter
 BASE = {
-    "cola": (4e-4, 80, 32),
-    "sst2": (5e-4, 60, 16),
+    "cola": (Because(4e-4, REMEMBERED), 80, 32),
+    "sst2": (Because(5e-4, REMEMBERED), 60, 16),
     "mrpc": (4e-4, 30, 16),
     "stsb": (4e-4, 40, 16),
     "qqp": (5e-4, 25, 16),

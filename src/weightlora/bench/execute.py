@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
     """
     done = result(folder)
     if done is not None:
-        _check_same(folder, done["recipe"], json.loads(json.dumps(recipe)))
+        check_same(folder, done["recipe"], recipe)
         return done
     from weightlora.bench.meter import Meter
     from weightlora.training.run import run, write_whole
@@ -57,9 +58,14 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
     return found
 
 
-def _check_same(folder: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
-    one, other = dict(_leaves(made)), dict(_leaves(wanted))
-    for key in one.keys() | other.keys():
+def check_same(folder: Path, made: dict[str, Any], wanted: dict[str, Any], but: Collection[str] = ()) -> None:
+    """Whether a finished run is the one that is wanted, whatever it has for the keys of `but`.
+
+    Raises:
+        ConfigError: it names a key in which the recipes differ.
+    """
+    one, other = dict(_leaves(made)), dict(_leaves(json.loads(json.dumps(wanted))))
+    for key in sorted((one.keys() | other.keys()) - set(but)):
         if one.get(key) != other.get(key):
             raise ConfigError(
                 f"The run in {str(folder)!r} was made with `{key}` = {one.get(key)!r}, and the suite now says "

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from weightlora.bench.execute import describe, execute, result
+from weightlora.bench.execute import check_same, describe, execute, result
 from weightlora.bench.suite import Cell, Group, Patch, Suite, groups, recipe, runs, trial
 from weightlora.bench.table import markdown, summarise
 from weightlora.bench.tuning import Search
@@ -56,30 +56,35 @@ def run_suite(suite: Suite, *, jobs: int = 0, report: Report | None = None) -> l
             anything is trained.
     """
     folder = Path(suite.output_dir)
-    with _claimed(folder, suite):
-        check(suite)
-        with _logged(folder / LOG_FILE), _executor(suite, folder, jobs) as run:
-            cells = runs(suite, _tuned(suite, folder, run, report))
-            outcomes: list[Outcome] = []
-            for outcome in run(cells):
-                outcomes.append(outcome)
-                write_results(suite, folder)
-                if report is not None:
-                    report(outcome, len(outcomes), len(cells))
-            return outcomes
+    check(suite)
+    with _claimed(folder, suite), _logged(folder / LOG_FILE), _executor(suite, folder, jobs) as run:
+        cells = runs(suite, _tuned(suite, folder, run, report))
+        outcomes: list[Outcome] = []
+        for outcome in run(cells):
+            outcomes.append(outcome)
+            write_results(suite, folder)
+            if report is not None:
+                report(outcome, len(outcomes), len(cells))
+        return outcomes
 
 
 def check(suite: Suite) -> None:
-    """Loads model and data of every task with the first method, and of the first task with every method.
+    """Everything that can be found out before training, for the runs that are not finished.
+
+    Loads model and data of every task with the first method, and of the first task with every method.
 
     Raises:
-        ConfigError: something of them cannot work; it names task and method.
+        ConfigError: the folder is not of this suite, or something cannot work; it names task and method.
     """
     from weightlora.training.run import dry_run
 
-    there = groups(suite)
-    first = there[0]
+    folder = Path(suite.output_dir)
+    _check_folder(folder)
+    for cell, found in read_results(suite):
+        check_same(folder / cell.folder, found["recipe"], cell.recipe, suite.tune.grid if suite.tune else ())
+    there = list(dict.fromkeys(cell.group for cell in runs(suite, {}) if result(folder / cell.folder) is None))
     for group in there:
+        first = there[0]
         if group.method != first.method and (group.task, group.setting) != (first.task, first.setting):
             continue
         point = suite.tune.points()[0] if suite.tune else {}
@@ -112,13 +117,16 @@ def _names(cell: Cell) -> dict[str, Any]:
     return {"task": group.task, "setting": group.setting, "method": group.method, "seed": cell.seed}
 
 
+def _check_folder(folder: Path) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / SUITE_FILE).is_file()):
+        raise ConfigError(f"`output_dir` {str(folder)!r} is not empty and not of a suite; choose another.")
+
+
 @contextmanager
 def _claimed(folder: Path, suite: Suite) -> Iterator[None]:
-    """The folder is new or a suite's, and nobody else works in it; the lock of a killed process is gone with it."""
+    """Nobody else works in the folder meanwhile; the lock of a killed process is gone with it."""
     from filelock import FileLock, Timeout
 
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / SUITE_FILE).is_file()):
-        raise ConfigError(f"`output_dir` {suite.output_dir!r} is not empty and not of a suite; choose another.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):

@@ -114,7 +114,8 @@ def test_nothing_changes_at_the_start_and_saving_is_relative_to_the_original(nam
     original = tiny.build(architecture, initializer_range=0.3).model
     plain = logits(original, architecture)
     model = ready(name, architecture, lora={"lora_alpha": 8, **lora})
-    torch.testing.assert_close(logits(model, architecture), plain, rtol=1e-4, atol=1e-4)  # the split of W rounds as the processor does
+    # How the split of W rounds depends on the processor.
+    torch.testing.assert_close(logits(model, architecture), plain, rtol=1e-4, atol=1e-4)
     train(model, architecture)
     trained = logits(model, architecture)
     assert (trained - plain).abs().max() > 1e-2

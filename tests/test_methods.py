@@ -226,7 +226,7 @@ def test_a_method_trains_and_comes_back_from_disk(name, architecture, tmp_path, 
 
     model = made_ready(name, made)
     if name != "vblora":  # whose factors are random at the start
-        torch.testing.assert_close(logits(model, inputs), plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(model, inputs), plain, rtol=1e-4, atol=1e-4)
     before = loss(model, inputs)
     method: Any = create(name, row.options)
     if name == "alora":

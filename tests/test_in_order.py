@@ -58,3 +58,15 @@ def test_a_run_resumed_where_an_epoch_ends_draws_the_same_dropout(tmp_path, monk
     resumed = run(parse_recipe(recipe(tmp_path, lora=lora, training=whole)), resume=True)
     straight = run(parse_recipe(recipe(tmp_path, lora=lora, training=whole, output_dir=str(tmp_path / "straight"))))
     assert resumed["after"] == straight["after"]
+
+
+def test_scoring_first_changes_nothing_in_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tiny_bert(tmp_path / "model")
+    write_jsonl(tmp_path / "train.jsonl", questions())
+    training = {"max_steps": 6, "per_device_train_batch_size": 16}
+    entries = recipe(tmp_path, lora={"r": 4, "lora_dropout": 0.3}, training=training)
+    scored = run(parse_recipe(entries))
+    plain = run(parse_recipe({**entries, "output_dir": str(tmp_path / "plain")}), score_first=False)
+    assert plain["before"] is None and scored["before"]["loss"] > 0
+    assert plain["after"] == scored["after"]

@@ -48,7 +48,8 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
 
     shutil.rmtree(folder, ignore_errors=True)
     meter = Meter()
-    metrics = run(parse_recipe({**recipe, "output_dir": str(folder)}), callbacks=[meter])
+    whole = parse_recipe({**recipe, "output_dir": str(folder)})
+    metrics = run(whole, score_first=False, callbacks=[meter])
     if not keep_weights:
         for name in (*_WEIGHTS, *(path.name for path in folder.glob("checkpoint-*"))):
             shutil.rmtree(folder / name, ignore_errors=True)

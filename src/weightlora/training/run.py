@@ -39,6 +39,7 @@ def run(
     *,
     resume: bool = False,
     progress: bool = False,
+    score_first: bool = True,
     on_ready: Callable[[Plan], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def run(
     Args:
         resume: go on from the last checkpoint in `output_dir`, which otherwise must be empty or new.
         progress: show the Trainer's progress bar and log lines.
+        score_first: score the model before training too; without it `before` is None. It changes nothing in training.
         on_ready: called with the plan once everything is checked, before any training.
         callbacks: for the Trainer, behind the method's own.
 
@@ -62,8 +64,10 @@ def run(
         plan = make_plan(job)
         if on_ready is not None:
             on_ready(plan)
-        before = evaluate(trainer, validation, scored=job.scores_during_training)
-        _check_best(job, before)
+        before = None
+        if score_first or job.arguments.metric_for_best_model is not None:
+            before = evaluate(trainer, validation, scored=job.scores_during_training)
+            _check_best(job, before)
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / "recipe.yaml")
 

@@ -45,7 +45,7 @@ Report = Callable[[Outcome, int, int], None]
 
 
 def run_suite(suite: Suite, *, jobs: int = 0, report: Report | None = None) -> list[Outcome]:
-    """Makes all runs of a suite that are not finished, and writes results and table after each.
+    """Makes all runs of a suite that are not finished, and writes results and table before the first and after each.
 
     Args:
         jobs: how many processes make runs, each with its share of the cores; 0 makes them in this one.
@@ -59,10 +59,13 @@ def run_suite(suite: Suite, *, jobs: int = 0, report: Report | None = None) -> l
     check(suite)
     with _claimed(folder, suite), _logged(folder / LOG_FILE), _executor(suite, folder, jobs) as run:
         cells = runs(suite, _tuned(suite, folder, run, report))
+        there = {cell.folder for cell, _ in read_results(suite)}
+        write_results(suite, folder)
         outcomes: list[Outcome] = []
         for outcome in run(cells):
             outcomes.append(outcome)
-            write_results(suite, folder)
+            if outcome.cell.folder not in there:
+                write_results(suite, folder)
             if report is not None:
                 report(outcome, len(outcomes), len(cells))
         return outcomes

@@ -7,13 +7,10 @@ interrupted, so that one that was killed and started again chooses what it would
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from weightlora.bench.suite import Group, Patch, TuneSpec
-
-logger = logging.getLogger(__name__)
 
 STUDIES_FILE = "studies.db"
 
@@ -25,7 +22,6 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.group = group
         self._tune = tune
         self._maximize = maximize
         self._study = optuna.create_study(

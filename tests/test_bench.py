@@ -429,3 +429,9 @@ def test_the_tiny_suite_has_the_shape_of_the_small_one(monkeypatch: pytest.Monke
     tiny, small = (load_suite(SUITES / f"{name}.yaml") for name in ("tiny", "small"))
     assert list(tiny.methods) == list(small.methods) and len(tiny.methods) == 9
     assert tiny.tune is not None and small.tune is not None and tiny.tune.grid.keys() == small.tune.grid.keys()
+
+
+def test_a_point_of_any_kind_has_a_name(folder: Path) -> None:
+    suite = parse_suite(raw(folder, tune={"grid": {"lora.target_modules": ["query-value", ["query"]]}}))
+    names = [str(trial(suite, groups(suite)[0], point)) for point in suite.tune.points()]  # type: ignore[union-attr]
+    assert names[0] == "topics lora target_modules=query-value seed 1000" and "['query']" in names[1]

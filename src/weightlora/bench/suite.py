@@ -154,7 +154,7 @@ class Cell:
     changed: Patch
 
     def __str__(self) -> str:
-        point = "".join(f" {key.rpartition('.')[2]}={value:g}" for key, value in self.changed.items())
+        point = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in self.changed.items())
         return f"{self.group}{point} seed {self.seed}"
 
 

@@ -170,6 +170,21 @@ def test_a_tokenizer_without_padding_uses_the_end_of_text_token(folder: Path) ->
     assert dry_run(parse_recipe(recipe(folder))).steps == 48
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("computes", [True, False])
+def test_bf16_is_warned_of_where_the_processor_only_emulates_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, bf16: bool, computes: bool
+) -> None:
+    from weightlora.training import arguments
+
+    monkeypatch.setattr(arguments, "_computes_in_bf16", lambda: computes)
+    arguments._warn_of_slow_bf16.cache_clear()
+    for _ in range(2):
+        arguments.training_arguments({"bf16": bf16, "use_cpu": True}, str(tmp_path), 0, False)
+    said = [record for record in caplog.records if "training.bf16" in record.message]
+    assert len(said) == (bf16 and not computes)
+
+
 @pytest.mark.parametrize(
     ("metric", "higher"), [("eval_accuracy", True), ("loss", False), ("mse", False), ("perplexity", False)]
 )

@@ -5,6 +5,8 @@ Both libraries take any type and fail late, or not at all; here every name and v
 
 import copy
 import dataclasses
+import functools
+import logging
 import math
 import typing
 from collections.abc import Callable, Mapping
@@ -17,6 +19,8 @@ from transformers import TrainingArguments
 from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
 from weightlora.methods import MethodInfo
 from weightlora.training.recipe import LORA_DEFAULTS
+
+logger = logging.getLogger(__name__)
 
 _ELSEWHERE = {
     "training": {"output_dir": "set it at the top of the recipe", "seed": "set it at the top of the recipe"},
@@ -71,7 +75,25 @@ def training_arguments(
     checked = check_fields("training", values, TrainingArguments)
     if str(checked.get("metric_for_best_model")).removeprefix("eval_") in _LOWER_IS_BETTER:
         defaults["greater_is_better"] = False
-    return _built("training", make, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
+    built = _built("training", make, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
+    if built.bf16 and built.device.type == "cpu" and not _computes_in_bf16():
+        _warn_of_slow_bf16()
+    return built
+
+
+def _computes_in_bf16() -> bool:
+    """Whether this processor has instructions for bfloat16; where it has none, each product is emulated."""
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@functools.cache  # a suite makes the arguments of many runs
+def _warn_of_slow_bf16() -> None:
+    logger.warning(
+        "`training.bf16` is true, but this processor has no instructions for it: steps take many times as long as "
+        "in float32. Set `training.bf16` to false."
+    )
 
 
 def lora_values(values: Mapping[str, Any], info: MethodInfo) -> dict[str, Any]:

@@ -82,10 +82,11 @@ def training_arguments(
 
 
 def _computes_in_bf16() -> bool:
-    """Whether this processor has instructions for bfloat16; where it has none, each product is emulated."""
+    """Whether this processor has instructions for bfloat16, as far as torch can tell; else each product is emulated."""
     import torch
 
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Builds without oneDNN lack the operator and cannot be asked.
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache  # a suite makes the arguments of many runs

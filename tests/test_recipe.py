@@ -127,6 +127,8 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
     ("raw", "says"),
     [
         ({"metod": "lora"}, "`metod` is not a recipe key; did you mean 'method'?"),
+        ({"grow_batch": "much"}, "`grow_batch` is 'much'"),
+        ({"data": {"train": "a", "test": {"pth": "b"}}}, "`data.test.pth` is not a recipe key; did you mean 'path'?"),
         ({"data": {"train": "a", "colums": {}}}, "`data.colums` is not a recipe key; did you mean 'columns'?"),
         ({"data": {"train": {"path": "a", "splt": "b"}}}, "did you mean 'split'?"),
         ({"data": {"train": "a", "validation": {"pth": "b"}}}, "`data.validation.pth`"),

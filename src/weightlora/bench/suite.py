@@ -20,12 +20,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from weightlora.errors import ConfigError, did_you_mean
-from weightlora.training.recipe import explain, parse_override, parse_recipe, read_yaml, set_entry
+from weightlora.settings import Section, read, set_entry, validate
+from weightlora.training.recipe import Recipe, parse_recipe
 
 Patch = dict[str, Any]
 
@@ -46,11 +47,7 @@ def _spelled_out(key: str) -> BeforeValidator:
     return BeforeValidator(spell)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class TuneSpec(_Section):
+class TuneSpec(Section):
     """Choosing by a part of the training data: every method, on every task, gets its own best point of `grid`.
 
     `grid` is {recipe key: values}; `validation` the share, or the number, of training rows that are held out to choose
@@ -75,18 +72,21 @@ class TuneSpec(_Section):
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
-class Suite(_Section):
+class Suite(Section):
     """Which runs to make, and what to compare them with.
 
     `data` is a folder that holds one folder for each task, such as `FOLDER/cola` for `glue/cola`; without it tasks take
     theirs from the hub or from their entry. Differences are to the method `reference`.
     """
 
+    what: ClassVar[str] = "suite"
+    example: ClassVar[str] = "seeds: [0, 1, 2]"
+
     title: str = ""
     base: Patch
     data: str | None = None
     tasks: Annotated[dict[str, Patch], _spelled_out("task")] = Field(min_length=1)
-    settings: dict[str, Patch] = {}
+    settings: dict[str, Patch] = Field(default_factory=dict)
     methods: Annotated[dict[str, Patch], _spelled_out("method")] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     reference: str | None = None
@@ -164,19 +164,13 @@ def load_suite(path: str | Path, overrides: list[str] | None = None) -> Suite:
     Raises:
         ConfigError: the file cannot be read, or a key or value of the suite or of one of its recipes cannot work.
     """
-    raw = read_yaml(Path(path), "suite")
-    raw.setdefault("output_dir", f"runs/{Path(path).stem}")
-    for override in overrides or []:
-        set_entry(raw, *parse_override(override), said=override)
-    return parse_suite(raw)
+    raw = read(Path(path), overrides, Suite, Recipe)
+    return parse_suite({"output_dir": f"runs/{Path(path).stem}", **raw})
 
 
 def parse_suite(raw: dict[str, Any]) -> Suite:
     """Turns a mapping into a `Suite`, or raises one ConfigError that names the key and the remedy."""
-    try:
-        suite = Suite.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(explain(error, Suite, "suite")) from None
+    suite = validate(raw, Suite)
     points = suite.tune.points() if suite.tune else [{}]
     for group, point in itertools.product(groups(suite), points):
         _check(recipe(suite, group, point), str(group))
@@ -226,7 +220,7 @@ def _patch(raw: dict[str, Any], patch: Mapping[str, Any], above: tuple[str, ...]
         if isinstance(value, dict) and keys != ("method",):
             _patch(raw, value, keys)
         else:
-            set_entry(raw, list(keys), copy.deepcopy(value), said=f"{'.'.join(keys)}={value}")
+            set_entry(raw, list(keys), copy.deepcopy(value), Recipe, said=f"{'.'.join(keys)}={value}")
 
 
 def _check(raw: dict[str, Any], where: str) -> None:

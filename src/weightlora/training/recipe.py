@@ -10,24 +10,14 @@ A task that is a benchmark knows its `data`. Everything else has a default; `Rec
 of a run shows all of them.
 """
 
-import re
-import types
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from weightlora.errors import ConfigError, did_you_mean
+from weightlora.settings import Section, expand, read, validate
 
 LORA_DEFAULTS: dict[str, Any] = {
     "r": 8,
@@ -49,12 +39,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-    shorthand: ClassVar[str | None] = None  # the key a bare string stands for
-
-
-class ModelSpec(_Section):
+class ModelSpec(Section):
     """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved).
 
     `package:NAME/PATH` is a folder or file inside an installed Python package, which is found and not imported.
@@ -84,7 +69,7 @@ class ModelSpec(_Section):
         return str(Path(spec.submodule_search_locations[0], folder))
 
 
-class SourceSpec(_Section):
+class SourceSpec(Section):
     """Where rows come from: a file, a folder, or a `datasets` id with its `name` and `split`."""
 
     shorthand: ClassVar[str | None] = "path"
@@ -93,14 +78,10 @@ class SourceSpec(_Section):
     split: str | None = None
 
 
-def _expand(key: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+Source = Annotated[SourceSpec, expand("path")]
 
 
-Source = Annotated[SourceSpec, _expand("path")]
-
-
-class DataSpec(_Section):
+class DataSpec(Section):
     """Rows to learn from and rows to score with; what is not named is where the task's benchmark has it.
 
     `path` (with `name`) is a folder or a `datasets` id that has all splits; `validation` may be a share carved from
@@ -116,7 +97,7 @@ class DataSpec(_Section):
     train: Source | None = None
     validation: float | Source | None = None
     test: Source | Literal[False] | None = None
-    columns: dict[str, str | None] = {}
+    columns: dict[str, str | None] = Field(default_factory=dict)
     max_length: int | None = Field(None, gt=0)
     max_target_length: int | None = Field(None, gt=0)
     doc_stride: int | None = Field(None, ge=0)
@@ -153,7 +134,7 @@ class MethodSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
-class GenerationSpec(_Section):
+class GenerationSpec(Section):
     """How text is written to be scored: fields of transformers' `GenerationConfig`.
 
     What is null is the task's own choice, else the model's. Before and during training only the loss is looked at,
@@ -175,17 +156,20 @@ class GenerationSpec(_Section):
     forced_bos_token_id: int | None = Field(default=None, ge=0)
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
     After the cut, `reuse_prefix` runs frozen blocks once per example (true, or how their output is kept) and
     `grow_batch` merges accumulated micro-batches (true, or how many).
     """
 
-    model: Annotated[ModelSpec, _expand("name")]
+    what: ClassVar[str] = "recipe"
+    example: ClassVar[str] = "model: bert-base-uncased"
+
+    model: Annotated[ModelSpec, expand("name")]
     task: str
-    data: Annotated[DataSpec, _expand("path")] = Field(default_factory=dict, validate_default=True)
-    method: Annotated[MethodSpec, _expand("name")] = MethodSpec()
+    data: Annotated[DataSpec, expand("path")] = Field(default_factory=dict, validate_default=True)
+    method: Annotated[MethodSpec, expand("name")] = MethodSpec()
     lora: dict[str, Any] = Field(LORA_DEFAULTS, validate_default=True)
     training: dict[str, Any] = Field(TRAINING_DEFAULTS, validate_default=True)
     generation: GenerationSpec = GenerationSpec()
@@ -203,33 +187,6 @@ class Recipe(_Section):
         return {**defaults, **(value or {})}
 
 
-class _Loader(yaml.SafeLoader):
-    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does, and refusing a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                where = key.start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", where)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$"),
-    list("-+0123456789."),
-)
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe file, applies `key=value` overrides and checks every key.
 
@@ -240,124 +197,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: the file is missing, is not YAML or not a mapping, or a key or value cannot work.
     """
-    raw = read_yaml(Path(path))
-    for override in overrides or []:
-        set_entry(raw, *parse_override(override), said=override)
-    return parse_recipe(raw)
+    return parse_recipe(read(Path(path), overrides, Recipe, Recipe))
 
 
 def parse_recipe(raw: dict[str, Any]) -> Recipe:
     """Turns a mapping into a `Recipe`, or raises one ConfigError that names the key and the remedy."""
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+    return validate(raw, Recipe)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the recipe with every default filled in, so that it can be run again."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
-
-
-def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
-    """The mapping in a YAML file; a ConfigError calls the file `what`."""
-    named = f"{what.capitalize()} {str(path)!r}"
-    if not path.is_file():
-        raise ConfigError(f"{named} is not a file; give the path of a YAML {what}.")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{named} is not YAML: {_one_line(error)}.") from None
-    if not isinstance(raw, dict):
-        found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
-        example = "model: bert-base-uncased" if what == "recipe" else "seeds: [0, 1, 2]"
-        raise ConfigError(f"{named} {found}; it must be a mapping such as `{example}`.")
-    return raw
-
-
-def parse_override(override: str) -> tuple[list[str], Any]:
-    """`key.key=value` as its keys and the value, which is YAML."""
-    dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"Override {override!r} is not key=value, such as `training.learning_rate=1e-3`.")
-    try:
-        return keys, yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r}: the value is not YAML: {_one_line(error)}.") from None
-
-
-def set_entry(raw: dict[str, Any], keys: list[str], value: Any, said: str) -> None:
-    """Sets one key in place, wherever it lies; `model.dtype` also works where `model` was given as a bare name.
-
-    Raises:
-        ConfigError: a value stands where a section should be; `said` is how the entry was written.
-    """
-    section = raw
-    for depth, key in enumerate(keys[:-1], start=1):
-        inner = section.get(key)
-        if isinstance(inner, str):
-            inner = _spell_out(keys[:depth], inner)
-        if inner is not None and not isinstance(inner, dict):
-            raise ConfigError(f"Override {said!r}: `{'.'.join(keys[:depth])}` is a value, not a section.")
-        section[key] = inner if inner is not None else {}
-        section = section[key]
-    section[keys[-1]] = value
-
-
-def _spell_out(keys: list[str], value: str) -> dict[str, str] | None:
-    """`model: name` as the mapping `model: {name: name}`, for the sections that have such a short form."""
-    section = _section_at(keys)
-    short = getattr(section, "shorthand", None)
-    if short is None:
-        raise ConfigError(f"`{'.'.join(keys)}` is {value!r}, a value, not a section; drop the key behind it.")
-    return {short: value}
-
-
-def _section_at(keys: list[Any], root: type[BaseModel] = Recipe) -> type[BaseModel] | None:
-    """The model class that a path of keys leads to; parts that name no field (union tags, indices) are skipped."""
-    section: type[BaseModel] | None = root
-    for key in keys:
-        field = section.model_fields.get(key) if section is not None else None
-        if field is not None:
-            section = next(iter(_models_in(field.annotation)), None)
-    return section
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if get_origin(annotation) in (Union, types.UnionType, Annotated, list):
-        return [model for part in get_args(annotation) for model in _models_in(part)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
-
-
-def explain(error: ValidationError, root: type[BaseModel] = Recipe, what: str = "recipe") -> str:
-    """The first mistake pydantic found, unknown keys first since they often cause the others.
-
-    Args:
-        root: the model class that refused its input; messages call it `what`.
-    """
-    mistakes = error.errors(include_url=False)
-    mistakes.sort(key=lambda mistake: mistake["type"] != "extra_forbidden")
-    mistake = mistakes[0]
-    *parents, last = [part for part in mistake["loc"] if not _is_union_tag(part)] or [what]
-    key = ".".join(str(part) for part in [*parents, last])
-    section = _section_at(parents, root)
-    known = list(section.model_fields) if section is not None else []
-    if mistake["type"] == "extra_forbidden":
-        return f"`{key}` is not a {what} key{did_you_mean(str(last), known)} (known here: {', '.join(known)})."
-    if mistake["type"] == "missing":
-        return f"The {what} lacks `{key}`; add it."
-    text = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] in ("model_type", "dict_type"):
-        inner = _section_at([*parents, last], root)
-        text = f"should be a mapping with the keys {', '.join(inner.model_fields) if inner else 'it takes'}"
-    return f"`{key}` is {mistake['input']!r}: {text[0].lower()}{text[1:]}."
-
-
-def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (part in ("SourceSpec", "float", "literal[False]") or "[" in part)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

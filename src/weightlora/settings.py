@@ -1,0 +1,195 @@
+"""What recipes and suites have in common: a YAML file, `key=value` overrides on top, one line for what is wrong."""
+
+from __future__ import annotations
+
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from weightlora.errors import ConfigError, did_you_mean
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+class Section(BaseModel):
+    """A mapping in a settings file whose keys are all known.
+
+    Attributes:
+        shorthand: the key that a bare string stands for.
+        what: what a file of such settings is called. example: a line of one.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    shorthand: ClassVar[str | None] = None
+    what: ClassVar[str] = "section"
+    example: ClassVar[str] = "key: value"
+
+
+def expand(key: str) -> BeforeValidator:
+    """Reads a bare string as `{key: string}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+def read(path: Path, overrides: list[str] | None, root: type[Section], entries: type[BaseModel]) -> dict[str, Any]:
+    """The mapping in a YAML file, with overrides applied.
+
+    Args:
+        overrides: dotted keys with YAML values, for example `training.learning_rate=1e-3`.
+        root: what the file holds. entries: the sections that overrides lead into.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML or not a mapping, or an override is not `key=value` or leads
+            into a value.
+    """
+    named = f"{root.what.capitalize()} {str(path)!r}"
+    if not path.is_file():
+        raise ConfigError(f"{named} is not a file; give the path of a YAML {root.what}.")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{named} is not YAML: {_one_line(error)}.") from None
+    if not isinstance(raw, dict):
+        found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
+        raise ConfigError(f"{named} {found}; it must be a mapping such as `{root.example}`.")
+    for override in overrides or []:
+        keys, value = _parse_override(override)
+        set_entry(raw, keys, value, entries, said=override)
+    return raw
+
+
+def validate(raw: dict[str, Any], root: type[SectionT]) -> SectionT:
+    """Turns a mapping into settings, or raises one ConfigError that names the key and the remedy."""
+    try:
+        return root.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, root)) from None
+
+
+def set_entry(raw: dict[str, Any], keys: list[str], value: Any, root: type[BaseModel], said: str) -> None:
+    """Sets one key in place, wherever it lies; `model.dtype` also works where `model` was given as a bare name.
+
+    Raises:
+        ConfigError: a value stands where a section of `root` should be; `said` is how the entry was written.
+    """
+    section = raw
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = section.get(key)
+        if isinstance(inner, str):
+            inner = _spell_out(keys[:depth], inner, root)
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError(f"Override {said!r}: `{'.'.join(keys[:depth])}` is a value, not a section.")
+        section[key] = inner if inner is not None else {}
+        section = section[key]
+    section[keys[-1]] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does, and refusing a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                where = key.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", where)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_override(override: str) -> tuple[list[str], Any]:
+    """`key.key=value` as its keys and the value, which is YAML."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"Override {override!r} is not key=value, such as `training.learning_rate=1e-3`.")
+    try:
+        return keys, yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r}: the value is not YAML: {_one_line(error)}.") from None
+
+
+def _spell_out(keys: list[str], value: str, root: type[BaseModel]) -> dict[str, str]:
+    """`model: name` as the mapping `model: {name: name}`, for the sections that have such a short form."""
+    short = getattr(_section_at(keys, root), "shorthand", None)
+    if short is None:
+        raise ConfigError(f"`{'.'.join(keys)}` is {value!r}, a value, not a section; drop the key behind it.")
+    return {short: value}
+
+
+def _section_at(keys: list[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    """The model class that a path of keys leads to; keys that name no field, such as indices, are skipped."""
+    section: type[BaseModel] | None = root
+    for key in keys:
+        field = section.model_fields.get(key) if section is not None else None
+        if field is not None:
+            section = next(iter(_parts(field.annotation, BaseModel)), None)
+    return section
+
+
+def _parts(annotation: Any, kind: type) -> list[type]:
+    """The classes of a kind that a field's annotation is made of."""
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, list):
+        return [part for member in get_args(annotation) for part in _parts(member, kind)]
+    plain = get_origin(annotation) or annotation
+    return [plain] if isinstance(plain, type) and issubclass(plain, kind) else []
+
+
+def _explain(error: ValidationError, root: type[Section]) -> str:
+    """The first mistake pydantic found, unknown keys first since they often cause the others."""
+    mistakes = error.errors(include_url=False)
+    mistakes.sort(key=lambda mistake: mistake["type"] != "extra_forbidden")
+    mistake = mistakes[0]
+    unknown = mistake["type"] == "extra_forbidden"
+    keys = _keys(mistake["loc"][:-1] if unknown else mistake["loc"], root)
+    if unknown:
+        last = str(mistake["loc"][-1])
+        section = _section_at(keys, root)
+        known = list(section.model_fields) if section is not None else []
+        key = ".".join([*keys, last])
+        return f"`{key}` is not a {root.what} key{did_you_mean(last, known)} (known here: {', '.join(known)})."
+    key = ".".join(keys) or root.what
+    if mistake["type"] == "missing":
+        return f"The {root.what} lacks `{key}`; add it."
+    text = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] in ("model_type", "dict_type"):
+        section = _section_at(keys, root)
+        text = f"should be a mapping with the keys {', '.join(section.model_fields) if section else 'it takes'}"
+    return f"`{key}` is {mistake['input']!r}: {text[0].lower()}{text[1:]}."
+
+
+def _keys(place: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+    """The keys in the file that lead to a mistake; pydantic also names the member of a union that it tried."""
+    keys: list[str] = []
+    section: type[BaseModel] | None = root
+    any_key = False
+    for part in place:
+        field = section.model_fields.get(part) if section is not None else None
+        if field is not None:
+            section = next(iter(_parts(field.annotation, BaseModel)), None)
+            any_key = bool(_parts(field.annotation, dict))
+        elif part == "[key]" or not (any_key or isinstance(part, int)):
+            continue
+        keys.append(str(part))
+    return keys
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -402,6 +402,14 @@ def test_after_beyond_the_run_is_refused(after):
         WeightLoRA(keep=3, after=after).attach(bert()).plan(100)
 
 
+def test_a_run_too_short_for_any_cut_is_told_how_long_it_must_be():
+    with pytest.raises(ConfigError, match="due after step 2, but the run ends at step 2; train for 3 steps or more"):
+        After(first=2).steps(2)
+    assert After(first=2).steps(3) == (2,)
+    with pytest.raises(ConfigError, match=r"`after=80` is step 80.*cut earlier"):
+        After(80, first=2).steps(50)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -75,8 +75,10 @@ class After:
         else:
             last = max(self._earliest, round(self.after * total))
         if last >= total:
+            earlier = "cut earlier" if last > self._earliest else f"train for {last + 1} steps or more"
+            where = "the cut is due after" if self.after is None else f"`after={self.after}` is"
             raise ConfigError(
-                f"`after={self.after}` is step {last}, but the run ends at step {total}; cut earlier, so that the "
-                "adapters that are kept train on."
+                f"{where} step {last}, but the run ends at step {total}; {earlier}, so that the adapters that are kept "
+                "train on."
             )
         return tuple(sorted({round(last * (i + 1) / self.rounds) for i in range(self.rounds)}))

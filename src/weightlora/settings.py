@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
@@ -128,20 +129,11 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
 
 def _spell_out(keys: list[str], value: str, root: type[BaseModel]) -> dict[str, str]:
     """`model: name` as the mapping `model: {name: name}`, for the sections that have such a short form."""
-    short = getattr(_section_at(keys, root), "shorthand", None)
+    _, section = _follow(keys, root)
+    short = getattr(section, "shorthand", None)
     if short is None:
         raise ConfigError(f"`{'.'.join(keys)}` is {value!r}, a value, not a section; drop the key behind it.")
     return {short: value}
-
-
-def _section_at(keys: list[Any], root: type[BaseModel]) -> type[BaseModel] | None:
-    """The model class that a path of keys leads to; keys that name no field, such as indices, are skipped."""
-    section: type[BaseModel] | None = root
-    for key in keys:
-        field = section.model_fields.get(key) if section is not None else None
-        if field is not None:
-            section = next(iter(_parts(field.annotation, BaseModel)), None)
-    return section
 
 
 def _parts(annotation: Any, kind: type) -> list[type]:
@@ -158,10 +150,9 @@ def _explain(error: ValidationError, root: type[Section]) -> str:
     mistakes.sort(key=lambda mistake: mistake["type"] != "extra_forbidden")
     mistake = mistakes[0]
     unknown = mistake["type"] == "extra_forbidden"
-    keys = _keys(mistake["loc"][:-1] if unknown else mistake["loc"], root)
+    keys, section = _follow(mistake["loc"][:-1] if unknown else mistake["loc"], root)
     if unknown:
         last = str(mistake["loc"][-1])
-        section = _section_at(keys, root)
         known = list(section.model_fields) if section is not None else []
         key = ".".join([*keys, last])
         return f"`{key}` is not a {root.what} key{did_you_mean(last, known)} (known here: {', '.join(known)})."
@@ -170,13 +161,16 @@ def _explain(error: ValidationError, root: type[Section]) -> str:
         return f"The {root.what} lacks `{key}`; add it."
     text = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] in ("model_type", "dict_type"):
-        section = _section_at(keys, root)
         text = f"should be a mapping with the keys {', '.join(section.model_fields) if section else 'it takes'}"
     return f"`{key}` is {mistake['input']!r}: {text[0].lower()}{text[1:]}."
 
 
-def _keys(place: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
-    """The keys in the file that lead to a mistake; pydantic also names the member of a union that it tried."""
+def _follow(place: Sequence[Any], root: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
+    """The keys in the file that lead to a place, and the section there.
+
+    Parts that name no field leave the section as it is; pydantic also names the member of a union that it tried, which
+    is no key.
+    """
     keys: list[str] = []
     section: type[BaseModel] | None = root
     any_key = False
@@ -188,7 +182,7 @@ def _keys(place: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
         elif part == "[key]" or not (any_key or isinstance(part, int)):
             continue
         keys.append(str(part))
-    return keys
+    return keys, section
 
 
 def _one_line(error: Exception) -> str:

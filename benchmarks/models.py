@@ -10,6 +10,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ import transformers
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from weightlora import Method, ReusePrefix, WeightLoRA, list_adapters
+from weightlora import Method, ReusePrefix, WeightLoRA, WeightLoRAPlus, list_adapters
 
 RANK = 8
 DROPOUT = 0.05
@@ -34,6 +35,8 @@ class Shape:
         blocks: where the model keeps its list of blocks. Adapters go on every linear layer in there.
         head: the layer on top; `trains_head` tells whether PEFT trains it beside the adapters.
         checkpointing: activations are computed again in backward, block by block.
+        dtype: of the base model; in half precision the step runs under autocast, as under `Trainer(bf16=True)`, and PEFT
+            keeps the adapters in float32.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Shape:
     length: int
     config: dict[str, Any] = field(hash=False)
     checkpointing: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     @property
     def depth(self) -> int:
@@ -104,6 +109,46 @@ SHAPES = _named(_bert(32, 64, **_BERT), _FULL_LLAMA, _with_checkpointing(_FULL_L
 QUICK = _named(_bert(4, 16, vocab_size=100, **_SMALL), _QUICK_LLAMA, _with_checkpointing(_QUICK_LLAMA))
 
 
+_DEBERTA = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+_LLAMA_1B = {
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+}
+_LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+}
+
+
+def _deberta(batch: int, length: int, **config: Any) -> Shape:
+    """DeBERTaV3, whose attention knows relative positions."""
+    positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 256}
+    rest = {"norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0}
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    model = ("DebertaV2ForSequenceClassification", "SEQ_CLS", "deberta.encoder.layer", "classifier")
+    return Shape("deberta", *model, True, batch, length, {**positions, **rest, **dropout, **config})
+
+
+def for_gpu(device: str, *, quick: bool = False) -> dict[str, Shape]:
+    """The shapes that are measured on a GPU: DeBERTaV3-base, and Llama's of 1 and 8 billion weights."""
+    where = {"device": device, "dtype": torch.bfloat16}
+    if quick:
+        small = {"vocab_size": 100, **_SMALL}
+        encoder, one, eight = _deberta(4, 16, **small), _QUICK_LLAMA, _QUICK_LLAMA
+    else:
+        encoder = _deberta(32, 128, vocab_size=128_100, **_DEBERTA)
+        one, eight = (_llama(8, 512, vocab_size=128_256, **size) for size in (_LLAMA_1B, _LLAMA_8B))
+    eight = replace(eight, name="llama_8b", **where)
+    one = replace(one, name="llama_1b", **where)
+    return _named(eight, _with_checkpointing(eight), replace(encoder, **where), one)
+
+
 @dataclass(eq=False)
 class Loop:
     """A training loop that does the same step again and again.
@@ -123,10 +168,12 @@ class Loop:
     after_step: Callable[[], object] | None = None
     modules: Sequence[str] = ()
     reuse: ReusePrefix | None = None
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def forward(self) -> Tensor:
         """The loss of the batch."""
-        return self.model(**self.batch).loss
+        with self.autocast():
+            return self.model(**self.batch).loss
 
     def step(self) -> None:
         """Forward, backward, optimizer step, zero_grad."""
@@ -152,10 +199,11 @@ def frozen(shape: Shape, *, backward_from: int | None = None, head: bool | None 
     Args:
         head: whether the head is trained. Default: as PEFT does with this kind of model.
     """
-    model = base_model(shape).requires_grad_(False)
+    trains = shape.trains_head if head is None else head
+    model = base_model(shape, own=shape.head if trains else None).requires_grad_(False)
     if shape.checkpointing:
         model.disable_input_require_grads()  # a floor, so backward must not go further than asked for
-    model.get_submodule(shape.head).requires_grad_(shape.trains_head if head is None else head)
+    model.get_submodule(shape.head).requires_grad_(trains)
     if backward_from is not None:
         block = model.get_submodule(shape.blocks)[backward_from]  # type: ignore[index]
         block.register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(), *args[1:]))
@@ -164,17 +212,27 @@ def frozen(shape: Shape, *, backward_from: int | None = None, head: bool | None 
 
 def full(shape: Shape) -> Loop:
     """Full fine-tuning."""
-    return _loop(base_model(shape), shape)
+    return _loop(base_model(shape, own=""), shape)
 
 
-def stock(shape: Shape, modules: Sequence[str] | None = None, *, checkpointing: bool = False, **lora: Any) -> Loop:
+def stock(
+    shape: Shape,
+    modules: Sequence[str] | None = None,
+    *,
+    checkpointing: bool = False,
+    half_adapters: bool = False,
+    **lora: Any,
+) -> Loop:
     """Stock PEFT's LoRA on every linear layer of the blocks, or on `modules` only.
 
     Args:
+        half_adapters: adapters in the dtype of the base model, and no autocast.
         lora: changes to the `LoraConfig`.
     """
-    model = get_peft_model(base_model(shape, checkpointing), LoraConfig(**{**_lora(shape, modules), **lora}))
-    return replace(_loop(model, shape), modules=_adapted(model))
+    config = LoraConfig(**{**_lora(shape, modules), **lora})
+    model = get_peft_model(base_model(shape, checkpointing), config, autocast_adapter_dtype=not half_adapters)
+    loop = replace(_loop(model, shape), modules=_adapted(model))
+    return replace(loop, autocast=nullcontext) if half_adapters else loop
 
 
 def adalora(shape: Shape) -> Loop:
@@ -196,21 +254,28 @@ def scouting(shape: Shape, **lora: Any) -> Loop:
     return replace(loop, optimizer=_adamw(loop.model), method=method)
 
 
-def kept(shape: Shape, modules: Sequence[str], *, checkpointing: bool = False, reuse_prefix: bool = False) -> Loop:
+def kept(
+    shape: Shape,
+    modules: Sequence[str],
+    *,
+    checkpointing: bool = False,
+    reuse_prefix: bool = False,
+    method: type[WeightLoRA | WeightLoRAPlus] = WeightLoRA,
+) -> Loop:
     """Ours after the cut: all adapters for two steps, then the gates of `modules` are the largest and the cut comes.
 
     What is left is an ordinary loop: the method has nothing more to do in it. With `reuse_prefix` the batch's hidden
     states are stored already, as they are from the second epoch on.
     """
     loop = stock(shape, checkpointing=checkpointing)
-    method = WeightLoRA(keep=len(modules), after=2, gate_lr=1e-9).attach(loop.model)
-    method.plan(total_steps=3)
-    start = replace(loop, batch={k: v[:2] for k, v in loop.batch.items()}, optimizer=_adamw(loop.model), method=method)
+    at_work = method(keep=len(modules), after=2, gate_lr=1e-9).attach(loop.model)
+    at_work.plan(total_steps=3)
+    start = replace(loop, batch={k: v[:2] for k, v in loop.batch.items()}, optimizer=_adamw(loop.model), method=at_work)
     for _ in range(2):
         _set_gates(loop.model, modules)
         start.step()
-    if set(method.kept) != set(modules) or not method.selector.done:
-        raise RuntimeError(f"the cut kept {method.kept} where {list(modules)} were wanted")
+    if set(at_work.kept) != set(modules) or not at_work.selector.done:
+        raise RuntimeError(f"the cut kept {at_work.kept} where {list(modules)} were wanted")
     loop = replace(loop, optimizer=start.optimizer, modules=_adapted(loop.model))
     if reuse_prefix:
         loop.reuse = ReusePrefix().attach(loop.model)
@@ -224,7 +289,7 @@ def kept(shape: Shape, modules: Sequence[str], *, checkpointing: bool = False, r
 def adapted_modules(shape: Shape, *, first_block: int = 0) -> list[str]:
     """Names of the linear layers in block `first_block` and those above it, from the bottom up."""
     prefixes = tuple(f"{shape.blocks}.{i}." for i in range(first_block, shape.depth))
-    named = _pristine(replace(shape, checkpointing=False)).named_modules()
+    named = _original(shape).named_modules()
     return [name for name, module in named if isinstance(module, nn.Linear) and name.startswith(prefixes)]
 
 
@@ -242,19 +307,38 @@ def spread(names: Sequence[str], k: int) -> list[str]:
 # ---- Parts ---------------------------------------------------------------------------------------------------
 
 
-def base_model(shape: Shape, checkpointing: bool = False) -> Any:
-    """A fresh copy of the base model in train mode, the same weights every time."""
-    model = copy.deepcopy(_pristine(replace(shape, checkpointing=False))).train()
+def base_model(shape: Shape, checkpointing: bool = False, *, own: str | None = None) -> Any:
+    """A copy of the base model in train mode, the same weights every time.
+
+    Args:
+        own: the submodule that has weights of its own, "" for all. The other weights are shared with every copy, so that
+            a model of 16 GB fits many times; nobody may train them.
+    """
+    original = _original(shape)
+    owned = set() if own is None else {id(p) for p in original.get_submodule(own).parameters()}
+    shared = {id(p): p for p in original.parameters() if id(p) not in owned}
+    model = copy.deepcopy(original, shared).train()
     if checkpointing or shape.checkpointing:
-        model.activation_checkpointing_enable()
+        # transformers 5.20 renamed it
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     return model
 
 
-@functools.cache
+def _original(shape: Shape) -> Any:
+    return _pristine(replace(shape, name="", checkpointing=False))
+
+
+@functools.lru_cache(maxsize=4)
 def _pristine(shape: Shape) -> transformers.PreTrainedModel:
     model_class = getattr(transformers, shape.model_class)
     torch.manual_seed(0)
-    return model_class(model_class.config_class(**shape.config))
+    with torch.device(shape.device):
+        return model_class._from_config(model_class.config_class(**shape.config), dtype=shape.dtype)
+
+
+def forget() -> None:
+    """Let go of the base models that were made."""
+    _pristine.cache_clear()
 
 
 def _batch(shape: Shape, vocabulary: int) -> dict[str, Tensor]:
@@ -262,7 +346,8 @@ def _batch(shape: Shape, vocabulary: int) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(5, vocabulary, (shape.batch, shape.length), generator=random)
     labels = torch.randint(0, 2, (shape.batch,), generator=random) if shape.trains_head else ids.clone()
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {name: values.to(shape.device) for name, values in batch.items()}
 
 
 def _lora(shape: Shape, modules: Sequence[str] | None) -> dict[str, Any]:
@@ -274,7 +359,10 @@ def _lora(shape: Shape, modules: Sequence[str] | None) -> dict[str, Any]:
 
 def _loop(model: Any, shape: Shape) -> Loop:
     trains = any(parameter.requires_grad for parameter in model.parameters())
-    return Loop(model.train(), _batch(shape, model.config.vocab_size), _adamw(model) if trains else None)
+    loop = Loop(model.train(), _batch(shape, model.config.vocab_size), _adamw(model) if trains else None)
+    if shape.dtype.itemsize < 4:
+        loop.autocast = functools.partial(torch.autocast, torch.device(shape.device).type, shape.dtype)
+    return loop
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -17,6 +17,30 @@ from torch import Tensor
 WORKER = Path(__file__).parent / "stock_worker.py"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="what tests/test_device.py runs on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton decides when it is imported whether it interprets; the kernels that it compiles need a GPU."""
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are no part of a run on the CPU."""
+    if config.getoption("--device") == "cpu":
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The one given with `--device`."""
+    return request.config.getoption("--device")
+
+
 class Loaded(NamedTuple):
     """What a stranger gets out of our files.
 

@@ -99,13 +99,12 @@ class StoIHT:
     holds_weights: bool = field(default=False, init=False)
 
     def update(self, w: Tensor, g: Tensor, *, lr: float, step: int, choose: Choose) -> Tensor:
-        if g.norm() <= NO_GRADIENT:
-            return w
-        w = w - lr * g
+        moved = w - lr * g
         if self.threshold == "positive":
-            w = w.clamp(min=0)  # omega <= 0 is gated off
-        due = self.project_every and step >= self.project_from and step % self.project_every == 0
-        return hard_threshold(w, choose, self.threshold) if due else w
+            moved = moved.clamp(min=0)  # omega <= 0 is gated off
+        if self.project_every and step >= self.project_from and step % self.project_every == 0:
+            moved = hard_threshold(moved, choose, self.threshold)
+        return torch.where(g.norm() > NO_GRADIENT, moved, w)  # an `if` would have the program wait for a GPU
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,19 +77,21 @@ def add_update(
         shared: has one mask drawn for adapters that read the same `x`; without effect where ordinary operations or
             another device's kernel do the dropout, which draw a mask each.
     """
-    if p > 0 and x.device.type != "cpu":
-        x, p = F.dropout(x, p), 0.0  # the device's own fused kernel; it keeps its mask
     watched = base_layer is not None and _is_hooked(base_layer)  # whoever holds the base output must not see it change
-    if watched or p >= 1 or not _can_fuse(base, x, lora_A, lora_B):
+    fits = p < 1 and not watched and _can_fuse(base, x, lora_A, lora_B)
+    dtype = _dtype_of_products(base, x, lora_A, lora_B) if fits else None
+    products = None if dtype is None else _products_for(base, x, lora_A, dtype, p, shared)
+    if products is None:
         return _ordinary(base, x, lora_A, lora_B, gate, scaling, p)
-    seed = 0
-    if p > 0:
-        seed = _new_seed() if shared is None else shared.seed(x, lora_A)
-    draw = _dropped if shared is None else _dropped_again
     # F.linear returns a view of its product where it flattens tokens; a change of the view would copy its gradient.
     target = base if base._base is None else base._base
     frozen = _frozen_weight(base_layer, base) if x.requires_grad and torch.is_grad_enabled() else None
-    summed: Any = _LowRank.apply(target, x, frozen, lora_A.weight, lora_B.weight, gate, scaling, p, seed, draw)
+    drop, scale = None, scaling
+    if p > 0 and products.draws_on(x.device):
+        drop, scale = ((_new_seed() if shared is None else shared.seed(x, lora_A)), p), scaling / (1 - p)
+    elif p > 0:
+        x, frozen = F.dropout(x, p), None  # it keeps its mask, and dy W must not go back through it
+    summed: Any = _LowRank.apply(target, x, frozen, lora_A.weight, lora_B.weight, gate, scale, drop, dtype, products)
     return summed.view(base.shape)
 
 
@@ -99,9 +103,37 @@ def _can_fuse(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> 
         return False
     if not (_is_matrix(lora_A) and _is_matrix(lora_B)) or lora_A.bias is not None or lora_B.bias is not None:
         return False
+    return True
+
+
+def _dtype_of_products(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> torch.dtype | None:
+    """The one that PEFT's layers would multiply in: autocast's, else that of the adapter; None where they would raise."""
     if torch.is_autocast_enabled(x.device.type):
-        return base.dtype == torch.get_autocast_dtype(x.device.type)
-    return base.dtype == x.dtype == _dtype(lora_A) == _dtype(lora_B)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return dtype if base.dtype == dtype else None
+    dtype = _dtype(lora_A)
+    return dtype if dtype == _dtype(lora_B) else None
+
+
+def _products_for(
+    base: Tensor, x: Tensor, lora_A: nn.Module, dtype: torch.dtype, p: float, shared: SharedDropout | None
+) -> Products | None:
+    """Who multiplies; None where it is left to ordinary operations, since the adapter's dtype is not the layer's."""
+    if (triton := _triton()) is not None and triton.serves(x, dtype, lora_A.weight.shape[0]):
+        return triton.Products()
+    if base.dtype != dtype or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+        return None
+    return _PLAIN if shared is None else _SHARED
+
+
+@functools.cache
+def _triton() -> Any:
+    """`kernel_triton`, or None where Triton is not installed or `WEIGHTLORA_TRITON=0` asks to do without."""
+    if os.environ.get("WEIGHTLORA_TRITON") == "0" or not torch.cuda.is_available() or find_spec("triton") is None:
+        return None
+    from weightlora.adapters import kernel_triton
+
+    return kernel_triton
 
 
 def _is_matrix(factor: nn.Module) -> bool:
@@ -133,61 +165,65 @@ def _frozen_weight(layer: nn.Module | None, base: Tensor) -> Tensor | None:
 def _ordinary(
     base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module, gate: Tensor | None, scaling: float, p: float
 ) -> Tensor:
+    x = x if torch.is_autocast_enabled(x.device.type) else x.to(_dtype(lora_A))  # as PEFT casts it
     h = lora_A(F.dropout(x, p) if p > 0 else x)  # (..., r)
     gain = scaling if gate is None else (gate * scaling).to(h.dtype)
     # On the rank-r side the product and the gate's gradient cost r numbers a token, not d_out.
     return base + (lora_B(h * gain) if lora_B.bias is None else lora_B(h) * gain)
 
 
-class _LowRank(torch.autograd.Function):
-    """See the module's docstring; shapes with T tokens: x (T, d_in), h and v (r, T), base and dy (T, d_out).
+class Products(Protocol):
+    """What `_LowRank` leaves to a device. Shapes with T tokens: x (T, d_in), dy and y (T, d_out), `scale` s / (1 - p).
 
-    Rank first is the layout in which all six products are quick; in another one some take eight times as long.
+    `drop` is what a device needs to drop the same places again, or None. `dtype` is that of the multiplication.
     """
 
+    def draws_on(self, device: torch.device) -> bool:
+        """Whether it can drop places of its own there, which it draws again in backward."""
+        ...
+
+    def add_(
+        self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, drop: Any, dtype: Any
+    ) -> Tensor:
+        """y += scale B (gate o A drop(x)) in place; returns h = A drop(x) in a layout of its own, for `backward`."""
+        ...
+
+    def backward(
+        self, dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, W: Tensor | None,
+        scale: float, drop: Any, dtype: Any, *, need: tuple[bool, bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients of x, A, B and the gate, None where not needed; with W that of x has dy W in it."""
+        ...
+
+    def keep(self, x: Tensor, drop: Any) -> Tensor | None:
+        """1 where `drop` keeps a place of x, 0 where it drops it; None where it drops nothing."""
+        ...
+
+
+class _LowRank(torch.autograd.Function):
+    """See the module's docstring; the arithmetic is in `products`."""
+
     @staticmethod
-    def forward(ctx: Any, base, x, W, A, B, gate, scaling, p, seed, draw):
-        ctx.scaling, ctx.dtype = scaling / (1 - p), base.dtype
-        ctx.dropped = functools.partial(draw, seed, p, x.numel())
+    def forward(ctx: Any, base, x, W, A, B, gate, scale, drop, dtype, products: Products):
+        ctx.scale, ctx.drop, ctx.dtype, ctx.products = scale, drop, dtype, products
         with torch.autocast(x.device.type, enabled=False):
-            rows = _rows(x, base.dtype)
-            h = torch.mm(A.to(base.dtype), _without(rows, ctx.dropped()).t())
-            target = base if base.dim() == 2 else base.view(-1, base.shape[-1])
-            gain = ctx.scaling if gate is None else (gate * ctx.scaling).to(base.dtype)
-            gain = gain[:, None] if gate is not None and len(gate) > 1 else gain
-            # `addmm_` would do the same and is not seen by FLOP counters
-            torch.addmm(target, (h * gain).t(), B.to(base.dtype).t(), out=target)
+            y = base if base.dim() == 2 else base.view(-1, base.shape[-1])
+            h = products.add_(y, _rows(x), A, B, gate, scale, drop, dtype)
         ctx.mark_dirty(base)
-        ctx.gain = gain if gate is None else None
-        ctx.save_for_backward(x, W, h, A, B, gate, None if gate is None else gain)
+        ctx.save_for_backward(x, W, h, A, B, gate)
         return base
 
     @staticmethod
     def backward(ctx: Any, dy):
-        x, W, h, A, B, gate, gain = ctx.saved_tensors
+        x, W, h, A, B, gate = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, dy, x, W, A, B, gate)
-        _, need_x, _, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
-        rows, dy_rows = _rows(x, ctx.dtype), _rows(dy, ctx.dtype)
-        gain = ctx.gain if gain is None else gain
-        dropped = ctx.dropped()
-        v = torch.mm(B.to(ctx.dtype).t(), dy_rows.t())
-        wide = (
-            torch.float32 if ctx.dtype.itemsize < 4 else ctx.dtype
-        )  # half precision is too little for a sum over tokens
-        d_gate = None
-        if need_gate:
-            summed = (h.to(wide) * v.to(wide)).sum((0, 1) if len(gate) == 1 else 1)
-            d_gate = (summed * ctx.scaling).to(gate.dtype).view(-1)
-        d_B = torch.mm(h * gain, dy_rows).t().contiguous().to(B.dtype) if need_B else None
-        v = v * gain
-        d_A = torch.mm(v, _without(rows, dropped)).to(A.dtype) if need_A else None
-        d_x = None
-        if need_x:
-            d_x = _zero_(torch.mm(v.t(), A.to(ctx.dtype)), dropped)
-            if W is not None:
-                torch.addmm(d_x, dy_rows, W, out=d_x)
-            d_x = d_x.to(x.dtype).view(x.shape)
+            d_x, d_A, d_B, d_gate = _differentiable_backward(ctx, dy, x, W, A, B, gate)
+        else:
+            _, need_x, _, *needs = ctx.needs_input_grad[:6]
+            d_x, d_A, d_B, d_gate = ctx.products.backward(
+                _rows(dy), _rows(x), h, A, B, gate, W, ctx.scale, ctx.drop, ctx.dtype, need=(need_x, *needs)
+            )
+            d_x = None if d_x is None else d_x.to(x.dtype).view(x.shape)
         # With W the gradient has gone through the base layer here, and autograd passes its own node by.
         return (dy if W is None else None), d_x, None, d_A, d_B, d_gate, None, None, None, None
 
@@ -195,21 +231,77 @@ class _LowRank(torch.autograd.Function):
 def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, gate: Any):
     """The same gradients through ordinary operations, for whoever differentiates them again."""
     with torch.enable_grad():
-        rows = _rows(x, ctx.dtype)
-        dropped = rows * _zero_(torch.ones_like(rows), ctx.dropped())
-        gain = ctx.scaling if gate is None else (gate * ctx.scaling).to(ctx.dtype)
+        rows = _rows(x).to(ctx.dtype)
+        kept = ctx.products.keep(rows, ctx.drop)
+        dropped = rows if kept is None else rows * kept
+        gain = ctx.scale if gate is None else (gate * ctx.scale).to(ctx.dtype)
         y = (dropped @ A.to(ctx.dtype).T * gain) @ B.to(ctx.dtype).T
         if W is not None:
-            y = y + rows @ W.T
+            y = y + rows.to(W.dtype) @ W.T
         inputs = [x, A, B, gate]
         wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, dy.reshape(y.shape), create_graph=True))
-    d_x, d_A, d_B, d_gate = (next(found) if t is not None and t.requires_grad else None for t in inputs)
-    return (dy if W is None else None), d_x, None, d_A, d_B, d_gate, None, None, None, None
+        found = iter(torch.autograd.grad(y, wanted, dy.reshape(y.shape).to(y.dtype), create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).to(dtype)
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+class TorchProducts:
+    """`Products` by PyTorch, with the places that dropout drops drawn on the CPU.
+
+    h and v are rank first, (r, T): the layout in which all six products are quick on a CPU; in another one some take
+    eight times as long.
+
+    Args:
+        draw: `_dropped`, or `_dropped_again` for adapters that drop the same places.
+    """
+
+    def __init__(self, draw: Callable[[int, float, int], np.ndarray | None]) -> None:
+        self._draw = draw
+
+    def draws_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    def add_(self, y, x, A, B, gate, scale, drop, dtype) -> Tensor:
+        h = torch.mm(A.to(dtype), _without(x.to(dtype), self._places(x, drop)).t())
+        gain = _gain(gate, scale, dtype)
+        # `addmm_` would do the same and is not seen by FLOP counters
+        torch.addmm(y, (h * gain).t(), B.to(dtype).t(), out=y)
+        return h
+
+    def backward(self, dy, x, h, A, B, gate, W, scale, drop, dtype, *, need):
+        need_x, need_A, need_B, need_gate = need
+        x, dy, gain, dropped = x.to(dtype), dy.to(dtype), _gain(gate, scale, dtype), self._places(x, drop)
+        v = torch.mm(B.to(dtype).t(), dy.t())
+        d_x = d_gate = None
+        if need_gate:
+            wide = torch.float32 if dtype.itemsize < 4 else dtype  # half precision is too little for a sum over tokens
+            summed = (h.to(wide) * v.to(wide)).sum((0, 1) if len(gate) == 1 else 1)
+            d_gate = (summed * scale).to(gate.dtype).view(-1)
+        d_B = torch.mm(h * gain, dy).t().contiguous().to(B.dtype) if need_B else None
+        v = v * gain
+        d_A = torch.mm(v, _without(x, dropped)).to(A.dtype) if need_A else None
+        if need_x:
+            d_x = _zero_(torch.mm(v.t(), A.to(dtype)), dropped)
+            if W is not None:
+                torch.addmm(d_x, dy, W, out=d_x)
+        return d_x, d_A, d_B, d_gate
+
+    def keep(self, x: Tensor, drop: tuple[int, float] | None) -> Tensor | None:
+        return None if drop is None else _zero_(torch.ones_like(x), self._places(x, drop))
+
+    def _places(self, x: Tensor, drop: tuple[int, float] | None) -> np.ndarray | None:
+        return None if drop is None else self._draw(*drop, x.numel())
+
+
+def _gain(gate: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | float:
+    """What h (r, T) is multiplied by."""
+    if gate is None:
+        return scale
+    gain = (gate * scale).to(dtype)
+    return gain[:, None] if len(gate) > 1 else gain
 
 
 def _without(rows: Tensor, dropped: np.ndarray | None) -> Tensor:
@@ -257,3 +349,6 @@ def _dropped(seed: int, p: float, n: int) -> np.ndarray | None:
 
 # For adapters with one seed, which come one after the other in forward as in backward.
 _dropped_again: Callable[[int, float, int], np.ndarray | None] = functools.lru_cache(maxsize=1)(_dropped)
+
+
+_PLAIN, _SHARED = TorchProducts(_dropped), TorchProducts(_dropped_again)

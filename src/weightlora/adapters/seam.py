@@ -12,6 +12,7 @@ gate. So everything that reaches a disk is an ordinary LoRA, and loading such we
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _delta(layer: Any, adapter: str, weight: Tensor) -> Tensor:
     B = layer.lora_B[adapter].weight
     plain = B.data
     try:
-        B.data = plain * _gate_value(layer, adapter)
+        B.data = (plain * _gate_value(layer, adapter)).to(plain.dtype)
         return layer.get_delta_weight(adapter).to(weight.dtype)
     finally:
         B.data = plain
@@ -144,10 +145,21 @@ def use_kernel(layer: Any, adapter: str, shared: kernel.SharedDropout | None = N
         shared: given to several layers, those that read the same tensor drop the same of it.
     """
     layer.lora_variant[adapter] = KernelVariant(shared, per_rank=has_rank_gate(layer, adapter))
+    layer._cast_input_dtype = MethodType(_cast_input_dtype, layer)
+
+
+def _cast_input_dtype(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """PEFT casts x to the adapter's dtype, a copy of it for every layer; our kernel casts what it has loaded."""
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if all(isinstance(layer.lora_variant.get(adapter), KernelVariant) for adapter in active):
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
 def add_gate(layer: Any, adapter: str, *, per_rank: bool = False) -> nn.Parameter:
-    """Put a gate of 1 on one adapter of a layer; dtype and device of `lora_A`.
+    """Put a gate of 1 on one adapter of a layer, on the device of `lora_A`.
+
+    It is in float32 at least: in half precision a step from 1 to 1 - 1e-3 is lost, and all gates stay equal.
 
     Args:
         per_rank: one for each rank, shape (r,); otherwise omega, shape (1,).
@@ -164,7 +176,8 @@ def add_gate(layer: Any, adapter: str, *, per_rank: bool = False) -> nn.Paramete
     if GATES not in layer.adapter_layer_names:
         layer.adapter_layer_names = (*layer.adapter_layer_names, GATES)
     weight = layer.lora_A[adapter].weight
-    gate = nn.Parameter(weight.new_ones(len(weight) if per_rank else 1))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    gate = nn.Parameter(weight.new_ones(len(weight) if per_rank else 1, dtype=dtype))
     getattr(layer, GATES)[adapter] = gate
     if not isinstance(layer.lora_variant.get(adapter), KernelVariant):
         use_kernel(layer, adapter)

@@ -189,6 +189,9 @@ class Method(TrainerCallback, ABC):
             self._finish_if_done()
         return cut
 
+    def check(self) -> None:
+        """Called before a checkpoint is written: raises if the training has diverged and nobody was told yet."""
+
     def _finish_if_done(self) -> None:
         """What follows the last cut, wherever it came about: in a step, in `attach`, or in a checkpoint."""
         if self.selector.done:
@@ -272,6 +275,9 @@ class Method(TrainerCallback, ABC):
         elif control.should_log and not self.selector.done and (values := self.progress()):
             self._log({f"weightlora/{name}": value for name, value in values.items()})
 
+        if control.should_save:
+            self.check()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
@@ -324,6 +330,9 @@ class SelectionMethod(Method):
     def adapters(self) -> list[Adapter]:
         """The adapters that are still attached."""
         return self.selector.adapters
+
+    def check(self) -> None:
+        self.selector.check()
 
     def progress(self) -> dict[str, float]:
         values = list(self.selector.gate_values().values())

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,19 +102,33 @@ class Limit:
 
     def choose(self, scores: Tensor, eligible: Tensor) -> Tensor:
         """Mask (n,) of what is kept: from the best score down, skipping what no longer fits; ties go to the earlier."""
-        order = torch.sort(scores.detach().cpu(), descending=True, stable=True).indices.numpy()
-        left = order[eligible.cpu().numpy()[order]]
-        room, mask = self.limit, np.zeros(len(order), dtype=bool)
-        while len(left := left[self._costs[left] <= room]):  # at most as many rounds as there are different costs
-            spent = np.cumsum(self._costs[left])
-            fit = int(np.searchsorted(spent, room, side="right"))
-            mask[left[:fit]] = True
-            left, room = left[fit:], room - int(spent[fit - 1])
-        return torch.from_numpy(mask).to(scores.device)
+        order = torch.sort(scores.detach(), descending=True, stable=True).indices
+        costs = self._on(scores.device)[order]
+        left, mask = eligible[order], torch.zeros_like(eligible)
+        room = torch.full((), self.limit, device=scores.device)
+        for _ in range(self._rounds):
+            left = left & (costs <= room)
+            spent = torch.cumsum(costs * left, 0)
+            fits = left & (spent <= room)
+            mask[order] |= fits
+            left = left & ~fits
+            room = room - (costs * fits).sum()
+        return mask
 
     @functools.cached_property
-    def _costs(self) -> np.ndarray:
-        return np.array(self.costs, dtype=np.int64)
+    def _rounds(self) -> int:
+        """Each takes all of one cost at least; counted beforehand, so that a GPU need not be asked what is left."""
+        return len(set(self.costs))
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The costs, (n,), on the device of the scores."""
+        if device not in self._tensors:
+            self._tensors[device] = torch.tensor(self.costs, dtype=torch.int64, device=device)
+        return self._tensors[device]
+
+    @functools.cached_property
+    def _tensors(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def among(self, kept: Sequence[int]) -> Limit:
         """The same limit when only these adapters are left."""

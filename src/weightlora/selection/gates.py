@@ -51,3 +51,27 @@ class GateVector:
         """While `_omega` lives no other tensor can have its addresses."""
         start, size = self._omega.data_ptr(), self._omega.element_size()
         return [g.data_ptr() for g in self.gates] == list(range(start, start + size * self._omega.numel(), size))
+
+
+class Reading:
+    """A small tensor on its way to the host.
+
+    A GPU is several operations behind the program, and whoever asks it for a number waits for all of them. This asks
+    and goes on; `get` waits only for what was queued before, which one step later is long done.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._values = values.cpu()
+
+    def get(self) -> Tensor:
+        """The values, on the CPU."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values

@@ -28,7 +28,7 @@ from weightlora.selection.actions import Action, Cut
 from weightlora.selection.budgets import Budget, Limit
 from weightlora.selection.costs import CostLimit, Costs
 from weightlora.selection.events import EventLog
-from weightlora.selection.gates import GateVector
+from weightlora.selection.gates import GateVector, Reading
 from weightlora.selection.schedules import After
 from weightlora.selection.scores import Score
 
@@ -163,21 +163,42 @@ class Selector:
         rule = self.strategy.gates
         if self.done or rule is None:
             return
+        self.check()
         omega, gradients = self._gates.read(), self._gates.take_gradients()
-        if not math.isfinite(gradients.float().sum()):
-            raise DivergedError(
-                f"step {self.global_step + 1}: the gradients of the gates are NaN or infinite while adapters are being "
-                "selected, so the loss has diverged. The weights are those of the step before, and checkpoints are "
-                "untouched; lower the learning rate (or `gate_lr`), or look at the batch."
-            )
+        resting = self._at_rest(rule, omega)
+        self._sum = Reading(gradients.float().sum())
+        if not omega.is_cuda:
+            self._check(self.global_step + 1, "The weights are those of the step before")
         self._observed = omega, gradients
-        for i in self._at_rest(rule, omega):
+        for i in resting:
             for parameter in self._weights[i]:
                 parameter.grad = None
 
+    def check(self) -> None:
+        """Raise DivergedError if the last gradients of the gates were NaN or infinite.
+
+        On a CPU `observe` does so before anything is updated. On a GPU it asks, and looks at the answer one step later,
+        at a cut and before a checkpoint is written, so that no step waits for it.
+        """
+        self._check(self.global_step, "One update was made with them")
+
+    def _check(self, step: int, weights: str) -> None:
+        asked, self._sum = self._sum, None
+        if asked is not None and not math.isfinite(asked.get()):
+            raise DivergedError(
+                f"step {step}: the gradients of the gates are NaN or infinite while adapters are being selected, so the "
+                f"loss has diverged. {weights}, and checkpoints are untouched; lower the learning rate (or `gate_lr`), "
+                "or look at the batch."
+            )
+
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Count one optimizer step, move the gates, and cut if it is time. Returns whether adapters were cut."""
+        """Count one optimizer step, move the gates, and cut if it is time. Returns whether adapters were cut.
+
+        Raises:
+            ConfigError: the length of the run is not known.
+            DivergedError: as `observe` does, on a GPU.
+        """
         if self.done:
             return False
         if self._cuts is None:
@@ -188,6 +209,7 @@ class Selector:
             self._observed = None
         if self.global_step < self._cuts[self.rounds_done] or not self._informed:
             return False
+        self.check()
         self._cut(optimizer)
         return True
 
@@ -197,12 +219,16 @@ class Selector:
             return range(len(self.adapters))
         if self.strategy.reference_code:
             return ()
+        if self._omega is not None:  # on a GPU: as the step before left it
+            omega = self._omega.get()
         return (omega == 0).nonzero().flatten().tolist()
 
     def _list_parameters(self) -> None:
         """Looked up once, since with thousands of adapters the way through their modules is felt at every step."""
         self._gates = GateVector([gate for a in self.adapters if (gate := a.gate) is not None])
         self._weights = [a.weights for a in self.adapters]
+        self._omega: Reading | None = None
+        self._sum: Reading | None = None
         self._group: dict[str, Any] | None = None  # of the optimizer, the one with the gates
 
     def _move_gates(
@@ -212,7 +238,9 @@ class Selector:
         assert rule is not None
         lr = rule.lr * (1.0 if optimizer is None else optim.lr_scale(self._group_of_gates(optimizer)))
         limit = self._limits[self.rounds_done]
-        self._gates.write(rule.update(omega, gradients, lr=lr, step=self.global_step, choose=limit.choose))
+        moved = rule.update(omega, gradients, lr=lr, step=self.global_step, choose=limit.choose)
+        self._gates.write(moved)
+        self._omega = Reading(moved) if moved.is_cuda else None
         self._informed = self._informed or bool(gradients.norm() > NO_GRADIENT)
         every = max(1, (self._cuts or (1,))[-1] // GATE_RECORDS)
         if self.global_step % every == 0:

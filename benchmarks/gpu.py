@@ -89,7 +89,7 @@ def machine(device: str) -> dict[str, Any]:
 def right(device: str, quick: bool, results: Results) -> None:
     """The tests that every device must pass."""
     report = results.file.parent / "right.txt"
-    command = [sys.executable, "-m", "pytest", "tests/test_device.py", "--device", device, "-q", "-n", "6" if device == "cuda" else "2"]
+    command = [sys.executable, "-m", "pytest", "tests/test_device.py", "--device", device, "-q", "-n", "8" if device == "cuda" else "2"]
     with report.open("w", encoding="utf-8") as out:
         code = subprocess.run([*command, "--durations=8", "-p", "no:warnings"], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT).returncode
     lines = report.read_text(encoding="utf-8").splitlines()
@@ -104,12 +104,40 @@ def right(device: str, quick: bool, results: Results) -> None:
 
 def products(device: str, quick: bool, results: Results) -> None:
     """One adapter on one layer, forward and backward, in microseconds, and each of its kernels alone."""
-    shapes = [(64, 32, 48)] if quick else [(4096, 4096, 4096), (4096, 4096, 14336), (4096, 14336, 4096), (4096, 768, 768)]
-    for tokens, d_in, d_out in shapes:
-        for r in (8, 64):
-            key = f"{tokens}x{d_in}->{d_out} r={r}"
-            if not results.has("products", key):
-                results.add("products", key, _products(device, tokens, d_in, d_out, r))
+    shapes = [(4096, 4096, 4096, 8), (4096, 4096, 14336, 8), (4096, 14336, 4096, 8), (4096, 4096, 4096, 64), (4096, 768, 768, 8)]
+    for tokens, d_in, d_out, r in [(64, 32, 48, 8)] if quick else shapes:
+        key = f"{tokens}x{d_in}->{d_out} r={r}"
+        if not results.has("products", key):
+            results.add("products", key, _products(device, tokens, d_in, d_out, r))
+    _use_best_tiles(results)
+
+
+def _use_best_tiles(results: Results) -> None:
+    """Of the tiles that were tried, those with the least sum of ratios to the usual one; the parts that follow use them."""
+    rows = list(results.data["products"].values())
+    best: dict[str, str] = {}
+    for name, tiles in CANDIDATES.items():
+        sums = {"usual": 0.0} | {"x".join(map(str, tile)): 0.0 for tile in tiles}
+        tried = [(row, part) for row in rows for part in row if part.startswith(f"kernel_{name}")]
+        for row, part in tried:
+            for tile in sums:
+                measured = row.get(f"tile_{part.removeprefix('kernel_')}_{tile}") if tile != "usual" else row[part]
+                if f"tile_{part.removeprefix('kernel_')}_{next(t for t in sums if t != 'usual')}" in row:
+                    sums[tile] += (measured or 1e9) / row[part]
+        best[name] = min(sums, key=lambda tile: sums[tile])
+        if best[name] != "usual":
+            from weightlora.adapters import kernel_triton as kt
+
+            kt.TILES[name] = tuple(map(int, best[name].split("x")))
+            _forget_forms()
+    results.add("machine", "tiles", best)
+
+
+def _forget_forms() -> None:
+    from weightlora.adapters import kernel_triton as kt
+
+    for form in (kt._down_form, kt._update_form, kt._columns_form):
+        form.cache_clear()
 
 
 def _products(device: str, tokens: int, d_in: int, d_out: int, r: int) -> dict[str, float]:
@@ -135,25 +163,63 @@ def _products(device: str, tokens: int, d_in: int, d_out: int, r: int) -> dict[s
         found |= _both_ways(device, name, run, dy)
     with _without_triton():
         found |= _both_ways(device, "ours_without_triton", ours(0.05), dy)
-    plain, drop = kernel._products_for(layer(x), x, A, half, 0.05, None), (1234567890123, 0.05)
-    if type(plain).__module__.endswith("kernel_triton"):
-        from weightlora.adapters import kernel_triton as kt
-
-        flat, y, Aw, Bw = x.detach(), layer(x).detach(), A.weight.detach(), B.weight.detach()
-        h, dx = torch.empty(tokens, r, device=device), torch.empty_like(flat)
-        parts = {
-            "forward": lambda: kt.Products.add_(y, flat, Aw, Bw, gate.detach(), 2.0, drop, half),
-            "forward_dropout0": lambda: kt.Products.add_(y, flat, Aw, Bw, gate.detach(), 2.0, None, half),
-            "rows_back": lambda: kt._rows(dy, Bw.t(), Aw, dx, h, gate.detach(), 2.0, half, drop_out=drop, add=True, h=h),
-            "columns_A": lambda: kt._columns(h, flat, gate.detach(), 2.0, half, drop),
-            "columns_B": lambda: kt._columns(h, dy, gate.detach(), 2.0, half, None, transposed=True),
-            "cublas_A": lambda: h.to(half).t() @ flat,
-            "cublas_B": lambda: dy.t() @ h.to(half),
-            "cublas_h": lambda: flat @ Aw.to(half).t(),
-            "copy_x": lambda: dx.copy_(flat),
-        }
-        found |= {f"kernel_{name}": _microseconds(device, part) for name, part in parts.items()}
+    if kernel._triton() is not None and kernel._triton().serves(x, half, r):
+        found |= _alone(device, x.detach(), dy, layer(x).detach(), A.weight.detach(), B.weight.detach(), r)
     return {name: round(value, 1) for name, value in found.items()}
+
+
+def _alone(device: str, x: Tensor, dy: Tensor, y: Tensor, A: Tensor, B: Tensor, r: int) -> dict[str, float]:
+    """Each kernel with every tile, and what cuBLAS and a copy of x take; in GPU time, by replay of a graph."""
+    from weightlora.adapters import kernel_triton as kt
+
+    half, drop = torch.bfloat16, (1234567890123, 0.05)
+    h, dx, gate = torch.randn(len(x), r, device=device), torch.empty_like(x), torch.ones(1, device=device)
+    dA, dB, dg = torch.empty_like(A), torch.empty_like(B), torch.empty_like(gate)
+    halves = h.to(half), A.to(half)
+    parts = {
+        "down": lambda: kt._down(x, A, drop, half),
+        "down_p0": lambda: kt._down(x, A, None, half),
+        "update": lambda: kt._update(h, B.t(), y, gate, 2.0, None, half, add=True),
+        "update_drop": lambda: kt._update(h, A, dx, gate, 2.0, drop, half, add=True),
+        "columns": lambda: kt._columns(h, x, dA, h, dy, dB, gate, dg, 2.0, drop, half),
+        "columns_p0": lambda: kt._columns(h, x, dA, h, dy, dB, gate, dg, 2.0, None, half),
+        "cublas_A": lambda: halves[0].t() @ x,
+        "cublas_B": lambda: dy.t() @ halves[0],
+        "cublas_h": lambda: x @ halves[1].t(),
+        "copy_x": lambda: dx.copy_(x),
+    }
+    found = {f"kernel_{name}": _replayed(part) for name, part in parts.items()}
+    usual = dict(kt.TILES)
+    for name, tiles in CANDIDATES.items() if dy.shape[1] == 14336 else ():
+        for tile in tiles:
+            kt.TILES[name] = tile
+            _forget_forms()
+            for part in parts:
+                if part.split("_")[0] == name and not part.endswith("_p0"):
+                    found[f"tile_{part}_{'x'.join(map(str, tile))}"] = _replayed(parts[part])
+        kt.TILES.update(usual)
+        _forget_forms()
+    return found
+
+
+CANDIDATES = {
+    "down": [(16, 128, 2, 4), (16, 256, 2, 4), (16, 256, 4, 4), (32, 128, 4, 3), (32, 128, 2, 4), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)],
+    "update": [(16, 256, 4, 1), (32, 128, 4, 1), (64, 128, 4, 1), (64, 256, 8, 1), (32, 512, 8, 1), (128, 128, 8, 1)],
+    "columns": [(32, 128, 4, 4), (64, 32, 4, 4), (64, 128, 4, 3), (64, 128, 8, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 4)],
+}
+
+
+def _replayed(run: Callable[[], object]) -> float:
+    """Microseconds of GPU time, without what launching costs the program."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            run()
+    return 100 * statistics.median(_times("cuda", graph.replay, repeats=7, warmup=2))
 
 
 def _both_ways(device: str, name: str, run: Callable[[], Tensor], dy: Tensor) -> dict[str, float]:
@@ -237,6 +303,10 @@ ROWS: dict[str, Callable[[Shape], Loop]] = {
     "peft_lora_again": models.stock,
 }
 ONLY_CHECKPOINTED = ("peft_lora", "floor_all", "floor_top_third", "scouting", "kept5_top_third", "peft_lora_again")
+ROWS_OF_SMALL = (
+    *ONLY_CHECKPOINTED, "kept5_top_third_reuse_prefix", "kept20_top_third", "kept5_last_block", "kept5_spread",
+    "weightlora_plus_top_third", "peft_lora_dropout0", "scouting_dropout0", "peft_dora",
+)  # fmt: skip
 PROFILED = ("peft_lora", "scouting", "kept5_top_third")
 
 
@@ -246,6 +316,8 @@ def speed(device: str, quick: bool, results: Results) -> None:
         for row, build in ROWS.items():
             key = f"{shape.name}/{row}"
             if results.has("speed", key) or (shape.checkpointing and row not in ONLY_CHECKPOINTED):
+                continue
+            if shape.name in ("deberta", "llama_1b") and row not in ROWS_OF_SMALL:
                 continue
             try:
                 with _without_triton() if row.endswith("without_triton") else _nothing():

@@ -86,6 +86,7 @@ class Products:
             "d_A": self.scale * (v * gate).T @ (x * kept),
             "d_B": self.scale * dy.T @ (h * gate),
             "d_gate": None if self.gate is None else summed.sum().view(1) if len(gate) == 1 else summed,
+            "size of d_gate": self.scale * (h * v).norm(),
         }
 
 
@@ -107,9 +108,12 @@ def test_products_are_those_of_float64(triton_kernel, device, r, gates, p, name)
     case = Products(device, r, gates, p, dtype, like)
     keep = triton_kernel.Products.keep(case.x, case.drop)
     expected = case.expected(keep)
-    for key, found in case.found(triton_kernel.Products()).items():
-        if expected[key] is not None:
-            assert error(found, expected[key]) < tolerance, key
+    found = case.found(triton_kernel.Products())
+    for key in ("y", "d_x", "d_A", "d_B"):
+        assert error(found[key], expected[key]) < tolerance, key
+    if gates:  # a sum of numbers of both signs, so it is held against their size
+        off = (found["d_gate"].double() - expected["d_gate"]).norm()
+        assert off < tolerance * expected["size of d_gate"], "d_gate"
 
 
 def test_products_have_equal_bits_each_time(triton_kernel, device):
@@ -135,6 +139,9 @@ def test_dropout_is_independent_with_the_probability_asked_for(triton_kernel, de
             for shifted in ((centred[lag:] * centred[:-lag]), (centred[:, lag:] * centred[:, :-lag])):
                 assert abs(shifted.mean()) < 5 * variance / math.sqrt(shifted.numel()), lag
     assert abs(((masks[0] - p) * (masks[1] - p)).mean()) < 5 * variance / math.sqrt(masks[0].numel())
+    for across, down in ((1, 1), (3, 5), (16, 16), (7, 64)):  # rows and columns have keys of their own: four corners
+        corners = centred[down:, across:] * centred[:-down, across:] * centred[down:, :-across] * centred[:-down, :-across]
+        assert abs(corners.mean()) < 5 * variance**2 / math.sqrt(corners.numel()), (across, down)
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Problem:
 def drawn_mask(seed: int, p: float, shape: torch.Size) -> Tensor:
     """The scaled mask that the kernel draws when the generator is at `seed`."""
     torch.manual_seed(seed)
-    own = int(torch.randint(0, 1 << 62, (1,)))
+    own = kernel._new_seed()
     return kept(own, p, shape.numel(), torch.float64).view(shape) / (1 - p)
 
 
@@ -77,7 +77,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(p, gates, 
     def f(x, A, B, gate):
         base = x.reshape(-1, D_IN) @ problem.base.weight.T
         drop = (3, p) if p else None
-        return kernel._LowRank.apply(base, x, W, A, B, gate, SCALING / (1 - p), drop, x.dtype, kernel._PLAIN)
+        return kernel._LowRank.apply(base, x, W, A, B, gate, (SCALING / (1 - p), drop, x.dtype, kernel._PLAIN))
 
     inputs = (problem.x, problem.A.weight, problem.B.weight, problem.gate)
     assert torch.autograd.gradcheck(f, inputs)

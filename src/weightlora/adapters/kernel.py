@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -77,50 +78,49 @@ def add_update(
         shared: has one mask drawn for adapters that read the same `x`; without effect where ordinary operations or
             another device's kernel do the dropout, which draw a mask each.
     """
+    dtype = _dtype_of_products(base, x, lora_A, lora_B)
     watched = base_layer is not None and _is_hooked(base_layer)  # whoever holds the base output must not see it change
-    fits = p < 1 and not watched and _can_fuse(base, x, lora_A, lora_B)
-    dtype = _dtype_of_products(base, x, lora_A, lora_B) if fits else None
-    products = None if dtype is None else _products_for(base, x, lora_A, dtype, p, shared)
+    if dtype is None or watched or p >= 1 or not _can_fuse(base, lora_A, lora_B):
+        return _ordinary(base, x, lora_A, lora_B, gate, scaling, p)
+    A, B = lora_A.weight, lora_B.weight
+    products = _products_for(base, x, A, dtype, shared)
     if products is None:
         return _ordinary(base, x, lora_A, lora_B, gate, scaling, p)
     # F.linear returns a view of its product where it flattens tokens; a change of the view would copy its gradient.
     target = base if base._base is None else base._base
     frozen = _frozen_weight(base_layer, base) if x.requires_grad and torch.is_grad_enabled() else None
-    drop, scale = None, scaling
+    drop = None
     if p > 0 and products.draws_on(x.device):
-        drop, scale = ((_new_seed() if shared is None else shared.seed(x, lora_A)), p), scaling / (1 - p)
+        drop, scaling = ((_new_seed() if shared is None else shared.seed(x, lora_A)), p), scaling / (1 - p)
     elif p > 0:
         x, frozen = F.dropout(x, p), None  # it keeps its mask, and dy W must not go back through it
-    summed: Any = _LowRank.apply(target, x, frozen, lora_A.weight, lora_B.weight, gate, scale, drop, dtype, products)
-    return summed.view(base.shape)
+    summed: Any = _LowRank.apply(target, x, frozen, A, B, gate, (scaling, drop, dtype, products))
+    return summed if target is base else summed.view(base.shape)
 
 
-def _can_fuse(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> bool:
-    """Whether the one node computes what the modules would: nothing hooks into them, and all have one dtype."""
+def _can_fuse(base: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> bool:
+    """Whether the one node computes what the modules would: nothing hooks into them, and `base` may be changed."""
     if torch.compiler.is_compiling() or base.is_inference() or not base.is_contiguous():
         return False
     if base._base is not None and (base._base.numel() != base.numel() or not base._base.is_contiguous()):
         return False
-    if not (_is_matrix(lora_A) and _is_matrix(lora_B)) or lora_A.bias is not None or lora_B.bias is not None:
-        return False
-    return True
+    return _is_matrix(lora_A) and _is_matrix(lora_B) and lora_A.bias is None and lora_B.bias is None
 
 
 def _dtype_of_products(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> torch.dtype | None:
     """The one that PEFT's layers would multiply in: autocast's, else that of the adapter; None where they would raise."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return dtype if base.dtype == dtype else None
-    dtype = _dtype(lora_A)
-    return dtype if dtype == _dtype(lora_B) else None
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return dtype if base.dtype == (dtype := torch.get_autocast_dtype(device)) else None
+    return dtype if (dtype := _dtype(lora_A)) == _dtype(lora_B) else None
 
 
 def _products_for(
-    base: Tensor, x: Tensor, lora_A: nn.Module, dtype: torch.dtype, p: float, shared: SharedDropout | None
+    base: Tensor, x: Tensor, A: Tensor, dtype: torch.dtype, shared: SharedDropout | None
 ) -> Products | None:
     """Who multiplies; None where it is left to ordinary operations, since the adapter's dtype is not the layer's."""
-    if (triton := _triton()) is not None and triton.serves(x, dtype, lora_A.weight.shape[0]):
-        return triton.Products()
+    if (triton := _triton()) is not None and triton.serves(x, dtype, A.shape[0]):
+        return triton.Products
     if base.dtype != dtype or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
         return None
     return _PLAIN if shared is None else _SHARED
@@ -150,15 +150,18 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or hasattr(module, "_hf_hook")
+    state = module.__dict__  # `hasattr` costs a search through the module and an exception
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any([state[name] for name in hooks]) or "_hf_hook" in state
 
 
 def _frozen_weight(layer: nn.Module | None, base: Tensor) -> Tensor | None:
     """W, where dL/dx through the base layer is dy W and nothing else wants to know about it."""
-    if layer is None or not _is_plain(layer) or any(p.requires_grad for p in layer.parameters(recurse=False)):
+    if layer is None or not _is_plain(layer):
         return None
-    weight: Any = layer.weight
+    weight, bias = layer.weight, layer.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
     return weight if weight.dtype == base.dtype else None
 
 
@@ -204,11 +207,10 @@ class _LowRank(torch.autograd.Function):
     """See the module's docstring; the arithmetic is in `products`."""
 
     @staticmethod
-    def forward(ctx: Any, base, x, W, A, B, gate, scale, drop, dtype, products: Products):
-        ctx.scale, ctx.drop, ctx.dtype, ctx.products = scale, drop, dtype, products
-        with torch.autocast(x.device.type, enabled=False):
-            y = base if base.dim() == 2 else base.view(-1, base.shape[-1])
-            h = products.add_(y, _rows(x), A, B, gate, scale, drop, dtype)
+    def forward(ctx: Any, base, x, W, A, B, gate, how):
+        ctx.scale, ctx.drop, ctx.dtype, ctx.products = scale, drop, dtype, products = how
+        y = base if base.dim() == 2 else base.view(-1, base.shape[-1])
+        h = products.add_(y, _rows(x), A, B, gate, scale, drop, dtype)
         ctx.mark_dirty(base)
         ctx.save_for_backward(x, W, h, A, B, gate)
         return base
@@ -225,7 +227,7 @@ class _LowRank(torch.autograd.Function):
             )
             d_x = None if d_x is None else d_x.to(x.dtype).view(x.shape)
         # With W the gradient has gone through the base layer here, and autograd passes its own node by.
-        return (dy if W is None else None), d_x, None, d_A, d_B, d_gate, None, None, None, None
+        return (dy if W is None else None), d_x, None, d_A, d_B, d_gate, None
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, gate: Any):
@@ -265,10 +267,11 @@ class TorchProducts:
         return device.type == "cpu"
 
     def add_(self, y, x, A, B, gate, scale, drop, dtype) -> Tensor:
-        h = torch.mm(A.to(dtype), _without(x.to(dtype), self._places(x, drop)).t())
-        gain = _gain(gate, scale, dtype)
-        # `addmm_` would do the same and is not seen by FLOP counters
-        torch.addmm(y, (h * gain).t(), B.to(dtype).t(), out=y)
+        with torch.autocast(x.device.type, enabled=False):
+            h = torch.mm(A.to(dtype), _without(x.to(dtype), self._places(x, drop)).t())
+            gain = _gain(gate, scale, dtype)
+            # `addmm_` would do the same and is not seen by FLOP counters
+            torch.addmm(y, (h * gain).t(), B.to(dtype).t(), out=y)
         return h
 
     def backward(self, dy, x, h, A, B, gate, W, scale, drop, dtype, *, need):
@@ -320,8 +323,17 @@ def _zero_(rows: Tensor, dropped: np.ndarray | None) -> Tensor:
     return rows
 
 
-def _new_seed() -> int:
-    return int(torch.randint(0, 1 << 62, (1,)))
+class _Seeds(threading.local):
+    """Numbers from PyTorch's generator, so that its state decides them; a tensor made anew for each costs twice as much."""
+
+    def __init__(self) -> None:
+        self._drawn = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def __call__(self) -> int:
+        return self._drawn.random_().item() >> 1  # 62 bits
+
+
+_new_seed = _Seeds()
 
 
 def _dropped(seed: int, p: float, n: int) -> np.ndarray | None:

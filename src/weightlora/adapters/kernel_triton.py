@@ -1,22 +1,23 @@
-"""The products of `kernel` on an NVIDIA GPU: three launches for a step of one adapter where PEFT has some twenty.
+"""The products of `kernel` on an NVIDIA GPU: six launches for a step of one adapter where PEFT has some twenty-five.
 
-With x (T, d_in), A (r, d_in), B (d_out, r) and a rank of 8, every product of an adapter is bound by memory: it costs as
-much as reading x once. Hence two kernels that read each large tensor once and write it once:
+With x (T, d_in), A (r, d_in), B (d_out, r) and a rank of 8 every product of an adapter is bound by memory: it costs as
+much as reading x once. So the kernels read each large tensor once for each product and write it once:
 
-    rows      t = drop(z) P^T,  out += drop(t g Q)      a block of rows stays with one program from z to out
-    columns   t^T drop(z)                               the sum over rows, in parts that are added in a fixed order
+    down     t = drop(z) P^T              h with z = x and P = A; v with z = dy and P = B^T
+    update   out += drop(t g Q)           y with Q = B^T; dL/dx with Q = A, after dy W has been written there
+    columns  v^T drop(x) and h^T dy       dA, dB and the gates' gradients, side by side in one launch
 
-`rows` is the forward pass with z = x, P = A, Q = B^T, out = y, and the way back to x with z = dy, P = B^T, Q = A, out = dx.
-`columns` is dA and dB. Sums are in float32. Nothing is added atomically, so equal input gives equal bits.
-
-Whether a place is dropped is computed where it is needed from (seed, row, column), so no mask is stored: Philox gives two
-keys a row, and two rounds of multiply and shift mix them with the column, which costs a tenth of Philox a place.
+Whether a place is dropped is computed where it is needed from (seed, row, column), so no mask is stored. Two keys a row and
+one number a column are hashed; a place costs an exclusive-or, a product and a comparison, since a Philox draw for every
+place would cost more than all the products. Sums are in float32, in an order that shapes alone decide: nothing is added
+atomically, so equal input gives equal bits.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +26,16 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
+PLAIN = os.environ.get("WEIGHTLORA_TRITON") == "plain"
 MAX_RANK = 128  # above it cuBLAS does better than a program that holds all ranks of its rows
-_PROGRAMS = 512  # a few for each of the 100 to 150 multiprocessors; fixed, since it decides the order of sums
+
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+Drop = tuple[int, float] | None  # seed and probability
+
+# Rows and places of a tile, warps, and tiles on their way at once, for the smallest ranks.
+TILES = {"down": (32, 128, 4, 4), "update": (32, 256, 4, 1), "columns": (64, 64, 4, 4)}
+_SPLIT_BELOW = 96  # programs; fewer do not fill a GPU, so each part of the rows gets programs of its own
 
 
 def serves(x: Tensor, dtype: torch.dtype, r: int) -> bool:
@@ -47,7 +55,7 @@ def _is_supported(device: int) -> bool:
 
 
 class Products:
-    """See `kernel.Products`; `dtype` is that in which factors of a product are, sums are in float32."""
+    """See `kernel.Products`; `dtype` is that of the factors of a product."""
 
     @staticmethod
     def draws_on(device: torch.device) -> bool:
@@ -55,8 +63,9 @@ class Products:
 
     @staticmethod
     def add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, drop: Drop, dtype) -> Tensor:
-        h = x.new_empty(len(x), len(A), dtype=torch.float32)
-        _rows(x, A, B.t(), y, h, gate, scale, dtype, drop_in=drop, add=True)
+        with _on(x.device):
+            h = _down(_aligned(x), A, drop, dtype)
+            _update(h, B.t(), y, gate, scale, None, dtype, add=True)
         return h
 
     @staticmethod
@@ -65,20 +74,17 @@ class Products:
         scale: float, drop: Drop, dtype, *, need: tuple[bool, bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         need_x, need_A, need_B, need_gate = need
-        d_x = d_A = d_B = d_gate = None
-        v = torch.empty_like(h)
-        if need_x:
-            d_x = torch.empty(x.shape, dtype=dy.dtype, device=x.device) if W is None else torch.mm(dy, W)
-        if need_x or need_A or need_gate:
-            h_v = _rows(
-                dy, B.t(), A, d_x, v, gate, scale, dtype, drop_out=drop, add=W is not None, h=h if need_gate else None
-            )
-            if need_gate and gate is not None and h_v is not None:
-                d_gate = (h_v.sum().view(1) if len(gate) == 1 else h_v.sum(0)[: len(gate)]).to(gate.dtype)
-        if need_A:
-            d_A = _columns(v, x, gate, scale, dtype, drop).to(A.dtype)
-        if need_B:
-            d_B = _columns(h, dy, gate, scale, dtype, None, transposed=True).to(B.dtype)
+        d_x = None
+        with _on(x.device):
+            x, dy = _aligned(x), _aligned(dy)
+            v = _down(dy, B.t(), None, dtype) if need_x or need_A or need_gate else h
+            if need_x:
+                d_x = torch.empty(x.shape, dtype=dy.dtype, device=x.device) if W is None else torch.mm(dy, W)
+                _update(v, A, d_x, gate, scale, drop, dtype, add=W is not None)
+            d_A = torch.empty_like(A) if need_A else None
+            d_B = torch.empty_like(B) if need_B else None
+            d_gate = torch.empty_like(gate) if need_gate and gate is not None else None
+            _columns(v, x, d_A, h, dy, d_B, gate, d_gate, scale, drop, dtype)
         return d_x, d_A, d_B, d_gate
 
     @staticmethod
@@ -88,197 +94,320 @@ class Products:
             return None
         kept = torch.empty_like(x, memory_format=torch.contiguous_format)
         T, d = x.shape
-        grid = (triton.cdiv(T, 32), triton.cdiv(d, 128))
-        _keep_kernel[grid](kept, T, d, drop[0], THRESHOLD=_threshold(drop), BT=32, BK=128)
+        with _on(x.device):
+            _keep_kernel[-(-T // 32), -(-d // 128), 1](kept, T, drop[0], d, _threshold(drop))
         return kept
 
 
-Drop = tuple[int, float] | None  # seed and probability
+# ---- Launching -----------------------------------------------------------------------------------------------
+#
+# With a rank of 8 the launches of small layers cost more than their work, and Triton's own way to launch looks at every
+# argument. Here all that can change between two calls of one `_Form` are addresses, which `_aligned` keeps divisible by
+# 16, and numbers that are not specialised on. What follows is written for few steps of Python a launch.
+
+
+class _Form:
+    """The constants of a kernel for one kind of layer, tile and warps, and what was compiled for them.
+
+    Attributes:
+        rows, places: of a tile.
+        programs: of `_columns_kernel`, one for each block of columns.
+    """
+
+    programs = 0
+
+    def __init__(self, kernel: Any, name: str, constants: tuple[Any, ...], dtype: torch.dtype, r: int) -> None:
+        padded = max(16, 1 << (r - 1).bit_length())  # tensor cores multiply nothing narrower
+        self.rows, self.places, self._warps, self._stages = _tile(name, padded, dtype)
+        # float32 is multiplied as three products of TF32, which loses nothing that matters and uses the tensor cores.
+        precision = "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
+        self._kernel, self._constants = kernel, (*constants, _TL[dtype], precision, self.rows, self.places, padded)
+        self._compiled: dict[Any, Any] = {}
+
+    def launch(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """`arguments`: tensors and numbers; numbers come last."""
+        if INTERPRETED:
+            self._kernel[grid](*arguments, *self._constants)
+            return
+        if PLAIN:
+            self._kernel[grid](*arguments, *self._constants, num_warps=self._warps, num_stages=self._stages)
+            return
+        key = (arguments[0].device, *[a.dtype for a in arguments if type(a) is not int and type(a) is not float])
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._compiled[key] = self._kernel.warmup(
+                *arguments, *self._constants, grid=grid, num_warps=self._warps, num_stages=self._stages
+            )
+        compiled[grid](*arguments, *self._constants)
+
+
+def _tile(name: str, padded: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """`TILES`, smaller where ranks or numbers are large, so that all of it fits into the 99 KiB of the smaller cards."""
+    rows, places, warps, stages = TILES[name]
+    if dtype == torch.float32:
+        stages = min(stages, 2)
+    shrink = max(1, padded // 32) * (2 if dtype == torch.float32 else 1)
+    if name == "columns":
+        return max(16, rows // shrink), places, warps, stages
+    return rows, max(32, places // shrink), warps, stages
+
+
+@functools.cache
+def _down_form(d: int, r: int, row: int, P: tuple[int, ...], threshold: int, dtype: torch.dtype) -> _Form:
+    return _Form(_down_kernel, "down", (d, r, row, *P, threshold), dtype, r)
+
+
+@functools.cache
+def _update_form(
+    d: int, r: int, row: int, Q: tuple[int, ...], gates: int, threshold: int, add: bool, dtype: torch.dtype
+) -> _Form:
+    return _Form(_update_kernel, "update", (d, r, row, *Q, gates, threshold, add), dtype, r)
+
+
+@functools.cache
+def _columns_form(
+    d: tuple[int, int], r: int, rows: tuple[int, int], found: tuple[bool, bool], gates: int, threshold: int, dtype: torch.dtype
+) -> _Form:
+    places = _tile("columns", max(16, 1 << (r - 1).bit_length()), dtype)[1]
+    blocks = [-(-width // places) if wanted else 0 for width, wanted in zip(d, found, strict=True)]
+    form = _Form(_columns_kernel, "columns", (*d, r, *rows, *blocks, gates, threshold), dtype, r)
+    form.programs = sum(blocks)
+    return form
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, which where a model is spread over several is not always x's."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOWHERE_ELSE
+    return torch.cuda.device(device)
+
+
+_NOWHERE_ELSE = nullcontext()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x (T, d) with rows of neighbouring places that begin at an address divisible by 16, as the allocator gives them."""
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _threshold(drop: Drop) -> int:
-    return 0 if drop is None else min(round(drop[1] * 2**32), 2**32 - 1)
-
-
-def _padded(r: int) -> int:
-    return max(16, triton.next_power_of_2(r))  # tensor cores multiply nothing narrower
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """float32 is multiplied as three products of TF32, which loses nothing that matters and uses the tensor cores."""
-    return "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
-
-
-def _stages(dtype: torch.dtype) -> int:
-    """How many tiles are on their way at once; all of them fit into the 99 KiB that the smaller cards have."""
-    return 2 if dtype == torch.float32 else 3
+    """Of 2^32 numbers those below it are dropped; 0 where none is."""
+    return 0 if drop is None else max(1, min(round(drop[1] * 2**32), 2**32 - 1))
 
 
 def _gates(gate: Tensor | None) -> int:
-    return 0 if gate is None else min(len(gate), 2)
+    return 0 if gate is None else min(gate.numel(), 2)
 
 
-def _rows(
-    z: Tensor,
-    P: Tensor,
-    Q: Tensor,
-    out: Tensor | None,
-    t: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dtype: torch.dtype,
-    *,
-    drop_in: Drop = None,
-    drop_out: Drop = None,
-    add: bool = False,
-    h: Tensor | None = None,
-) -> Tensor | None:
-    """t = drop(z) P^T and out (+)= drop(t g Q); z (T, d1), P (r, d1) and Q (r, d2) in any layout, t (T, r).
+def _down(z: Tensor, P: Tensor, drop: Drop, dtype: torch.dtype) -> Tensor:
+    """drop(z) P^T, float32 (T, r); z (T, d), P (r, d) in any layout."""
+    (T, d), r = z.shape, P.shape[0]
+    form = _down_form(d, r, z.stride(0), P.stride(), _threshold(drop), dtype)
+    t = torch.empty((T, r), dtype=torch.float32, device=z.device)
+    form.launch((-(-T // form.rows), 1, 1), z, P, t, T, 0 if drop is None else drop[0])
+    return t
 
-    Returns:
-        With h (T, r): sums over blocks of rows of h o t times `scale`, one row a block, padded ranks 0.
-    """
-    z = _as_rows(z)
-    (T, d1), (r, d2), padded = z.shape, Q.shape, _padded(P.shape[0])
-    rows, places = (32 if T < 32768 else 64), (128 if padded <= 32 else 4096 // padded)
-    grid = (triton.cdiv(T, rows),)
-    sums = z.new_empty(grid[0], padded, dtype=torch.float32) if h is not None else None
-    drop = drop_in or drop_out
-    _rows_kernel[grid](
-        z, P, Q, t if out is None else out, t, t if gate is None else gate, t if h is None else h, t if sums is None else sums,
-        T, d1, d2, r, z.stride(0), 0 if out is None else out.stride(0), *P.stride(), *Q.stride(), scale, drop[0] if drop else 0,
-        GATES=_gates(gate), DROP_IN=drop_in is not None, DROP_OUT=drop_out is not None, THRESHOLD=_threshold(drop),
-        OUT=out is not None, ADD=add, SUMS=h is not None, DTYPE=_TL[dtype], PRECISION=_precision(dtype),
-        BT=rows, BK=places, RP=padded, num_warps=4, num_stages=_stages(dtype),
-    )  # fmt: skip
-    return sums
+
+def _update(
+    t: Tensor, Q: Tensor, out: Tensor, gate: Tensor | None, scale: float, drop: Drop, dtype: torch.dtype, *, add: bool
+) -> None:
+    """out (+)= drop(t g Q) in place; t (T, r), Q (r, d) in any layout, out (T, d)."""
+    (T, d), r = out.shape, t.shape[1]
+    form = _update_form(d, r, out.stride(0), Q.stride(), _gates(gate), _threshold(drop), add, dtype)
+    grid = -(-d // form.places), -(-T // form.rows), 1
+    form.launch(grid, t, Q, t if gate is None else gate, out, T, 0 if drop is None else drop[0], scale)
 
 
 def _columns(
-    t: Tensor, z: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype, drop: Drop, *, transposed: bool = False
-) -> Tensor:
-    """(t g)^T drop(z), float32 (r, d) or its transpose; t (T, r), z (T, d)."""
-    z = _as_rows(z)
-    (T, d), r = z.shape, t.shape[1]
-    padded, places = _padded(r), 64
-    rows = 64 if padded <= 32 else 32
-    blocks = triton.cdiv(d, places)
-    parts = max(1, min(_PROGRAMS // blocks, triton.cdiv(T, rows)))
-    found = z.new_empty((parts, d, r) if transposed else (parts, r, d), dtype=torch.float32)
-    strides = (1, r) if transposed else (d, 1)
-    _columns_kernel[(blocks, parts)](
-        t, z, found, t if gate is None else gate, T, d, r, triton.cdiv(T, parts), z.stride(0), *strides, scale,
-        drop[0] if drop else 0, GATES=_gates(gate), DROP=drop is not None, THRESHOLD=_threshold(drop), DTYPE=_TL[dtype],
-        PRECISION=_precision(dtype), BT=rows, BD=places, RP=padded, num_warps=4, num_stages=_stages(dtype),
+    v: Tensor, x: Tensor, d_A: Tensor | None, h: Tensor, dy: Tensor, d_B: Tensor | None,
+    gate: Tensor | None, d_gate: Tensor | None, scale: float, drop: Drop, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """d_A = (v g)^T drop(x), d_B = dy^T (h g) and d_gate = sums of h o v times `scale`, each where it is given."""
+    T, r = h.shape
+    form = _columns_form(
+        (x.shape[1], dy.shape[1]), r, (x.stride(0), dy.stride(0)), (d_A is not None, d_B is not None), _gates(gate),
+        _threshold(drop), dtype,
     )  # fmt: skip
-    return found[0] if parts == 1 else found.sum(0)
+    programs = form.programs + (d_gate is not None)
+    if not programs:
+        return
+    parts = 1 if programs >= _SPLIT_BELOW else min(-(-2 * _SPLIT_BELOW // programs), -(-T // 512))
+    found_A, found_B = d_A, d_B
+    if parts > 1:
+        found_A, found_B = (
+            None if whole is None else torch.empty((parts, *whole.shape), dtype=torch.float32, device=x.device)
+            for whole in (d_A, d_B)
+        )
+    form.launch(
+        (programs, parts, 1), v, x, h if found_A is None else found_A, h, dy, h if found_B is None else found_B,
+        h if gate is None else gate, h if d_gate is None else d_gate, T, -(-T // parts), 0 if drop is None else drop[0], scale,
+    )  # fmt: skip
+    if parts > 1:
+        for found, whole in ((found_A, d_A), (found_B, d_B)):
+            if found is not None and whole is not None:
+                torch.sum(found, 0, out=whole) if whole.dtype == torch.float32 else whole.copy_(found.sum(0))
+
+
+# ---- On the GPU ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _mixed(u):
+    """All 32 bits depend on all: the finalizer `lowbias32`."""
+    u = (u ^ (u >> 16)) * 0x7FEB352D
+    u = (u ^ (u >> 15)) * 0x846CA68B
+    return u ^ (u >> 16)
 
 
 @triton.jit
 def _row_keys(seed, rows):
-    first, second, _, _ = tl.randint4x(seed, rows)
-    return first.to(tl.uint32), second.to(tl.uint32)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    start = _mixed(rows.to(tl.uint32) * 0x9E3779B1 ^ low)
+    first = _mixed(start ^ high)
+    return first, _mixed(first + (start ^ 0x85EBCA6B)) | 1
 
 
 @triton.jit
-def _kept(first, second, cols, THRESHOLD: tl.constexpr):
-    """Whether places of rows with these keys are kept; the finalizer `lowbias32` with a key before each round."""
-    u = (cols.to(tl.uint32) * 0x9E3779B1)[None, :] ^ first[:, None]
-    u = (u ^ (u >> 16)) * 0x7FEB352D
-    u = u + second[:, None]
-    u = (u ^ (u >> 15)) * 0x846CA68B
-    return (u ^ (u >> 16)) >= THRESHOLD
+def _kept(seed, first, second, cols, THRESHOLD: tl.constexpr):
+    """Whether places are kept: (n(column) ^ k(row)) k'(row), all of them hashes of 32 bits, against the threshold."""
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    number = _mixed(_mixed(cols.to(tl.uint32) * 0x9E3779B1 + high) ^ low)
+    return (number[None, :] ^ first[:, None]) * second[:, None] >= THRESHOLD
 
 
 @triton.jit
-def _gain(gate, scale, ranks, r, GATES: tl.constexpr):
+def _gain(gate, scale, ranks, R: tl.constexpr, GATES: tl.constexpr):
     """What the r numbers of a row are multiplied by, 0 at padded ranks."""
-    gain = tl.where(ranks < r, scale, 0.0)
+    gain = tl.where(ranks < R, scale, 0.0)
     if GATES == 1:
         gain = gain * tl.load(gate).to(tl.float32)
     if GATES == 2:
-        gain = gain * tl.load(gate + ranks, mask=ranks < r, other=0.0).to(tl.float32)
+        gain = gain * tl.load(gate + ranks, mask=ranks < R, other=0.0).to(tl.float32)
     return gain
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _rows_kernel(
-    z, P, Q, out, t, gate, h, sums,
-    T, d1, d2, r, z_row, out_row, P_rank, P_place, Q_rank, Q_place, scale, seed,
-    GATES: tl.constexpr, DROP_IN: tl.constexpr, DROP_OUT: tl.constexpr, THRESHOLD: tl.constexpr,
-    OUT: tl.constexpr, ADD: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "seed"])
+def _down_kernel(
+    z, P, t, T: tl.int32, seed: tl.int64,
+    D: tl.constexpr, R: tl.constexpr, Z_ROW: tl.constexpr, P_RANK: tl.constexpr, P_PLACE: tl.constexpr,
+    THRESHOLD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
-    inside, ranks = rows < T, tl.arange(0, RP)
+    rows, ranks = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, RP)
+    inside = rows < T
     first, second = _row_keys(seed, rows)
-    z_start, out_start = z + rows.to(tl.int64)[:, None] * z_row, out + rows.to(tl.int64)[:, None] * out_row
+    start = z + rows.to(tl.int64)[:, None] * Z_ROW
     total = tl.zeros([BT, RP], dtype=tl.float32)
-    for start in range(0, d1, BK):
-        cols = start + tl.arange(0, BK)
-        zs = tl.load(z_start + cols[None, :], mask=inside[:, None] & (cols < d1)[None, :], other=0.0).to(DTYPE)
-        if DROP_IN:
-            zs = tl.where(_kept(first, second, cols, THRESHOLD), zs, 0.0)
-        Ps = tl.load(
-            P + ranks[None, :] * P_rank + cols[:, None] * P_place, mask=(ranks < r)[None, :] & (cols < d1)[:, None], other=0.0
-        ).to(DTYPE)
-        total = tl.dot(zs, Ps, total, input_precision=PRECISION)
-    places = rows.to(tl.int64)[:, None] * r + ranks[None, :]
-    both = inside[:, None] & (ranks < r)[None, :]
-    tl.store(t + places, total, mask=both)
-    if SUMS:
-        products = tl.load(h + places, mask=both, other=0.0) * total
-        tl.store(sums + tl.program_id(0) * RP + ranks, tl.sum(products, axis=0) * scale)
-    if OUT:
-        scaled = (total * _gain(gate, scale, ranks, r, GATES)[None, :]).to(DTYPE)
-        for start in range(0, d2, BK):
-            cols = start + tl.arange(0, BK)
-            Qs = tl.load(
-                Q + ranks[:, None] * Q_rank + cols[None, :] * Q_place, mask=(ranks < r)[:, None] & (cols < d2)[None, :], other=0.0
-            ).to(DTYPE)
-            update = tl.dot(scaled, Qs, input_precision=PRECISION)
-            if DROP_OUT:
-                update = tl.where(_kept(first, second, cols, THRESHOLD), update, 0.0)
-            there = inside[:, None] & (cols < d2)[None, :]
-            if ADD:
-                update += tl.load(out_start + cols[None, :], mask=there, other=0.0).to(tl.float32)
-            tl.store(out_start + cols[None, :], update.to(out.dtype.element_ty), mask=there)
+    for k in range(0, D, BK):
+        cols = k + tl.arange(0, BK)
+        if D % BK == 0:
+            zs = tl.load(start + cols[None, :], mask=inside[:, None], other=0.0)
+            Ps = tl.load(P + ranks[None, :] * P_RANK + cols[:, None] * P_PLACE, mask=(ranks < R)[None, :], other=0.0)
+        else:
+            zs = tl.load(start + cols[None, :], mask=inside[:, None] & (cols < D)[None, :], other=0.0)
+            there = (ranks < R)[None, :] & (cols < D)[:, None]
+            Ps = tl.load(P + ranks[None, :] * P_RANK + cols[:, None] * P_PLACE, mask=there, other=0.0)
+        zs = zs.to(DTYPE)
+        if THRESHOLD > 0:
+            zs = tl.where(_kept(seed, first, second, cols, THRESHOLD), zs, 0.0)
+        total = tl.dot(zs, Ps.to(DTYPE), total, input_precision=PRECISION)
+    both = inside[:, None] & (ranks < R)[None, :]
+    tl.store(t + rows.to(tl.int64)[:, None] * R + ranks[None, :], total, mask=both)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _columns_kernel(
-    t, z, found, gate, T, d, r, part, z_row, found_rank, found_place, scale, seed,
-    GATES: tl.constexpr, DROP: tl.constexpr, THRESHOLD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "seed"])
+def _update_kernel(
+    t, Q, gate, out, T: tl.int32, seed: tl.int64, scale: tl.float32,
+    D: tl.constexpr, R: tl.constexpr, OUT_ROW: tl.constexpr, Q_RANK: tl.constexpr, Q_PLACE: tl.constexpr,
+    GATES: tl.constexpr, THRESHOLD: tl.constexpr, ADD: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    cols, ranks = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, RP)
+    cols, rows = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BT + tl.arange(0, BT)
+    ranks, inside = tl.arange(0, RP), rows < T
+    place = out + rows.to(tl.int64)[:, None] * OUT_ROW + cols[None, :]
+    there = inside[:, None]
+    known = (ranks < R)[:, None]
+    if D % BK != 0:
+        there, known = there & (cols < D)[None, :], known & (cols < D)[None, :]
+    ts = tl.load(t + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=inside[:, None] & (ranks < R)[None, :], other=0.0)
+    Qs = tl.load(Q + ranks[:, None] * Q_RANK + cols[None, :] * Q_PLACE, mask=known, other=0.0)
+    ts = ts * _gain(gate, scale, ranks, R, GATES)[None, :]
+    update = tl.dot(ts.to(DTYPE), Qs.to(DTYPE), input_precision=PRECISION)
+    if THRESHOLD > 0:
+        first, second = _row_keys(seed, rows)
+        update = tl.where(_kept(seed, first, second, cols, THRESHOLD), update, 0.0)
+    if ADD:
+        update += tl.load(place, mask=there, other=0.0).to(tl.float32)
+    tl.store(place, update.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _sum_of_rows(
+    t, z, gain, begin, end, cols, ranks, seed,
+    D: tl.constexpr, R: tl.constexpr, Z_ROW: tl.constexpr, THRESHOLD: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+):  # fmt: skip
+    """(t g)^T drop(z) over some rows, (RP, BD)."""
+    total = tl.zeros([RP, BD], dtype=tl.float32)
+    for k in range(begin, end, BT):
+        rows = k + tl.arange(0, BT)
+        inside, far = rows < end, rows.to(tl.int64)
+        there = inside[:, None]
+        if D % BD != 0:
+            there = there & (cols < D)[None, :]
+        ts = tl.load(t + far[None, :] * R + ranks[:, None], mask=inside[None, :] & (ranks < R)[:, None], other=0.0)
+        zs = tl.load(z + far[:, None] * Z_ROW + cols[None, :], mask=there, other=0.0).to(DTYPE)
+        if THRESHOLD > 0:
+            first, second = _row_keys(seed, rows)
+            zs = tl.where(_kept(seed, first, second, cols, THRESHOLD), zs, 0.0)
+        total = tl.dot((ts * gain).to(DTYPE), zs, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "part", "seed"])
+def _columns_kernel(
+    v, x, d_A, h, dy, d_B, gate, d_gate, T: tl.int32, part: tl.int32, seed: tl.int64, scale: tl.float32,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr, DY_ROW: tl.constexpr,
+    BLOCKS_A: tl.constexpr, BLOCKS_B: tl.constexpr, GATES: tl.constexpr, THRESHOLD: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+):  # fmt: skip
+    block, ranks = tl.program_id(0), tl.arange(0, RP)
     begin = tl.program_id(1) * part
     end = tl.minimum(begin + part, T)
-    gain = _gain(gate, scale, ranks, r, GATES)[:, None]
-    total = tl.zeros([RP, BD], dtype=tl.float32)
-    for start in range(begin, end, BT):
-        rows = start + tl.arange(0, BT)
-        inside, far = rows < end, rows.to(tl.int64)
-        ts = tl.load(t + far[None, :] * r + ranks[:, None], mask=inside[None, :] & (ranks < r)[:, None], other=0.0)
-        zs = tl.load(z + far[:, None] * z_row + cols[None, :], mask=inside[:, None] & (cols < d)[None, :], other=0.0).to(DTYPE)
-        if DROP:
-            first, second = _row_keys(seed, rows)
-            zs = tl.where(_kept(first, second, cols, THRESHOLD), zs, 0.0)
-        total = tl.dot((ts * gain).to(DTYPE), zs, total, input_precision=PRECISION)
-    start = found + tl.program_id(1).to(tl.int64) * r * d
-    tl.store(
-        start + ranks[:, None] * found_rank + cols[None, :].to(tl.int64) * found_place, total, mask=(ranks < r)[:, None] & (cols < d)[None, :]
-    )
+    gain = _gain(gate, scale, ranks, R, GATES)[:, None]
+    if block < BLOCKS_A:
+        cols = block * BD + tl.arange(0, BD)
+        total = _sum_of_rows(
+            v, x, gain, begin, end, cols, ranks, seed, D_IN, R, X_ROW, THRESHOLD, DTYPE, PRECISION, BT, BD, RP
+        )
+        place = d_A + tl.program_id(1) * R * D_IN + ranks[:, None] * D_IN + cols[None, :]
+        tl.store(place, total.to(d_A.dtype.element_ty), mask=(ranks < R)[:, None] & (cols < D_IN)[None, :])
+    elif block < BLOCKS_A + BLOCKS_B:
+        cols = (block - BLOCKS_A) * BD + tl.arange(0, BD)
+        total = _sum_of_rows(
+            h, dy, gain, begin, end, cols, ranks, seed, D_OUT, R, DY_ROW, 0, DTYPE, PRECISION, BT, BD, RP
+        )
+        place = d_B + tl.program_id(1) * R * D_OUT + ranks[:, None] + cols[None, :] * R
+        tl.store(place, total.to(d_B.dtype.element_ty), mask=(ranks < R)[:, None] & (cols < D_OUT)[None, :])
+    elif tl.program_id(1) == 0:
+        sums = tl.zeros([RP], dtype=tl.float32)
+        for k in range(0, T, 4 * BT):
+            rows = (k + tl.arange(0, 4 * BT)).to(tl.int64)
+            places = rows[:, None] * R + ranks[None, :]
+            there = (rows < T)[:, None] & (ranks < R)[None, :]
+            sums += tl.sum(tl.load(h + places, mask=there, other=0.0) * tl.load(v + places, mask=there, other=0.0), axis=0)
+        if GATES == 1:
+            tl.store(d_gate, (tl.sum(sums, axis=0) * scale).to(d_gate.dtype.element_ty))
+        else:
+            tl.store(d_gate + ranks, (sums * scale).to(d_gate.dtype.element_ty), mask=ranks < R)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _keep_kernel(kept, T, d, seed, THRESHOLD: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
-    rows, cols = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BK + tl.arange(0, BK)
+@triton.jit(do_not_specialize=["T", "seed"])
+def _keep_kernel(kept, T: tl.int32, seed: tl.int64, D: tl.constexpr, THRESHOLD: tl.constexpr):
+    rows, cols = tl.program_id(0) * 32 + tl.arange(0, 32), tl.program_id(1) * 128 + tl.arange(0, 128)
     first, second = _row_keys(seed, rows)
-    there = (rows < T)[:, None] & (cols < d)[None, :]
-    ones = tl.where(_kept(first, second, cols, THRESHOLD), 1.0, 0.0)
-    tl.store(kept + rows.to(tl.int64)[:, None] * d + cols[None, :], ones.to(kept.dtype.element_ty), mask=there)
+    ones = tl.where(_kept(seed, first, second, cols, THRESHOLD), 1.0, 0.0)
+    there = (rows < T)[:, None] & (cols < D)[None, :]
+    tl.store(kept + rows.to(tl.int64)[:, None] * D + cols[None, :], ones.to(kept.dtype.element_ty), mask=there)

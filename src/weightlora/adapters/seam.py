@@ -150,10 +150,11 @@ def use_kernel(layer: Any, adapter: str, shared: kernel.SharedDropout | None = N
 
 def _cast_input_dtype(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """PEFT casts x to the adapter's dtype, a copy of it for every layer; our kernel casts what it has loaded."""
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    if all(isinstance(layer.lora_variant.get(adapter), KernelVariant) for adapter in active):
-        return x
-    return type(layer)._cast_input_dtype(layer, x, dtype)
+    variants = layer.lora_variant
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_A and type(variants.get(adapter)) is not KernelVariant:
+            return type(layer)._cast_input_dtype(layer, x, dtype)
+    return x
 
 
 def add_gate(layer: Any, adapter: str, *, per_rank: bool = False) -> nn.Parameter:

@@ -210,10 +210,14 @@ class ReusePrefix(TrainerCallback):
         assert self._store is not None
         rows = [self._store[_row(name, place)] for name in batch.names]
         side = batch.side(decoder=prefix.in_decoder(place))
-        hidden = rows[0].new_zeros(batch.size, max(side.width, *map(len, rows)), *rows[0].shape[1:])
-        for i, row in enumerate(rows):
-            hidden[i, : len(row)] = row
-        return hidden.to(prefix.device, prefix.dtype)
+        shape = batch.size, max(side.width, *map(len, rows)), *rows[0].shape[1:]
+        # From pinned memory the copy goes on while the program launches what comes after it.
+        pinned = prefix.device.type == "cuda"
+        hidden = torch.empty(shape, dtype=rows[0].dtype, pin_memory=pinned)
+        for place_in_batch, row in zip(hidden, rows, strict=True):
+            place_in_batch[: len(row)] = row
+            place_in_batch[len(row) :] = 0
+        return hidden.to(prefix.device, non_blocking=pinned).to(prefix.dtype)
 
     # -- beforehand ----------------------------------------------------------------------------------------------
 

@@ -164,6 +164,7 @@ class Selector:
         if self.done or rule is None:
             return
         self.check()
+        self._record_gates()
         omega, gradients = self._gates.read(), self._gates.take_gradients()
         resting = self._at_rest(rule, omega)
         self._sum = Reading(gradients.float().sum())
@@ -210,6 +211,7 @@ class Selector:
         if self.global_step < self._cuts[self.rounds_done] or not self._informed:
             return False
         self.check()
+        self._record_gates()
         self._cut(optimizer)
         return True
 
@@ -227,8 +229,10 @@ class Selector:
         """Looked up once, since with thousands of adapters the way through their modules is felt at every step."""
         self._gates = GateVector([gate for a in self.adapters if (gate := a.gate) is not None])
         self._weights = [a.weights for a in self.adapters]
+        self._names = [a.name for a in self.adapters]
         self._omega: Reading | None = None
         self._sum: Reading | None = None
+        self._due: tuple[int, Reading] | None = None
         self._group: dict[str, Any] | None = None  # of the optimizer, the one with the gates
 
     def _move_gates(
@@ -244,7 +248,9 @@ class Selector:
         self._informed = self._informed or bool(gradients.norm() > NO_GRADIENT)
         every = max(1, (self._cuts or (1,))[-1] // GATE_RECORDS)
         if self.global_step % every == 0:
-            self.events.add("gates", self.global_step, gates=self.gate_values())
+            self._due = self.global_step, self._omega or Reading(moved)
+            if not moved.is_cuda:
+                self._record_gates()
 
     def _group_of_gates(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Searched for once, and again when the optimizer was given other groups, as loading its state does."""
@@ -257,7 +263,7 @@ class Selector:
         """omega of every adapter that has one, by name."""
         if not self._gates.gates:
             return {}
-        return dict(zip((a.name for a in self.adapters), self._gates.read().tolist(), strict=True))
+        return dict(zip(self._names, self._gates.read().tolist(), strict=True))
 
     # -- the cut -------------------------------------------------------------------------------------------------
 
@@ -309,6 +315,13 @@ class Selector:
             parameters=self.capacity,
         )
 
+    def _record_gates(self) -> None:
+        """Write omega as it was when its record was due; on a GPU one step later, when it has arrived."""
+        if self._due is not None:
+            step, omega = self._due
+            self._due = None
+            self.events.add("gates", step, gates=dict(zip(self._names, omega.get().tolist(), strict=True)))
+
     def _record_cut(self, cut: Cut, scores: torch.Tensor, before: int) -> None:
         self.kept = [a.name for a in cut.kept]
         self.dropped += [a.name for a in cut.dropped]
@@ -329,6 +342,7 @@ class Selector:
 
     def state_dict(self) -> dict[str, Any]:
         """What goes on beside the weights, as plain JSON data."""
+        self._record_gates()
         return {
             "method": self.strategy.method,
             "global_step": self.global_step,

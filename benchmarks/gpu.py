@@ -9,7 +9,8 @@ Parts, in the order of their value:
     speed     step time, memory and kernel launches of every row against stock PEFT LoRA, for four shapes
     memory    WeightLoRA's Figure 3: peak memory against the number of adapters, for ranks and placements
 
-Results go to DIR/gpu.json after every row. A second call goes on where the first one stopped; --again measures anew.
+Results go to DIR/gpu.json after every row. A second call goes on where the first one stopped; --again measures anew;
+--report prints such a file as the tables of docs/benchmarks.md and draws memory.png beside it.
 Times are medians between two CUDA events around a whole step, after warm-up; the rows of a shape share one base model,
 and stock PEFT LoRA is measured first and last, so that a drift shows.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -79,7 +81,10 @@ def machine(device: str) -> dict[str, Any]:
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         facts |= {"card": card.name, "memory": card.total_memory, "processors": card.multi_processor_count}
-        facts |= {"cuda": torch.version.cuda, "triton": getattr(kernel._triton() and __import__("triton"), "__version__", None)}
+        facts |= {
+            "cuda": torch.version.cuda,
+            "triton": getattr(kernel._triton() and __import__("triton"), "__version__", None),
+        }
     return facts
 
 
@@ -89,9 +94,21 @@ def machine(device: str) -> dict[str, Any]:
 def right(device: str, quick: bool, results: Results) -> None:
     """The tests that every device must pass."""
     report = results.file.parent / "right.txt"
-    command = [sys.executable, "-m", "pytest", "tests/test_device.py", "--device", device, "-q", "-n", "8" if device == "cuda" else "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_device.py",
+        "--device",
+        device,
+        "-q",
+        "-n",
+        "8" if device == "cuda" else "2",
+    ]
     with report.open("w", encoding="utf-8") as out:
-        code = subprocess.run([*command, "--durations=8", "-p", "no:warnings"], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            [*command, "--durations=8", "-p", "no:warnings"], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+        ).returncode
     lines = report.read_text(encoding="utf-8").splitlines()
     results.add("right", "tests", {"exit": code, "summary": lines[-1] if lines else ""})
     for line in lines:
@@ -104,33 +121,17 @@ def right(device: str, quick: bool, results: Results) -> None:
 
 def products(device: str, quick: bool, results: Results) -> None:
     """One adapter on one layer, forward and backward, in microseconds, and each of its kernels alone."""
-    shapes = [(4096, 4096, 4096, 8), (4096, 4096, 14336, 8), (4096, 14336, 4096, 8), (4096, 4096, 4096, 64), (4096, 768, 768, 8)]
+    shapes = [
+        (4096, 4096, 4096, 8),
+        (4096, 4096, 14336, 8),
+        (4096, 14336, 4096, 8),
+        (4096, 4096, 4096, 64),
+        (4096, 768, 768, 8),
+    ]
     for tokens, d_in, d_out, r in [(64, 32, 48, 8)] if quick else shapes:
         key = f"{tokens}x{d_in}->{d_out} r={r}"
         if not results.has("products", key):
             results.add("products", key, _products(device, tokens, d_in, d_out, r))
-    _use_best_tiles(results)
-
-
-def _use_best_tiles(results: Results) -> None:
-    """Of the tiles that were tried, those with the least sum of ratios to the usual one; the parts that follow use them."""
-    rows = list(results.data["products"].values())
-    best: dict[str, str] = {}
-    for name, tiles in CANDIDATES.items():
-        sums = {"usual": 0.0} | {"x".join(map(str, tile)): 0.0 for tile in tiles}
-        tried = [(row, part) for row in rows for part in row if part.startswith(f"kernel_{name}")]
-        for row, part in tried:
-            for tile in sums:
-                measured = row.get(f"tile_{part.removeprefix('kernel_')}_{tile}") if tile != "usual" else row[part]
-                if f"tile_{part.removeprefix('kernel_')}_{next(t for t in sums if t != 'usual')}" in row:
-                    sums[tile] += (measured or 1e9) / row[part]
-        best[name] = min(sums, key=lambda tile: sums[tile])
-        if best[name] != "usual":
-            from weightlora.adapters import kernel_triton as kt
-
-            kt.TILES[name] = tuple(map(int, best[name].split("x")))
-            _forget_forms()
-    results.add("machine", "tiles", best)
 
 
 def _forget_forms() -> None:
@@ -202,10 +203,12 @@ def _alone(device: str, x: Tensor, dy: Tensor, y: Tensor, A: Tensor, B: Tensor, 
     return found
 
 
+# Tiles to try beside those in use. In a first run others were slower: 32 or 64 rows for `down`, 256 places and more for
+# `update`, blocks of 32 or 128 columns for `columns`.
 CANDIDATES = {
-    "down": [(16, 128, 2, 4), (16, 256, 2, 4), (16, 256, 4, 4), (32, 128, 4, 3), (32, 128, 2, 4), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)],
-    "update": [(16, 256, 4, 1), (32, 128, 4, 1), (64, 128, 4, 1), (64, 256, 8, 1), (32, 512, 8, 1), (128, 128, 8, 1)],
-    "columns": [(32, 128, 4, 4), (64, 32, 4, 4), (64, 128, 4, 3), (64, 128, 8, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 4)],
+    "down": [(16, 256, 4, 4), (32, 128, 4, 4), (16, 64, 2, 4)],
+    "update": [(64, 128, 4, 1), (32, 256, 4, 1), (32, 64, 4, 1)],
+    "columns": [(64, 64, 4, 4), (128, 64, 4, 3), (256, 64, 8, 2)],
 }
 
 
@@ -321,7 +324,9 @@ def speed(device: str, quick: bool, results: Results) -> None:
                 continue
             try:
                 with _without_triton() if row.endswith("without_triton") else _nothing():
-                    results.add("speed", key, _row(device, shape, build, results, quick, profiled=row in PROFILED and key))
+                    results.add(
+                        "speed", key, _row(device, shape, build, results, quick, profiled=row in PROFILED and key)
+                    )
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 results.add("speed", key, {"error": str(error)[:400]})
             _clean(device)
@@ -422,7 +427,7 @@ def _times(device: str, step: Callable[[], object], *, repeats: int, warmup: int
         step()
         mark.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
 def _allocated(device: str) -> int:
@@ -462,6 +467,49 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+# ---- Report --------------------------------------------------------------------------------------------------
+
+
+def report(file: Path) -> None:
+    """Markdown tables of ratios to stock PEFT LoRA, and Figure 3 as a picture beside the file."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    shapes: dict[str, dict[str, Any]] = {}
+    for key, row in data.get("speed", {}).items():
+        shapes.setdefault(key.split("/")[0], {})[key.split("/")[1]] = row
+    for shape, rows in shapes.items():
+        first = rows["peft_lora"]
+        print(f"\n{shape}\n\n| | step | GPU busy | saved for backward | peak above the weights | launches |")
+        print("|---|---|---|---|---|---|")
+        for name in [row for row in ROWS if row in rows and "step_ms" in rows[row]]:
+            keys = ("step_ms", "busy_ms", "saved_mib", "peak_above_weights_mib")
+            cells = [f"{rows[name][key] / first[key]:.2f}" if first[key] else "" for key in keys]
+            print(f"| {name} | {' | '.join(cells)} | {rows[name]['launches']:,} |")
+    if data.get("memory"):
+        _plot_memory(data["memory"], file.with_name("memory.png"))
+
+
+def _plot_memory(points: dict[str, float], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for key, mib in points.items():
+        rank, *placement, kept = key.split(" ")
+        lines.setdefault((rank, " ".join(placement)), []).append((int(kept), mib / 1024))
+    ranks = list(dict.fromkeys(rank for rank, _ in lines))
+    figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
+    for i, (rank, axes) in enumerate(
+        zip(ranks, figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], strict=True)
+    ):
+        for (of, placement), line in lines.items():
+            if of == rank:
+                axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=placement)
+        axes.set(title=rank, xlabel="adapters", ylabel="" if i else "GiB above the frozen weights")
+        axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(file)
+    print(f"\n{file}")
+
+
 # ---- Command -------------------------------------------------------------------------------------------------
 
 PARTS = {"right": right, "products": products, "speed": speed, "memory": memory}
@@ -475,9 +523,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny models and two repeats")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="default: gpu-check")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing, show this gpu.json")
     parser.add_argument("--again", action="store_true", help="forget what DIR/gpu.json holds")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if options.report is None and options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device here; try it with --device cpu --quick")
     return options
 
@@ -485,6 +534,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; 1 if a test failed."""
     options = parse_options(arguments)
+    if options.report is not None:
+        report(options.report)
+        return 0
     warnings.filterwarnings("ignore", category=FutureWarning)
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "gpu.json", again=options.again)

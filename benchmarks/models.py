@@ -35,8 +35,8 @@ class Shape:
         blocks: where the model keeps its list of blocks. Adapters go on every linear layer in there.
         head: the layer on top; `trains_head` tells whether PEFT trains it beside the adapters.
         checkpointing: activations are computed again in backward, block by block.
-        dtype: of the base model; in half precision the step runs under autocast, as under `Trainer(bf16=True)`, and PEFT
-            keeps the adapters in float32.
+        dtype: of the base model; in half precision the step runs under autocast, as under `Trainer(bf16=True)`, and
+            PEFT keeps the adapters in float32.
     """
 
     name: str
@@ -128,7 +128,12 @@ _LLAMA_8B = {
 
 def _deberta(batch: int, length: int, **config: Any) -> Shape:
     """DeBERTaV3, whose attention knows relative positions."""
-    positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 256}
+    positions = {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "position_buckets": 256,
+    }
     rest = {"norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0}
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     model = ("DebertaV2ForSequenceClassification", "SEQ_CLS", "deberta.encoder.layer", "classifier")
@@ -311,8 +316,8 @@ def base_model(shape: Shape, checkpointing: bool = False, *, own: str | None = N
     """A copy of the base model in train mode, the same weights every time.
 
     Args:
-        own: the submodule that has weights of its own, "" for all. The other weights are shared with every copy, so that
-            a model of 16 GB fits many times; nobody may train them.
+        own: the submodule that has weights of its own, "" for all. The other weights are shared with every copy, so
+            that a model of 16 GB fits many times; nobody may train them.
     """
     original = _original(shape)
     owned = set() if own is None else {id(p) for p in original.get_submodule(own).parameters()}

@@ -140,7 +140,9 @@ def test_dropout_is_independent_with_the_probability_asked_for(triton_kernel, de
                 assert abs(shifted.mean()) < 5 * variance / math.sqrt(shifted.numel()), lag
     assert abs(((masks[0] - p) * (masks[1] - p)).mean()) < 5 * variance / math.sqrt(masks[0].numel())
     for across, down in ((1, 1), (3, 5), (16, 16), (7, 64)):  # rows and columns have keys of their own: four corners
-        corners = centred[down:, across:] * centred[:-down, across:] * centred[down:, :-across] * centred[:-down, :-across]
+        corners = (
+            centred[down:, across:] * centred[:-down, across:] * centred[down:, :-across] * centred[:-down, :-across]
+        )
         assert abs(corners.mean()) < 5 * variance**2 / math.sqrt(corners.numel()), (across, down)
 
 
@@ -284,7 +286,9 @@ class Stack(nn.Module):
 
 def scout(device: str, steps: int, *, keep: Any = 2, after: int = 6, poison: int = 0, **lora: Any) -> Any:
     """A plain loop; from step 4 on nothing may make the program wait for the device, but for the cut."""
-    model = get_peft_model(Stack(), LoraConfig(**{"r": 4, "target_modules": r".*layers\.\d+", "lora_dropout": 0.1} | lora))
+    model = get_peft_model(
+        Stack(), LoraConfig(**{"r": 4, "target_modules": r".*layers\.\d+", "lora_dropout": 0.1} | lora)
+    )
     model.to(device)
     method = WeightLoRA(keep=keep, after=after, gate_lr=0.5).attach(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -342,7 +346,10 @@ def test_gates_and_scores_are_in_float32_whatever_the_adapters_are(device):
     assert len({g.item() for g in gates if g != 0}) == 2  # what was kept is told apart
 
 
-METHODS = {"weightlora": lambda: WeightLoRA(keep=3, after=6), "weightlora_plus": lambda: WeightLoRAPlus(keep=2, after=6)}
+METHODS = {
+    "weightlora": lambda: WeightLoRA(keep=3, after=6),
+    "weightlora_plus": lambda: WeightLoRAPlus(keep=2, after=6),
+}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -82,7 +82,8 @@ def add_update(
     watched = base_layer is not None and _is_hooked(base_layer)  # whoever holds the base output must not see it change
     if dtype is None or watched or p >= 1 or not _can_fuse(base, lora_A, lora_B):
         return _ordinary(base, x, lora_A, lora_B, gate, scaling, p)
-    A, B = lora_A.weight, lora_B.weight
+    A: Any = lora_A.weight
+    B: Any = lora_B.weight
     products = _products_for(base, x, A, dtype, shared)
     if products is None:
         return _ordinary(base, x, lora_A, lora_B, gate, scaling, p)
@@ -108,7 +109,7 @@ def _can_fuse(base: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> bool:
 
 
 def _dtype_of_products(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> torch.dtype | None:
-    """The one that PEFT's layers would multiply in: autocast's, else that of the adapter; None where they would raise."""
+    """What PEFT's layers would multiply in: autocast's dtype, else the adapter's; None where they would raise."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return dtype if base.dtype == (dtype := torch.get_autocast_dtype(device)) else None
@@ -152,14 +153,15 @@ def _is_plain(linear: nn.Module) -> bool:
 def _is_hooked(module: nn.Module) -> bool:
     state = module.__dict__  # `hasattr` costs a search through the module and an exception
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any([state[name] for name in hooks]) or "_hf_hook" in state
+    return any(state[name] for name in hooks) or "_hf_hook" in state
 
 
 def _frozen_weight(layer: nn.Module | None, base: Tensor) -> Tensor | None:
     """W, where dL/dx through the base layer is dy W and nothing else wants to know about it."""
     if layer is None or not _is_plain(layer):
         return None
-    weight, bias = layer.weight, layer.bias
+    weight: Any = layer.weight
+    bias: Any = layer.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     return weight if weight.dtype == base.dtype else None
@@ -324,13 +326,13 @@ def _zero_(rows: Tensor, dropped: np.ndarray | None) -> Tensor:
 
 
 class _Seeds(threading.local):
-    """Numbers from PyTorch's generator, so that its state decides them; a tensor made anew for each costs twice as much."""
+    """Draws from PyTorch's generator, so that its state decides them; a new tensor for each costs twice as much."""
 
     def __init__(self) -> None:
         self._drawn = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def __call__(self) -> int:
-        return self._drawn.random_().item() >> 1  # 62 bits
+        return int(self._drawn.random_()) >> 1  # 62 bits
 
 
 _new_seed = _Seeds()

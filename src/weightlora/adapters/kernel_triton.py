@@ -4,14 +4,17 @@ With x (T, d_in), A (r, d_in), B (d_out, r) and a rank of 8 every product of an 
 much as reading x once. So the kernels read each large tensor once for each product and write it once:
 
     down     t = drop(z) P^T              h with z = x and P = A; v with z = dy and P = B^T
-    update   out += drop(t g Q)           y with Q = B^T; dL/dx with Q = A, after dy W has been written there
+    update   out += drop(t g Q)           y with Q = B^T; dL/dx, which begins as dy W, with Q = A
     columns  v^T drop(x) and h^T dy       dA, dB and the gates' gradients, side by side in one launch
 
-Whether a place is dropped is computed where it is needed from (seed, row, column), so no mask is stored. Two keys a row and
-one number a column are hashed; a place costs an exclusive-or, a product and a comparison, since a Philox draw for every
-place would cost more than all the products. Sums are in float32, in an order that shapes alone decide: nothing is added
-atomically, so equal input gives equal bits.
+Whether a place is dropped is computed from (seed, row, column) where it is needed, so no mask is stored. Two keys a row
+and one number a column are hashed; a place costs an exclusive-or, a product and a comparison, since a Philox draw for
+every place would cost more than all the products. Sums are in float32, in an order that shapes alone decide: nothing is
+added atomically, so equal input gives equal bits.
 """
+
+# Triton's language is not Python's: annotations are its types, and constants stand where numbers are expected.
+# pyright: reportInvalidTypeForm=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -26,15 +29,15 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
-PLAIN = os.environ.get("WEIGHTLORA_TRITON") == "plain"
 MAX_RANK = 128  # above it cuBLAS does better than a program that holds all ranks of its rows
 
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 Drop = tuple[int, float] | None  # seed and probability
 
-# Rows and places of a tile, warps, and tiles on their way at once, for the smallest ranks.
-TILES = {"down": (32, 128, 4, 4), "update": (32, 256, 4, 1), "columns": (64, 64, 4, 4)}
+# Rows and places of a tile, warps, and tiles on their way at once, for the smallest ranks: the best of those that
+# benchmarks/gpu.py tried on an H200.
+TILES = {"down": (16, 128, 2, 4), "update": (32, 128, 4, 1), "columns": (128, 64, 8, 3)}
 _SPLIT_BELOW = 96  # programs; fewer do not fill a GPU, so each part of the rows gets programs of its own
 
 
@@ -62,7 +65,9 @@ class Products:
         return True
 
     @staticmethod
-    def add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, drop: Drop, dtype) -> Tensor:
+    def add_(
+        y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, drop: Drop, dtype
+    ) -> Tensor:
         with _on(x.device):
             h = _down(_aligned(x), A, drop, dtype)
             _update(h, B.t(), y, gate, scale, None, dtype, add=True)
@@ -129,9 +134,6 @@ class _Form:
         if INTERPRETED:
             self._kernel[grid](*arguments, *self._constants)
             return
-        if PLAIN:
-            self._kernel[grid](*arguments, *self._constants, num_warps=self._warps, num_stages=self._stages)
-            return
         key = (arguments[0].device, *[a.dtype for a in arguments if type(a) is not int and type(a) is not float])
         compiled = self._compiled.get(key)
         if compiled is None:
@@ -142,7 +144,7 @@ class _Form:
 
 
 def _tile(name: str, padded: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """`TILES`, smaller where ranks or numbers are large, so that all of it fits into the 99 KiB of the smaller cards."""
+    """`TILES`, smaller where ranks or numbers are large, so that all fits into the 99 KiB of the smaller cards."""
     rows, places, warps, stages = TILES[name]
     if dtype == torch.float32:
         stages = min(stages, 2)
@@ -166,7 +168,13 @@ def _update_form(
 
 @functools.cache
 def _columns_form(
-    d: tuple[int, int], r: int, rows: tuple[int, int], found: tuple[bool, bool], gates: int, threshold: int, dtype: torch.dtype
+    d: tuple[int, int],
+    r: int,
+    rows: tuple[int, int],
+    found: tuple[bool, bool],
+    gates: int,
+    threshold: int,
+    dtype: torch.dtype,
 ) -> _Form:
     places = _tile("columns", max(16, 1 << (r - 1).bit_length()), dtype)[1]
     blocks = [-(-width // places) if wanted else 0 for width, wanted in zip(d, found, strict=True)]
@@ -186,7 +194,7 @@ _NOWHERE_ELSE = nullcontext()
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x (T, d) with rows of neighbouring places that begin at an address divisible by 16, as the allocator gives them."""
+    """x (T, d) with neighbouring places side by side, from an address divisible by 16 on, as allocators give them."""
     if x.stride(1) == 1 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -242,7 +250,8 @@ def _columns(
         )
     form.launch(
         (programs, parts, 1), v, x, h if found_A is None else found_A, h, dy, h if found_B is None else found_B,
-        h if gate is None else gate, h if d_gate is None else d_gate, T, -(-T // parts), 0 if drop is None else drop[0], scale,
+        h if gate is None else gate, h if d_gate is None else d_gate,
+        T, -(-T // parts), 0 if drop is None else drop[0], scale,
     )  # fmt: skip
     if parts > 1:
         for found, whole in ((found_A, d_A), (found_B, d_B)):
@@ -331,7 +340,9 @@ def _update_kernel(
     known = (ranks < R)[:, None]
     if D % BK != 0:
         there, known = there & (cols < D)[None, :], known & (cols < D)[None, :]
-    ts = tl.load(t + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=inside[:, None] & (ranks < R)[None, :], other=0.0)
+    ts = tl.load(
+        t + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=inside[:, None] & (ranks < R)[None, :], other=0.0
+    )
     Qs = tl.load(Q + ranks[:, None] * Q_RANK + cols[None, :] * Q_PLACE, mask=known, other=0.0)
     ts = ts * _gain(gate, scale, ranks, R, GATES)[None, :]
     update = tl.dot(ts.to(DTYPE), Qs.to(DTYPE), input_precision=PRECISION)
@@ -397,7 +408,9 @@ def _columns_kernel(
             rows = (k + tl.arange(0, 4 * BT)).to(tl.int64)
             places = rows[:, None] * R + ranks[None, :]
             there = (rows < T)[:, None] & (ranks < R)[None, :]
-            sums += tl.sum(tl.load(h + places, mask=there, other=0.0) * tl.load(v + places, mask=there, other=0.0), axis=0)
+            sums += tl.sum(
+                tl.load(h + places, mask=there, other=0.0) * tl.load(v + places, mask=there, other=0.0), axis=0
+            )
         if GATES == 1:
             tl.store(d_gate, (tl.sum(sums, axis=0) * scale).to(d_gate.dtype.element_ty))
         else:

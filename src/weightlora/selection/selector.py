@@ -187,9 +187,9 @@ class Selector:
         asked, self._sum = self._sum, None
         if asked is not None and not math.isfinite(asked.get()):
             raise DivergedError(
-                f"step {step}: the gradients of the gates are NaN or infinite while adapters are being selected, so the "
-                f"loss has diverged. {weights}, and checkpoints are untouched; lower the learning rate (or `gate_lr`), "
-                "or look at the batch."
+                f"step {step}: the gradients of the gates are NaN or infinite while adapters are being selected, so "
+                f"the loss has diverged. {weights}, and checkpoints are untouched; lower the learning rate (or "
+                "`gate_lr`), or look at the batch."
             )
 
     @torch.no_grad()

@@ -435,3 +435,36 @@ def test_a_point_of_any_kind_has_a_name(folder: Path) -> None:
     suite = parse_suite(raw(folder, tune={"grid": {"lora.target_modules": ["query-value", ["query"]]}}))
     names = [str(trial(suite, groups(suite)[0], point)) for point in suite.tune.points()]  # type: ignore[union-attr]
     assert names[0] == "topics lora target_modules=query-value seed 1000" and "['query']" in names[1]
+
+
+@pytest.mark.parametrize("model", ["../../../m/two", "/m/two", "..", ".", "a/b", "x" * 300, "CON: *?", "", "1"])
+def test_what_a_point_is_called_stays_in_the_folder_of_the_suite(folder: Path, model: str) -> None:
+    """Such a folder is emptied before a run, so no value may lead out of it, or to the folder of another point."""
+    suite = parse_suite(raw(folder, tune={"grid": {"training.learning_rate": [1e-3]}}))
+    points = [{"model": value} for value in (str(folder / "model"), model, 1)]
+    names = [trial(suite, groups(suite)[0], point).folder for point in points]
+    parents = {Path(name).parent for name in names}
+    assert parents == {Path("tune/topics/lora")} and len(set(names)) == 3
+    assert all(Path(name).name not in ("..", ".", "") and len(Path(name).name) < 120 for name in names)
+
+
+def test_a_link_out_of_the_suite_is_not_followed(folder: Path) -> None:
+    precious = folder / "precious" / "lora" / "seed-0"
+    precious.mkdir(parents=True)
+    (precious / "thesis.tex").write_text("")
+    (folder / "out" / "runs").mkdir(parents=True)
+    (folder / "out" / "suite.yaml").write_text("")
+    (folder / "out" / "runs" / "topics").symlink_to(folder / "precious")
+    with pytest.raises(ConfigError, match=r"would be '.*precious.*', outside of `output_dir`"):
+        run_suite(parse_suite(raw(folder)))
+    assert (precious / "thesis.tex").is_file()
+
+
+def test_only_what_a_run_has_written_is_removed(folder: Path) -> None:
+    mine = folder / "out" / "runs" / "topics" / "lora" / "seed-0"
+    mine.mkdir(parents=True)
+    (folder / "out" / "suite.yaml").write_text("")
+    (mine / "thesis.tex").write_text("")
+    outcomes = run_suite(parse_suite(raw(folder, seeds=[0])))
+    assert "so no run has written them" in str(outcomes[0].error) and outcomes[1].error is None
+    assert (mine / "thesis.tex").is_file()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.errors import ConfigError, WeightLoRAError
-from weightlora.training.recipe import parse_recipe
+from weightlora.training.recipe import RECIPE_FILE, parse_recipe
 
 RESULT_FILE = "result.json"
 _WEIGHTS = ("adapter", "model")
@@ -37,7 +37,7 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
         `recipe`, `metrics` as in metrics.json, and `costs`.
 
     Raises:
-        ConfigError: there is a result of another recipe.
+        ConfigError: there is a result of another recipe, or something that no run has written.
     """
     done = result(folder)
     if done is not None:
@@ -46,7 +46,7 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
     from weightlora.bench.meter import Meter
     from weightlora.training.run import run, write_whole
 
-    shutil.rmtree(folder, ignore_errors=True)
+    _clear(folder)
     meter = Meter()
     whole = parse_recipe({**recipe, "output_dir": str(folder)})
     metrics = run(whole, score_first=False, callbacks=[meter])
@@ -57,6 +57,16 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
     found = {"recipe": recipe, "metrics": metrics, "costs": meter.costs()}
     write_whole(folder / RESULT_FILE, json.dumps(found, ensure_ascii=False) + "\n")
     return found
+
+
+def _clear(folder: Path) -> None:
+    """Throw away what a killed run left behind, which is told by the recipe that a run writes first."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE_FILE).is_file():
+        raise ConfigError(
+            f"{str(folder)!r} holds files and no {RECIPE_FILE}, so no run has written them; move them away, or choose "
+            "another `output_dir`."
+        )
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_same(folder: Path, made: dict[str, Any], wanted: dict[str, Any], but: Collection[str] = ()) -> None:

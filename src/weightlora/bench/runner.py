@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from weightlora.bench.execute import check_same, describe, execute, result
-from weightlora.bench.suite import Cell, Group, Patch, Suite, groups, recipe, runs, trial
+from weightlora.bench.suite import Cell, Group, Patch, Suite, groups, place, recipe, runs, trial
 from weightlora.bench.table import markdown, summarise
 from weightlora.bench.tuning import Search
 from weightlora.bench.workers import Job, Workers
@@ -84,8 +84,11 @@ def check(suite: Suite) -> None:
     folder = Path(suite.output_dir)
     _check_folder(folder)
     for cell, found in read_results(suite):
-        check_same(folder / cell.folder, found["recipe"], cell.recipe, suite.tune.grid if suite.tune else ())
-    there = list(dict.fromkeys(cell.group for cell in runs(suite, {}) if result(folder / cell.folder) is None))
+        check_same(place(folder, cell), found["recipe"], cell.recipe, suite.tune.grid if suite.tune else ())
+    for group in groups(suite) if suite.tune else ():
+        for point in suite.tune.points():
+            place(folder, trial(suite, group, point))
+    there = list(dict.fromkeys(cell.group for cell in runs(suite, {}) if result(place(folder, cell)) is None))
     for group in there:
         first = there[0]
         if group.method != first.method and (group.task, group.setting) != (first.task, first.setting):
@@ -101,7 +104,7 @@ def check(suite: Suite) -> None:
 def read_results(suite: Suite) -> list[tuple[Cell, dict[str, Any]]]:
     """The finished runs of a suite, in its order."""
     folder = Path(suite.output_dir)
-    found = [(cell, result(folder / cell.folder)) for cell in runs(suite, {})]
+    found = [(cell, result(place(folder, cell))) for cell in runs(suite, {})]
     return [(cell, ended) for cell, ended in found if ended is not None]
 
 
@@ -174,13 +177,13 @@ def _executor(suite: Suite, folder: Path, processes: int) -> Iterator[Run]:
     """What makes the runs of a list and gives each outcome when it is there."""
 
     def jobs(cells: Sequence[Cell]) -> list[Job]:
-        return [Job(folder / cell.folder, cell.recipe, suite.keep_weights) for cell in cells]
+        return [Job(place(folder, cell), cell.recipe, suite.keep_weights) for cell in cells]
 
     if processes == 0:
         yield lambda cells: (_here(cell, job) for cell, job in zip(cells, jobs(cells), strict=True))
         return
     with Workers(processes, folder) as workers:
-        yield lambda cells: (_outcome(cells[place], ended) for place, ended in workers.run(jobs(cells)))
+        yield lambda cells: (_outcome(cells[i], ended) for i, ended in workers.run(jobs(cells)))
 
 
 def _here(cell: Cell, job: Job) -> Outcome:

@@ -14,6 +14,7 @@ Every entry of an axis is part of a recipe, written as a nested mapping or with 
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import re
@@ -31,6 +32,7 @@ from weightlora.training.recipe import Recipe, parse_recipe
 Patch = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # also a folder
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9=_.+-]{0,99}")
 _SET_BY_THE_SUITE = ("seed", "output_dir")
 
 
@@ -210,7 +212,42 @@ def trial(suite: Suite, group: Group, point: Patch) -> Cell:
     raw = {**recipe(suite, group, point), "seed": suite.tune.seed}
     _patch(raw, {"data.validation": suite.tune.validation, "data.test": False})
     name = "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
-    return Cell(group, suite.tune.seed, f"tune/{group.folder}/{name}", raw, point)
+    return Cell(group, suite.tune.seed, f"tune/{group.folder}/{_as_folder(name, point)}", raw, point)
+
+
+def place(root: Path, cell: Cell) -> Path:
+    """The folder of a run, which is made, emptied and filled, so it must lie in the suite's own.
+
+    Raises:
+        ConfigError: it does not, by its name or by a link on the way.
+    """
+    folder = root / cell.folder
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"The folder of {cell} would be {str(folder.resolve())!r}, outside of `output_dir` {str(root)!r}; nothing was "
+            "touched. Remove the link that leads there, or choose another `output_dir`."
+        )
+    return folder
+
+
+def _as_folder(name: str, point: Patch) -> str:
+    """A point as the name of one folder; where it cannot be one as it is, cut short and told apart by a hash."""
+    plain = all(isinstance(value, bool | int | float) or _is_plain(value) for value in point.values())
+    if plain and _FOLDER.fullmatch(name):
+        return name
+    digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{re.sub(r'[^A-Za-z0-9=_.-]+', '-', name)[:60]}-{digest}"
+
+
+def _is_plain(value: Any) -> bool:
+    """A text that no number, truth value or null is written like."""
+    try:
+        json.loads(value)
+    except ValueError:
+        return True
+    except TypeError:
+        pass
+    return False
 
 
 def _patch(raw: dict[str, Any], patch: Mapping[str, Any], above: tuple[str, ...] = ()) -> None:

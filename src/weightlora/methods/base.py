@@ -271,9 +271,11 @@ class Method(TrainerCallback, ABC):
         if any(e["event"] == "cut" for e in new):
             # A checkpoint from before the cut is not the model that was asked for, so it cannot be the best one.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-            self._log({f"weightlora/{k}": v for e in new if e["event"] == "cut" for k, v in _summary(e).items()})
+            self._log(
+                {f"weightlora/{k}": v for e in new if e["event"] == "cut" for k, v in _summary(e).items()}, control
+            )
         elif control.should_log and not self.selector.done and (values := self.progress()):
-            self._log({f"weightlora/{name}": value for name, value in values.items()})
+            self._log({f"weightlora/{name}": value for name, value in values.items()}, control)
 
         if control.should_save:
             self.check()
@@ -288,10 +290,11 @@ class Method(TrainerCallback, ABC):
     ) -> None:
         self.unbind()
 
-    def _log(self, values: dict[str, float]) -> None:
-        trainer = calling_trainer()
+    def _log(self, values: dict[str, float], control: TrainerControl) -> None:
+        trainer, due = calling_trainer(), control.should_log
         if trainer is not None:
             Trainer.log(trainer, values)  # not a subclass's: TRL's empties its own averages
+            control.should_log = due  # `log` has cleared it, and the loss of this step is still to be logged
 
 
 class SelectionMethod(Method):

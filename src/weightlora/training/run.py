@@ -28,7 +28,7 @@ from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import Encoded
 from weightlora.training.generating import Generating, generation_config
 from weightlora.training.prepare import Job, Plan, make_plan, prepare
-from weightlora.training.recipe import Recipe, save_recipe
+from weightlora.training.recipe import RECIPE_FILE, Recipe, save_recipe
 
 PREDICTIONS_FILE = "predictions.jsonl"
 _LIBRARIES = ("weightlora", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -69,7 +69,7 @@ def run(
             before = evaluate(trainer, validation, scored=job.scores_during_training)
             _check_best(job, before)
     if trainer.is_world_process_zero():
-        save_recipe(job.recipe, output_dir / "recipe.yaml")
+        save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)

@@ -66,6 +66,7 @@ def main(folder: Path, batch_size: int) -> None:
     for name, (method, r) in RANKS.items():
         train(folder, name, method(), batch_size, False, r=r)
     plain_loop(folder, WeightLoRAPlus(keep=3, after=6), batch_size)
+    loop_wrapped_later(folder, WeightLoRA(keep=3, after=6), batch_size)
     reuse(folder, batch_size)
     drop(folder, batch_size)
     if "RANK" in os.environ:
@@ -98,6 +99,22 @@ def plain_loop(folder: Path, method: Method, batch_size: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
     write(folder, "plain", rank, model, {"kept": method.kept}, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def loop_wrapped_later(folder: Path, method: Method, batch_size: int) -> None:
+    """A loop with the three calls, in which the method is attached first and nobody tells it of DDP."""
+    model, rank = model_without_dropout(), int(os.environ.get("RANK", 0))
+    method.attach(model)
+    wrapped = DistributedDataParallel(model) if "RANK" in os.environ else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    method.plan(12)
+    for step in range(12):
+        wrapped(**batch(batch_size, start=(16 * step) % 64 + rank * batch_size)).loss.backward()
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
+    write(folder, "wrapped_later", rank, model, {"kept": method.kept}, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def reuse(folder: Path, batch_size: int) -> None:

@@ -165,7 +165,7 @@ def test_what_pissa_and_milora_refuse(tmp_path):
         with pytest.raises(UnsupportedError, match="lm_head: its base weight is shared"):
             prepare(name, tied, {"target_modules": ["lm_head"]})
     model = ready("milora", lora={"r": 2})
-    with pytest.raises(UnsupportedError, match="start inside the base weights"):
+    with pytest.raises(UnsupportedError, match="a part of the base weights into it"):
         WeightLoRA(keep=3).attach(model)
     ready("lora", lora={"r": 2}).save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match="have rank 2, a difference to the original base weight has 4"):

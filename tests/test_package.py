@@ -28,6 +28,7 @@ LAYERS = [
     "adapters",
     "optim",
     "measure",
+    "settings",
     "errors",
 ]
 # tasks know nothing of adapters, and measuring and the sparse optimisers stand on torch alone

@@ -445,3 +445,27 @@ def test_stepping_without_a_plan_says_so():
         method.step()
     with pytest.raises(ConfigError, match="attach"):
         WeightLoRA(keep=3).step()
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.5])
+def test_an_adapter_that_no_gradient_reaches_is_dropped_first_and_named(lr, caplog):
+    """As a pooler nobody reads: its gate stays exactly 1, above those that learn."""
+    model = bert(target_modules=["query", "key", "value", "pooler.dense"])
+    bert_model = model.get_base_model().bert
+    pooled = bert_model.pooler.forward
+    bert_model.pooler.forward = lambda hidden: pooled(hidden).detach() * 0 + hidden[:, 0]
+    method = WeightLoRA(keep=9, after=6, gate_lr=lr)
+    with caplog.at_level("WARNING"):
+        train(model, method, 8, of=100)
+    assert "bert.pooler.dense" in method.dropped and len(method.kept) == 9
+    assert "no gradient has reached these adapters, so they are dropped: bert.pooler.dense" in caplog.text
+
+
+def test_there_is_no_place_without_evidence_even_where_the_budget_has_room(caplog):
+    model = bert(target_modules=["query", "key", "value", "pooler.dense"])
+    bert_model = model.get_base_model().bert
+    pooled = bert_model.pooler.forward
+    bert_model.pooler.forward = lambda hidden: pooled(hidden).detach() * 0 + hidden[:, 0]
+    method = WeightLoRA(keep=10, after=6, gate_lr=1e-3)
+    train(model, method, 8, of=100)
+    assert method.dropped == ["bert.pooler.dense"]

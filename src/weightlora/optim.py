@@ -189,9 +189,23 @@ def drop_params(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
     optimizer = host(optimizer)
     gone = {id(p) for p in parameters}
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
+        stays = [id(p) not in gone for p in group["params"]]
+        for key, values in _beside_params(group):
+            group[key] = [value for value, kept in zip(values, stays, strict=True) if kept]
     for parameter in [p for p in optimizer.state if id(p) in gone]:
         del optimizer.state[parameter]
+
+
+def _beside_params(group: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+    """`params`, and the lists that run parallel to it, such as the names of `AdamW(model.named_parameters())`."""
+    length = len(group["params"])
+    return [(k, v) for k, v in group.items() if isinstance(v, list) and len(v) == length and k != "betas"]
+
+
+def is_at_boundary(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether `optimizer.step()` steps here: not in the middle of `accelerator.accumulate`."""
+    state = getattr(optimizer, "gradient_state", None)
+    return state is None or bool(state.sync_gradients)
 
 
 def keep_only(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

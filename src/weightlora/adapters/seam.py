@@ -93,7 +93,7 @@ def _delta(layer: Any, adapter: str, weight: Tensor) -> Tensor:
 def _shift_bias(layer: Any, adapter: str, sign: int) -> None:
     """PEFT merges `lora_B.bias` itself, without the gate; add what is missing: (omega - 1) * scaling * bias."""
     bias = layer.lora_B[adapter].bias
-    if layer.lora_bias[adapter] and bias is not None:
+    if layer.lora_bias[adapter] and bias is not None and layer.get_base_layer().bias is not None:
         missing = (_gate_value(layer, adapter) - 1) * layer.scaling[adapter] * bias.detach()
         layer.get_base_layer().bias.data += sign * missing
 

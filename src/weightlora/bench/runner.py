@@ -9,6 +9,7 @@ OUT/table.md         what they come to
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,9 +86,8 @@ def check(suite: Suite) -> None:
     _check_folder(folder)
     for cell, found in read_results(suite):
         check_same(place(folder, cell), found["recipe"], cell.recipe, suite.tune.grid if suite.tune else ())
-    for group in groups(suite) if suite.tune else ():
-        for point in suite.tune.points():
-            place(folder, trial(suite, group, point))
+    for group, point in itertools.product(groups(suite), suite.tune.points() if suite.tune else ()):
+        place(folder, trial(suite, group, point))
     there = list(dict.fromkeys(cell.group for cell in runs(suite, {}) if result(place(folder, cell)) is None))
     for group in there:
         first = there[0]

@@ -224,8 +224,8 @@ def place(root: Path, cell: Cell) -> Path:
     folder = root / cell.folder
     if not folder.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
-            f"The folder of {cell} would be {str(folder.resolve())!r}, outside of `output_dir` {str(root)!r}; nothing was "
-            "touched. Remove the link that leads there, or choose another `output_dir`."
+            f"The folder of {cell} would be {str(folder.resolve())!r}, outside of `output_dir` {str(root)!r}; nothing "
+            "was touched. Remove the link that leads there, or choose another `output_dir`."
         )
     return folder
 

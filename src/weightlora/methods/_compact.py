@@ -59,6 +59,9 @@ class CompactEngine:
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         return False
 
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """What a stock checkpoint does not hold as it is."""
         return compact.exact(self.adapters)
@@ -78,12 +81,7 @@ class CompactEngine:
         compact.load_exact(self.adapters, tensors)
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any], load: Callable[[], Any]) -> Any:
-        """Factors, then weights by `load`; raises ConfigError for the state of another method."""
-        if facts["method"] != self.method:
-            raise ConfigError(
-                f"the checkpoint was written by method {facts['method']!r}, this run uses {self.method!r}; resume with "
-                "the method it was started with."
-            )
+        """Factors, then weights by `load`."""
         self.rebuild(tensors, facts)
         loaded = load()
         self.global_step, self.done = facts["global_step"], facts["done"]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
-from weightlora.adapters import attach, checkpoint, structure
+from weightlora.adapters import admission, attach, checkpoint, structure
 from weightlora.adapters.kinds import Attached, list_attached
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods._registry import Attach, MethodInfo, register
@@ -89,16 +89,6 @@ class AdaLoRA(Method):
             return  # gradients are scaled now and not in `observe`
         self.selector.regularise()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A run that stopped early ends within the budget too."""
-        super().on_train_end(args, state, control, **kwargs)
-        if not self.selector.done and self.selector.global_step:
-            logger.warning("the run ended at step %d, before its ranks were cut; cutting now", state.global_step)
-            self.selector.cut(kwargs["optimizer"])
-            self._rewrap()
-
 
 class RankAllocation:
     """AdaLoRA at work on a model; an `Engine`.
@@ -123,7 +113,7 @@ class RankAllocation:
         self._regularised = False
         self._matrices = 2 * len(self.adapters)
         self._allocator: Any = model.base_model.rankallocator
-        self._refuse_frozen()
+        admission.refuse_frozen_parts((a.name, _factors(a).values()) for a in self.adapters)
         # PEFT's own adds the regulariser to every loss, in evaluation too.
         model.base_model.forward = MethodType(BaseTuner.forward, model.base_model)  # type: ignore[method-assign]
         self.events.add(
@@ -134,10 +124,6 @@ class RankAllocation:
             adapters={a.name: {"r": a.r, "parameters": a.parameters} for a in self.adapters},
             parameters=sum(a.parameters for a in self.adapters),
         )
-
-    def _refuse_frozen(self) -> None:
-        if not all(p.requires_grad for a in self.adapters for p in _factors(a).values()):
-            raise ConfigError(f"adapter {self.key!r} is frozen; load it with `is_trainable=True`.")
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -206,6 +192,13 @@ class RankAllocation:
         if self.global_step < self._cut_at:
             self.model.base_model.update_and_allocate(self.global_step)  # type: ignore[operator]
             self.config.rank_pattern = None  # masked triplets may return, so a checkpoint must hold them
+            return False
+        self.cut(optimizer)
+        return True
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Cut to the budget, if any step was scored. Returns whether it did."""
+        if self.done or not self._allocator.exp_avg_ipt:
             return False
         self.cut(optimizer)
         return True
@@ -301,12 +294,7 @@ class RankAllocation:
         }
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any], load: Callable[[], Any]) -> Any:
-        """Structure, then weights by `load`, then scores; raises ConfigError for the state of another method."""
-        if facts["method"] != "adalora":
-            raise ConfigError(
-                f"the checkpoint was written by method {facts['method']!r}, this run uses 'adalora'; resume with the "
-                "method it was started with."
-            )
+        """Structure, then weights by `load`, then scores."""
         if facts["done"] and not self.done:
             pattern = {a.name: [False] * a.r for a in self.adapters}
             self._remove(pattern | {n.removesuffix(".lora_E"): kept for n, kept in facts["pattern"].items()}, None)

@@ -9,15 +9,15 @@ In a loop:
     method = WeightLoRA(keep=10, after=100).attach(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     method.plan(total_steps=len(loader) * epochs)
+    method.bind(optimizer)
     for batch in loader:
         model(**batch).loss.backward()
-        method.observe(optimizer)
         optimizer.step()
-        method.step(optimizer)
         optimizer.zero_grad()
 
-`method.bind(optimizer)` registers `observe` and `step` as hooks of `optimizer.step` instead. Under a `torch` learning
-rate scheduler omega's rate follows that of A and B.
+`bind` registers `observe` and `step` as hooks of `optimizer.step`. To call them by hand instead, call `observe` right
+before it, once a `GradScaler` has unscaled the gradients, and `step` right after it. Under a `torch` learning rate
+scheduler omega's rate follows that of A and B.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightlora import optim
-from weightlora.adapters import attach, checkpoint, residual, surgery
+from weightlora.adapters import admission, attach, checkpoint, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap
 from weightlora.errors import ConfigError, UnsupportedError
@@ -73,6 +73,10 @@ class Engine(Protocol):
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool: ...
 
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Training has ended: decide what is open with what is known. Returns whether the structure changed."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
 
@@ -90,6 +94,8 @@ class Method(TrainerCallback, ABC):
         self._engine: Any = None
         self._ddp: weakref.ref[DistributedDataParallel] | None = None  # weak: a model that is copied copies us too
         self._hooks: list[Any] = []
+        self._looking: Any = None  # the hook that looks for a DDP wrapper
+        self._planned: tuple[int, ...] = ()
         self._resumed = False
         self._reported = 0
 
@@ -131,11 +137,15 @@ class Method(TrainerCallback, ABC):
             ConfigError, UnsupportedError: the model or the budget cannot work; nothing was changed.
         """
         peft = attach.peft_model(model)
+        adapter_name = adapter_name or attach.active_adapter(peft)
+        admission.admit(peft, adapter_name)
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
         self._engine = self.start(peft, adapter_name, chosen)
         if isinstance(model, DistributedDataParallel):
             self._ddp = weakref.ref(model)
             self._rewrap()  # it was made before this changed the model
+        if not self.selector.done:
+            self._looking = peft.register_forward_pre_hook(self._look_for_ddp)
         # Trainer resumes with `model.load_adapter(checkpoint)`, before it makes the optimizer.
         peft._weightlora_method = self  # type: ignore[assignment]
         peft.load_adapter = MethodType(_load_adapter, peft)  # type: ignore[method-assign]
@@ -148,7 +158,8 @@ class Method(TrainerCallback, ABC):
         Raises:
             ConfigError: a cut lies beyond the run or before anything is known.
         """
-        return self.selector.plan(total_steps, steps_per_epoch)
+        self._planned = self.selector.plan(total_steps, steps_per_epoch)
+        return self._planned
 
     def bind(self, optimizer: torch.optim.Optimizer, ddp: DistributedDataParallel | None = None) -> None:
         """Run `observe` and `step` as hooks of `optimizer.step`, as long as there is something to do.
@@ -162,14 +173,38 @@ class Method(TrainerCallback, ABC):
         if self.selector.done and not self.acts_after_cut:
             return
 
-        def before(*_: Any) -> None:
-            self.observe(optimizer)
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+            if closure is None:
+                self.observe(optimizer)
+                return None
+            seen = self._seeing(closure, optimizer)  # backward runs in there
+            return ((args[0], seen, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": seen})
 
         def after(*_: Any) -> None:
             self.step(optimizer)
 
+        admission.admit_optimizer(optimizer)
         hooked = optim.host(optimizer)
         self._hooks = [hooked.register_step_pre_hook(before), hooked.register_step_post_hook(after)]
+
+    def _seeing(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+        calls = 0
+
+        def seen() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise UnsupportedError(
+                    f"{type(optim.host(optimizer)).__name__} calls its closure more than once a step, so a step has no "
+                    "gradient to select by; use AdamW or SGD."
+                )
+            with torch.enable_grad():
+                loss = closure()
+            self.observe(optimizer)
+            return loss
+
+        return seen
 
     def unbind(self) -> None:
         """Take the hooks of `bind` off again."""
@@ -178,16 +213,49 @@ class Method(TrainerCallback, ABC):
         self._hooks = []
 
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """After backward and before `optimizer.step()`."""
-        self.selector.observe(optimizer)
+        """After backward and before `optimizer.step()`; nothing while `accelerator.accumulate` only accumulates."""
+        if optim.is_at_boundary(optimizer):
+            self.selector.observe(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """After `optimizer.step()`; returns whether adapters were cut."""
-        cut = self.selector.step(optimizer)
+        cut = optim.is_at_boundary(optimizer) and self.selector.step(optimizer)
         if cut:
             self._rewrap()
             self._finish_if_done()
         return cut
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Training has ended, early perhaps: cut now what was to be cut later, with what is known. Says so.
+
+        The Trainer calls it; in a loop of your own call it where you leave early. After the last cut it does nothing.
+        """
+        self.unbind()
+        engine = self.selector
+        early = not engine.done and 0 < engine.global_step < max(self._planned, default=0)
+        if not engine.finish(optimizer):
+            if not engine.done and engine.global_step:
+                logger.warning(
+                    "training ended at step %d, before any gradient told what to choose, so nothing was dropped; see "
+                    "`after` and warm-up",
+                    engine.global_step,
+                )
+            return
+        if early:
+            logger.warning(
+                "training ended at step %d, before the cut at step %d; it was made now, by what is known",
+                engine.global_step,
+                self._planned[-1],
+            )
+        self._rewrap()
+        self._finish_if_done()
+
+    def _look_for_ddp(self, *_: Any) -> None:
+        """A DDP wrapper that was made after `attach` shows itself when it runs the model."""
+        if self._ddp is None and not torch.compiler.is_compiling():
+            running = getattr(DistributedDataParallel, "_active_ddp_module", None)
+            if isinstance(running, DistributedDataParallel):
+                self._ddp = weakref.ref(running)
 
     def check(self) -> None:
         """Called before a checkpoint is written: raises if the training has diverged and nobody was told yet."""
@@ -195,6 +263,9 @@ class Method(TrainerCallback, ABC):
     def _finish_if_done(self) -> None:
         """What follows the last cut, wherever it came about: in a step, in `attach`, or in a checkpoint."""
         if self.selector.done:
+            if self._looking is not None:
+                self._looking.remove()
+                self._looking = None
             if not self.acts_after_cut:
                 self.unbind()
             surgery.release_inputs(self.selector.model)
@@ -288,7 +359,7 @@ class Method(TrainerCallback, ABC):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.unbind()
+        self.finish(kwargs.get("optimizer"))
 
     def _log(self, values: dict[str, float], control: TrainerControl) -> None:
         trainer, due = calling_trainer(), control.should_log
@@ -321,11 +392,6 @@ class SelectionMethod(Method):
         """The method as data; `seed` serves whatever it draws at random."""
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
-        if any(residual.is_residual(module) for module in model.modules()):
-            raise UnsupportedError(
-                "adapters that start inside the base weights (PiSSA, MiLoRA) cannot be dropped: a part of the model "
-                "would go with them; start from a plain LoRA."
-            )
         strategy = self.strategy(seed)
         return Selector(model, strategy, adapter_name=adapter_name, seed=seed, share_dropout=self.share_dropout)
 
@@ -344,15 +410,6 @@ class SelectionMethod(Method):
     def save_state(self, folder: str | Path) -> None:
         checkpoint.save_state(Path(folder), self.adapters, self.state_dict())
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_end(args, state, control, **kwargs)
-        if not self.selector.done and state.global_step >= state.max_steps:
-            logger.warning(
-                "the run ended before any gate had a gradient, so nothing was dropped; see `after` and warm-up"
-            )
-
     def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
         loaded, facts = checkpoint.restore(self.selector.model, self.selector.key, folder, load)
         self.selector.load_state_dict(facts)
@@ -369,10 +426,21 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
     folder = Path(str(model_id))
     if adapter_name != method.selector.key or not (folder / checkpoint.STATE_FILE).is_file():
         return load()
+    _check_written_by(method, folder)
     loaded = method.restore(folder, load)
     method._resumed = True
     method._finish_if_done()
     return loaded
+
+
+def _check_written_by(method: Method, folder: Path) -> None:
+    """Before anything is touched: a state of another method does not fit, nor one from before this version."""
+    written, here = checkpoint.read_state(folder)[1].get("method"), method.state_dict()["method"]
+    if written != here:
+        raise ConfigError(
+            f"the checkpoint was written by method {written!r}, this run uses {here!r}; resume with the method it was "
+            "started with."
+        )
 
 
 def _folder(args: TrainingArguments) -> Path:

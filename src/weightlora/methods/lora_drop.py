@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
-from weightlora.adapters import attach, checkpoint, residual, sharing, structure, surgery
+from weightlora.adapters import admission, attach, checkpoint, sharing, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import from_first
-from weightlora.errors import CheckpointError, ConfigError, DivergedError, UnsupportedError, did_you_mean
+from weightlora.errors import CheckpointError, ConfigError, DivergedError, did_you_mean
 from weightlora.measure import saved_bytes
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import Engine, Method, calling_trainer
@@ -206,14 +206,8 @@ class OutputSelection:
         self.importance: dict[str, float] = {}
         self.shared: dict[str, list[str]] = {}
         self.bytes_before: float | None = None
-        if any(residual.is_residual(module) for module in model.modules()):
-            raise UnsupportedError(
-                "adapters that start inside the base weights (PiSSA, MiLoRA) cannot be shared or dropped: a part of "
-                "the model would go with them; start from a plain LoRA."
-            )
         self.adapters = attach.checked_adapters(model, key)
-        if not all(p.requires_grad for a in self.adapters for p in a.weights):
-            raise ConfigError(f"adapter {key!r} is frozen; load it with `is_trainable=True`.")
+        admission.refuse_frozen_parts((a.name, a.weights) for a in self.adapters)
         self.types = group(self.adapters, method.type_of)
         for name, members in self.types.items():
             if method.keep is not None and method.keep > len(members):
@@ -241,6 +235,9 @@ class OutputSelection:
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         self.observe(optimizer)
+        return False
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         return False
 
     # -- phase 1 -------------------------------------------------------------------------------------------------
@@ -431,11 +428,6 @@ class OutputSelection:
     def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
         """Structure and weights, then the ties; raises for the state of another method or another choice."""
         tensors, facts = checkpoint.read_state(folder)
-        if facts["method"] != "lora_drop":
-            raise ConfigError(
-                f"the checkpoint was written by method {facts['method']!r}, this run uses 'lora_drop'; resume with the "
-                "method it was started with."
-            )
         if self.done and self.shared != facts["shared"]:
             raise CheckpointError(
                 f"in {folder} other modules share an adapter than in this model; load it into a fresh one."

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
-from weightlora.adapters import attach, checkpoint, residual, structure, surgery
+from weightlora.adapters import admission, attach, checkpoint, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods.base import Method
@@ -66,15 +66,9 @@ class RankEngine(ABC):
         self.cuts: tuple[int, ...] | None = None
         self._regularised = False
         self.adapters = attach.checked_adapters(model, self.key)
-        if any(residual.is_residual(module) for module in model.modules()):
-            raise UnsupportedError(
-                "ranks that start inside the base weights (PiSSA, MiLoRA) cannot be removed: a part of the model would "
-                "go with them; start from a plain LoRA."
-            )
         if any(a.B.bias is not None for a in self.adapters):
             raise UnsupportedError("the bias of `lora_B` belongs to no rank; use `lora_bias=False`.")
-        if not all(p.requires_grad for a in self.adapters for p in a.weights):
-            raise ConfigError(f"adapter {self.key!r} is frozen; load it with `is_trainable=True`.")
+        admission.refuse_frozen_parts((a.name, a.weights) for a in self.adapters)
         self.check()
         for adapter in self.adapters:
             if adapter.gate is not None:  # of an earlier `attach`
@@ -180,13 +174,15 @@ class RankEngine(ABC):
         return changed
 
     @torch.no_grad()
-    def finish(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Training is over: decide what is open and fold the gates into B. Outputs stay as they are."""
+        if self.settled:
+            return False
         if not self.done:
             self.conclude(optimizer)
             self.done = True
-        if not self.settled:
-            self.settle(optimizer)
+        self.settle(optimizer)
+        return True
 
     # -- changing the structure ----------------------------------------------------------------------------------
 
@@ -298,12 +294,7 @@ class RankEngine(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken; raises ConfigError for the state of another method."""
-        if state["method"] != self.method:
-            raise ConfigError(
-                f"the checkpoint was written by method {state['method']!r}, this run uses {self.method!r}; resume with "
-                "the method it was started with."
-            )
+        """Go on where `state_dict` was taken."""
         self.adapters = attach.list_adapters(self.model, self.key)
         self.list_gates()
         self.global_step, self.seed, self.ends = state["global_step"], state["seed"], state["ends"]
@@ -409,15 +400,6 @@ class RankMethod(Method):
         """Before the first micro-batch, so that the Trainer clips the sum."""
         if not args.fp16:  # there gradients are scaled now, and no longer in `observe`
             self.selector.regularise()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Training has ended, early perhaps: an ordinary LoRA is left."""
-        self.unbind()
-        self.selector.finish(kwargs["optimizer"])
-        self._rewrap()
-        self._finish_if_done()
 
 
 # -- checking options ------------------------------------------------------------------------------------------------

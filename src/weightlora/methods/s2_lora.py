@@ -114,15 +114,6 @@ class S2LoRA(CompactMethod):
         super().on_train_begin(args, state, control, **kwargs)
         self.selector.waits = args.load_best_model_at_end  # which loads a checkpoint with all ranks after the last step
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A run that stopped early ends without its zeros too."""
-        self.unbind()
-        if not self.selector.done:
-            self.selector.prune(kwargs["optimizer"])
-            self._rewrap()
-
 
 class Coefficients(CompactEngine):
     """S2-LoRA at work on a model.
@@ -175,6 +166,13 @@ class Coefficients(CompactEngine):
                 lr = optim.group_of(optimizer, e)["lr"]
                 e.copy_(nn.functional.softshrink(e, float(lr) * self.penalty))
         if self.global_step < self._total or self.waits:
+            return False
+        self.prune(optimizer)
+        return True
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Drop the zeros there are. Returns whether it did."""
+        if self.done:
             return False
         self.prune(optimizer)
         return True

@@ -29,10 +29,9 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
-from weightlora.adapters import attach, compact, surgery
+from weightlora.adapters import admission, attach, compact, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.factors import Factor
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError, did_you_mean
@@ -154,20 +153,6 @@ class SparseAdapter(CompactMethod):
     def progress(self) -> dict[str, float]:
         return {"density": self.selector.parameters() / self.selector.capacity}
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A run that stopped early ends within the budget too, if anything was scored."""
-        self.unbind()
-        if self.selector.done:
-            return
-        if not self.selector.can_cut:
-            logger.warning("the run ended at step %d, before any element was scored; all are there", state.global_step)
-            return
-        logger.warning("the run ended at step %d, before its elements were chosen; choosing now", state.global_step)
-        self.selector.cut(kwargs["optimizer"], last=True)
-        self._rewrap()
-
 
 class Sparsifier(CompactEngine):
     """SparseAdapter at work on a model.
@@ -250,6 +235,13 @@ class Sparsifier(CompactEngine):
         if not (due or last) or not self.can_cut:
             return False
         self.cut(optimizer, last=last)
+        return True
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Choose the elements, if any was scored. Returns whether it did."""
+        if self.done or self.global_step == 0 or not self.can_cut:
+            return False
+        self.cut(optimizer, last=True)
         return True
 
     @property
@@ -361,8 +353,7 @@ def _check(adapters: list[Adapter], rule: Rule) -> None:
     biased = next((a for a in adapters if a.B.bias is not None), None)
     if biased is not None:
         raise UnsupportedError(f"{biased.name}: `lora_B` has a bias, which is no element; use `lora_bias=False`.")
-    if not all(p.requires_grad for a in adapters for p in a.weights):
-        raise ConfigError(f"adapter {adapters[0].key!r} is frozen; load it with `is_trainable=True`.")
+    admission.refuse_frozen_parts((a.name, a.weights) for a in adapters)
     if rule.score != "random" and rule.warmup == 0 and not any(a.B.weight.any() for a in adapters):
         raise ConfigError(
             f"`warmup=0` with score {rule.score!r}: B is 0 before the first step, so every score of B is 0 and so are "

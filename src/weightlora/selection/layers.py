@@ -23,10 +23,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from weightlora import optim
-from weightlora.adapters import attach, residual, seam, structure, surgery
+from weightlora.adapters import attach, seam, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
-from weightlora.errors import ConfigError, DivergedError, UnsupportedError
+from weightlora.errors import ConfigError, DivergedError
 from weightlora.selection.actions import Cut, Disconnect, Settle
 from weightlora.selection.events import EventLog
 from weightlora.selection.schedules import After
@@ -134,11 +134,6 @@ class LayerSearch:
         return layers
 
     def _check(self, model: PeftModel) -> None:
-        if any(residual.is_residual(module) for module in model.modules()):
-            raise UnsupportedError(
-                "adapters that start inside the base weights (PiSSA, MiLoRA) cannot be dropped: a part of the model "
-                "would go with them; start from a plain LoRA."
-            )
         if len(self.layers) < 2:
             raise ConfigError(
                 f"Flexora chooses among transformer layers, and adapters are attached in {len(self.layers)} of them; "
@@ -187,6 +182,13 @@ class LayerSearch:
             self.events.add("gates", self.global_step, gates=self.gate_values())
         # While B = 0, as in a warm-up from a rate of 0, nothing is known about any layer.
         if self.global_step < self._cut_at or not self.a.any():
+            return False
+        self._cut(optimizer)
+        return True
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Choose the layers, if anything is known about them. Returns whether it did."""
+        if self.done or not self.a.any():
             return False
         self._cut(optimizer)
         return True
@@ -315,16 +317,7 @@ class LayerSearch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the model already has the structure and the gates of then.
-
-        Raises:
-            ConfigError: the state belongs to another method.
-        """
-        if state["method"] != "flexora":
-            raise ConfigError(
-                f"the checkpoint was written by method {state['method']!r}, this run uses 'flexora'; resume with the "
-                "method it was started with."
-            )
+        """Go on where `state_dict` was taken; the model already has the structure and the gates of then."""
         with torch.no_grad():
             self.a.copy_(torch.tensor(state["a"]))
         self._adam.state[self.a] = {name: torch.tensor(value) for name, value in state["moments"].items()}

@@ -112,6 +112,9 @@ class Selector:
         self._observed: tuple[torch.Tensor, torch.Tensor] | None = None  # omega and its gradient
         # While B = 0 (a warm-up from a rate of 0 prolongs that) all gates are equal; a cut waits until one has moved.
         self._informed = strategy.gates is None
+        # Which gates have ever had a gradient. One that none reaches, as in a vision tower on rows of text, stays at 1
+        # and would be kept before those that learn.
+        self._reached = torch.zeros(len(self.adapters), dtype=torch.bool, device=self.adapters[0].A.weight.device)
         self._record_attached()
         if self._cuts == (0,):
             self._cut(None)
@@ -215,6 +218,17 @@ class Selector:
         self._cut(optimizer)
         return True
 
+    @torch.no_grad()
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Make the cuts that are left, if anything is known to choose by. Returns whether one was made."""
+        if self.done or self.global_step == 0 or not self._informed:
+            return False
+        self.check()
+        self._record_gates()
+        while not self.done:
+            self._cut(optimizer)
+        return True
+
     def _at_rest(self, rule: GateRule, omega: torch.Tensor) -> Iterable[int]:
         """Which adapters' A and B must not move in this step."""
         if rule.holds_weights:
@@ -242,7 +256,12 @@ class Selector:
         assert rule is not None
         lr = rule.lr * (1.0 if optimizer is None else optim.lr_scale(self._group_of_gates(optimizer)))
         limit = self._limits[self.rounds_done]
-        moved = rule.update(omega, gradients, lr=lr, step=self.global_step, choose=limit.choose)
+        self._reached = self._reached.to(gradients.device) | (gradients != 0)
+
+        def choose(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
+            return limit.choose(scores, eligible & self._may_stay.to(eligible.device))
+
+        moved = rule.update(omega, gradients, lr=lr, step=self.global_step, choose=choose)
         self._gates.write(moved)
         self._omega = Reading(moved) if moved.is_cuda else None
         self._informed = self._informed or bool(gradients.norm() > NO_GRADIENT)
@@ -251,6 +270,13 @@ class Selector:
             self._due = self.global_step, self._omega or Reading(moved)
             if not moved.is_cuda:
                 self._record_gates()
+
+    @property
+    def _may_stay(self) -> torch.Tensor:
+        """Adapters with evidence, (n,); all of them where a method has no gates, or follows the authors' code."""
+        if self.strategy.gates is None:
+            return torch.ones(len(self.adapters), dtype=torch.bool)
+        return torch.ones_like(self._reached) if self.strategy.reference_code else self._reached
 
     def _group_of_gates(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Searched for once, and again when the optimizer was given other groups, as loading its state does."""
@@ -286,6 +312,7 @@ class Selector:
         self._record_cut(cut, scores, before)
         notes = [note for action in self.strategy.then if (note := action(cut))]
         self.adapters = [a for i, a in enumerate(self.adapters) if i in kept]
+        self._reached = self._reached[sorted(kept)]
         self._list_parameters()
         self._limits = [limit.among(sorted(kept)) for limit in self._limits]
         for name, facts in notes:
@@ -295,7 +322,11 @@ class Selector:
 
     def _choose(self, scores: torch.Tensor) -> set[int]:
         limit = self._limits[self.rounds_done]
-        mask = limit.choose(scores, scores > -torch.inf)
+        may_stay = self._may_stay.to(scores.device)
+        mask = limit.choose(scores, (scores > -torch.inf) & may_stay)
+        if not may_stay.all():
+            names = [name for name, reached in zip(self._names, may_stay.tolist(), strict=True) if not reached]
+            logger.warning("no gradient has reached these adapters, so they are dropped: %s", ", ".join(names))
         if mask.any():
             return set(mask.nonzero().flatten().tolist())
         logger.warning("no gate is above 0 at the cut; one adapter is kept all the same, since a LoRA needs one.")
@@ -350,6 +381,7 @@ class Selector:
             "done": self.done,
             "cuts": self._cuts,
             "informed": self._informed,
+            "reached": self._reached.tolist(),
             "capacity": self.capacity,
             "seed": self.seed,
             "kept": self.kept,
@@ -360,16 +392,7 @@ class Selector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the model must already have the structure and the gates of then.
-
-        Raises:
-            ConfigError: the state belongs to another method.
-        """
-        if state["method"] != self.strategy.method:
-            raise ConfigError(
-                f"the checkpoint was written by method {state['method']!r}, this run uses {self.strategy.method!r}; "
-                "resume with the method it was started with."
-            )
+        """Go on where `state_dict` was taken; the model must already have the structure and the gates of then."""
         attached = [i for i, a in enumerate(self.adapters) if a.name not in set(state["dropped"])]
         self._limits = [limit.among(attached) for limit in self._limits]
         if self._costs is not None:
@@ -382,6 +405,7 @@ class Selector:
         self.global_step, self.rounds_done = state["global_step"], state["rounds_done"]
         self.done, self.capacity, self.seed = state["done"], state["capacity"], state["seed"]
         self._informed = state["informed"]
+        self._reached = torch.tensor(state["reached"], dtype=torch.bool, device=self.adapters[0].A.weight.device)
         self._cuts = None if state["cuts"] is None else tuple(state["cuts"])
         self.kept, self.dropped = list(state["kept"]), list(state["dropped"])
         self.events.events = list(state["events"])

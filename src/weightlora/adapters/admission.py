@@ -1,0 +1,88 @@
+"""What no method can work on, refused in one place before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from weightlora import optim
+from weightlora.adapters import residual
+from weightlora.adapters.kinds import list_attached
+from weightlora.errors import ConfigError, UnsupportedError
+
+# Values of `init_lora_weights` with which PEFT takes the adapter's start out of the base weights. EVA is none of them:
+# it sets A and leaves B at 0.
+_STARTS_INSIDE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def admit(model: PeftModel, key: str) -> None:
+    """Refuse an adapter that would come out wrong whatever a method does with it, and give it a config of its own.
+
+    Raises:
+        ConfigError: the adapter is frozen, or there is none of that name.
+        UnsupportedError: it starts inside the base weights (PiSSA, OLoRA and the like).
+    """
+    config: Any = model.peft_config.get(key)
+    if config is None:
+        raise ConfigError(f"the model has no adapter {key!r}; it has {sorted(model.peft_config)}.")
+    start = getattr(config, "init_lora_weights", None)
+    by_peft = isinstance(start, str) and start.lower().startswith(_STARTS_INSIDE)
+    if by_peft or any(residual.is_residual(module) for module in model.modules()):
+        made = f"`init_lora_weights={start!r}`" if by_peft else "PiSSA or MiLoRA"
+        raise UnsupportedError(
+            f"adapter {key!r} was made with {made}, which moved a part of the base weights into it; what leaves the "
+            "adapter would leave the model too. Start from `init_lora_weights=True`, or train it without this method."
+        )
+    attached = list_attached(model, key)
+    if attached and not any(_is_trained(a.layer, key) for a in attached):
+        raise ConfigError(
+            f"adapter {key!r} is frozen, so nothing would be trained; load it with `PeftModel.from_pretrained(..., "
+            "is_trainable=True)`, or call `model.set_adapter(name)`."
+        )
+    _give_own_config(model, key)
+
+
+def refuse_frozen_parts(adapters: Iterable[tuple[str, Iterable[nn.Parameter]]]) -> None:
+    """For methods that put new factors in the place of A and B, which would be trained from then on.
+
+    Raises:
+        ConfigError: a factor of these adapters, each given with its name, is frozen.
+    """
+    for name, factors in adapters:
+        if not all(p.requires_grad for p in factors):
+            raise ConfigError(
+                f"{name}: a factor of its adapter is frozen, and this method resizes both; train A and B."
+            )
+
+
+def admit_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that cannot follow when adapters leave the model.
+
+    Raises:
+        UnsupportedError: PEFT's LoRA-FA, which pairs whatever has "lora" in its name, in the order it comes.
+    """
+    kind = type(optim.host(optimizer)).__name__
+    if kind == "LoraFAOptimizer":
+        raise UnsupportedError(
+            f"{kind} steps A and B as pairs in the order of its parameters, which gates and a cut would break; use "
+            "AdamW, after `requires_grad_(False)` on every `lora_A`."
+        )
+
+
+def _is_trained(layer: nn.Module, key: str) -> bool:
+    own = [(n.split("."), p) for n, p in layer.named_parameters() if not n.startswith("base_layer.")]
+    return any(p.requires_grad for parts, p in own if key in parts)
+
+
+def _give_own_config(model: PeftModel, key: str) -> None:
+    """A cut rewrites the config, and its object may belong to another adapter or model as well, as in TRL's DPO."""
+    config = model.peft_config[key]
+    model.peft_config[key] = own = copy.deepcopy(config)
+    allocator: Any = getattr(model.base_model, "rankallocator", None)
+    if allocator is not None and allocator.peft_config is config:
+        allocator.peft_config = own

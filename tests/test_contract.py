@@ -1,0 +1,268 @@
+"""What every method promises whatever it does, one table for all: methods by situations that people have reported.
+
+The methods are those that act while a model trains, each with the options it has in `test_methods.TABLE`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from helpers import make_trainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_methods import TABLE, made_ready
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from weightlora import ConfigError, Flexora, LoRADrop, UnsupportedError
+from weightlora.adapters import checkpoint
+from weightlora.methods import create, get_method, list_methods
+
+ACTING = [info.name for info in list_methods() if info.callback is not None]
+every_acting_method = pytest.mark.parametrize("name", ACTING)
+STEPS, CUT = 14, 8
+
+
+def options(name: str) -> dict[str, Any]:
+    """Those of the table, with cuts that fall later than the middle of the run."""
+    return TABLE[name].options | ({"after": CUT} if "after" in TABLE[name].options else {})
+
+
+def made(name: str, **lora: Any) -> tuple[nn.Module, Any, dict[str, Tensor]]:
+    """A tiny model made ready for a method, the method, and a batch."""
+    built = tiny.build("bert", initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = made_ready(name, built, **lora)
+    method: Any = create(name, options(name))
+    if name == "alora":
+        method.batch = built.batch
+    return model.train(), method, built.batch
+
+
+def begin(model: nn.Module, method: Any, inputs: dict[str, Tensor], steps: int = STEPS, **adamw: Any) -> Any:
+    """Everything before the first step; the optimizer has names."""
+    method.attach(model, seed=0)
+    if isinstance(method, LoRADrop):
+        method.score([inputs], lr=1e-2, progress=False)
+    if isinstance(method, Flexora):
+        method.validate_on([inputs])
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(named, lr=1e-2, **adamw)
+    method.plan(total_steps=steps)
+    return optimizer
+
+
+def final(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def plain_run(name: str) -> dict[str, Tensor]:
+    """What a run with `bind` comes to."""
+    torch.manual_seed(0)
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    method.bind(optimizer)
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    method.finish(optimizer)
+    return final(model)
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# -- models that would come out wrong ----------------------------------------------------------------------------------
+
+
+@every_acting_method
+def test_a_frozen_adapter_is_refused_and_left_as_it_was(name):
+    model, method, _ = made(name)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    before, modules = final(model), [n for n, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match=r"frozen, so nothing would be trained.*is_trainable=True"):
+        method.attach(model)
+    assert same(final(model), before) and [n for n, _ in model.named_modules()] == modules
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("name", [name for name in ACTING if get_method(name).takes("init_lora_weights")])
+def test_an_adapter_that_starts_inside_the_base_weights_is_refused_whoever_made_it(name, start):
+    built = tiny.build("bert")
+    settings = {"r": 2, "target_modules": built.target_modules, "init_lora_weights": start}
+    model = get_peft_model(built.model, LoraConfig(task_type="SEQ_CLS", **settings))  # type: ignore[arg-type]
+    before = final(model)
+    with pytest.raises(UnsupportedError, match=f"{start}.*a part of the base weights"):
+        create(name, options(name)).attach(model)  # type: ignore[union-attr]
+    assert same(final(model), before)
+
+
+@every_acting_method
+def test_a_config_that_somebody_else_holds_is_never_rewritten(name):
+    model, method, inputs = made(name)
+    assert isinstance(model, PeftModel)
+    theirs = model.peft_config["default"]
+    before = copy.deepcopy(theirs).to_dict()
+    optimizer = begin(model, method, inputs)
+    method.bind(optimizer)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    method.finish(optimizer)
+    assert theirs.to_dict() == before and model.peft_config["default"] is not theirs
+
+
+# -- loops of one's own ------------------------------------------------------------------------------------------------
+
+
+@every_acting_method
+@pytest.mark.parametrize("by_name", [False, True])
+def test_backward_inside_the_optimizers_step_is_the_same_run(name, by_name):
+    expected = plain_run(name)
+    torch.manual_seed(0)
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    method.bind(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss
+
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+    method.finish(optimizer)
+    assert same(final(model), expected)
+
+
+@every_acting_method
+def test_an_optimizer_that_runs_its_closure_again_and_again_is_refused(name):
+    model, method, inputs = made(name)
+    begin(model, method, inputs)
+    if method.selector.done and not method.acts_after_cut:
+        return  # nothing is left to be done in a step
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=3)
+    method.bind(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss
+
+    with pytest.raises(UnsupportedError, match="LBFGS calls its closure more than once"):
+        optimizer.step(closure)
+
+
+@every_acting_method
+@pytest.mark.parametrize("bound", [False, True])
+def test_steps_are_counted_where_the_optimizer_steps(name, bound):
+    """Inside `accelerator.accumulate`, where `optimizer.step()` is called for every micro-batch."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if bound:
+        method.bind(optimizer)
+    for _ in range(2 * 5):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**inputs).loss)
+            if not bound:
+                method.observe(optimizer)
+            optimizer.step()
+            if not bound:
+                method.step(optimizer)
+            optimizer.zero_grad()
+    engine = method.selector
+    assert engine.global_step == 5 or engine.done
+    assert not [e for e in method.events if e["step"] > 5]
+
+
+@every_acting_method
+def test_names_in_the_optimizer_go_with_their_parameters(name):
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    method.bind(optimizer)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    method.finish(optimizer)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert len(group["params"]) == len(group["param_names"])
+        of_names = [
+            (names[id(p)], n) for p, n in zip(group["params"], group["param_names"], strict=True) if id(p) in names
+        ]
+        assert of_names and all(real.split(".lora_")[0] == said.split(".lora_")[0] for real, said in of_names)
+
+
+# -- under the Trainer -------------------------------------------------------------------------------------------------
+
+
+class Stop(TrainerCallback):
+    """Ends training after some steps, as early stopping does."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.after
+
+
+@every_acting_method
+def test_the_log_is_the_one_of_a_stock_run_with_ours_beside_it(name, tmp_path):
+    model, method, _ = made(name)
+    trainer = make_trainer(tmp_path, method, model=model, max_steps=STEPS, logging_steps=2)
+    trainer.train()
+    history = trainer.state.log_history
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [entry["step"] for entry in history if key in entry] == list(range(2, STEPS + 1, 2)), key
+
+
+@every_acting_method
+def test_a_run_that_ends_early_ends_within_its_budget_and_says_so(name, tmp_path, caplog):
+    model, method, _ = made(name)
+    trainer = make_trainer(tmp_path, method, Stop(4), model=model, max_steps=STEPS)
+    planned: tuple[int, ...] = ()
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+        planned = method._planned
+    assert trainer.state.global_step == 4
+    assert method.selector.done
+    if planned and planned[-1] > 4:
+        assert f"training ended at step 4, before the cut at step {planned[-1]}" in caplog.text
+    gates = [n for n, p in model.named_parameters() if "lora_gate" in n]
+    assert gates == []
+
+
+@every_acting_method
+def test_the_state_of_another_method_is_refused_before_anything_is_touched(name, tmp_path):
+    other = "rlora" if name != "rlora" else "weightlora"
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    method.save_state(tmp_path)
+    tensors, facts = checkpoint.read_state(tmp_path)
+    checkpoint.write_state(tmp_path, tensors, {**facts, "method": other})
+    again, resumed, inputs = made(name)
+    resumed.attach(again, seed=0)
+    before, modules = final(again), [n for n, _ in again.named_modules()]
+    with pytest.raises(ConfigError, match=rf"written by method '{other}', this run uses '{name}'"):
+        again.load_adapter(str(tmp_path), "default", is_trainable=True)  # type: ignore[operator]
+    assert same(final(again), before) and [n for n, _ in again.named_modules()] == modules
+    assert optimizer is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from weightlora.adapters import attach, seam, structure, surgery
+from weightlora.adapters import attach, seam, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import CheckpointError
 
 STATE_FILE = "weightlora.safetensors"
-
-
-def save_state(
-    folder: Path, adapters: list[Adapter], facts: dict[str, Any], more: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write gates, unfolded B, `more` tensors and `facts` (JSON data) into a checkpoint, whole or not at all."""
-    exact = {key: tensor for a in adapters for key, tensor in _exact(a).items()}
-    write_state(folder, {**exact, **(more or {})}, facts)
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
@@ -58,32 +50,24 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{file} cannot be read ({error}); resume from an earlier checkpoint.") from None
 
 
-def restore(model: PeftModel, adapter_name: str, folder: Path, load: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """Bring a freshly attached model to the state of a checkpoint.
-
-    First the structure follows the checkpoint, then PEFT loads the weights with `load`, then gates and unfolded B.
-
-    Returns:
-        What `load` returned, and the facts given to `save_state`.
-    """
-    tensors, facts = read_state(folder)
-    _match_structure(model, adapter_name, structure.saved_ranks(folder))
-    loaded = load()
-    for adapter in attach.list_adapters(model, adapter_name):
-        _restore_exact(adapter, tensors)
-    structure.sync_config(model, adapter_name)
-    return loaded, facts
+def exact(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
+    """Tensors that a stock checkpoint does not hold as they are: gates, and B that is not multiplied by them yet."""
+    return {key: tensor for adapter in adapters for key, tensor in _exact(adapter).items()}
 
 
 def _exact(adapter: Adapter) -> dict[str, Tensor]:
-    """Tensors that a stock checkpoint does not hold as they are; none once the gate is gone."""
     if adapter.gate is None:
         return {}
     factors = {f"{adapter.name}.lora_B.{part}": p for part, p in adapter.B.named_parameters()}
     return {f"{adapter.name}.{seam.GATES}": adapter.gate, **factors}
 
 
-def _match_structure(model: PeftModel, adapter_name: str, ranks: dict[str, int]) -> None:
+def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int]) -> None:
+    """Drop and resize adapters of a freshly attached model until they have `ranks`, {module: r}.
+
+    Raises:
+        CheckpointError: there is a module of which this model has no adapter; nothing was touched.
+    """
     adapters = attach.list_adapters(model, adapter_name)
     unknown = sorted(ranks.keys() - {a.name for a in adapters})
     if unknown:
@@ -100,8 +84,10 @@ def _match_structure(model: PeftModel, adapter_name: str, ranks: dict[str, int])
 
 
 @torch.no_grad()
-def _restore_exact(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
-    if adapter.gate is not None and f"{adapter.name}.{seam.GATES}" not in tensors:
-        seam.remove_gate(adapter.layer, adapter.key)
-    for key, parameter in _exact(adapter).items():
-        parameter.copy_(tensors[key])
+def load_exact(adapters: Iterable[Adapter], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `exact` gave; a gate that is not among it is gone."""
+    for adapter in adapters:
+        if adapter.gate is not None and f"{adapter.name}.{seam.GATES}" not in tensors:
+            seam.remove_gate(adapter.layer, adapter.key)
+        for key, parameter in _exact(adapter).items():
+            parameter.copy_(tensors[key])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
-from weightlora.adapters import admission, attach, checkpoint, structure
+from weightlora.adapters import admission, attach, structure
 from weightlora.adapters.kinds import Attached, list_attached
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.methods.base import Engine, Method
-from weightlora.selection.events import EventLog
+from weightlora.methods.base import Method
+from weightlora.selection.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,6 @@ class AdaLoRA(Method):
     def progress(self) -> dict[str, float]:
         return {"budget": self.selector.budget(self.selector.global_step)}
 
-    def save_state(self, folder: str | Path) -> None:
-        checkpoint.write_state(Path(folder), self.selector.tensors(), self.state_dict())
-
-    def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
-        tensors, facts = checkpoint.read_state(folder)
-        return self.selector.restore(tensors, facts, load)
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -90,7 +83,7 @@ class AdaLoRA(Method):
         self.selector.regularise()
 
 
-class RankAllocation:
+class RankAllocation(Engine):
     """AdaLoRA at work on a model; an `Engine`.
 
     Attributes:
@@ -99,31 +92,22 @@ class RankAllocation:
         done: the budget is reached and what is above it removed.
     """
 
+    method = "adalora"
+
     def __init__(self, model: PeftModel, key: str, tinit: int | float, tfinal: int | float) -> None:
-        self.model, self.key = model, key
+        super().__init__(model, key)
         self.config = _checked_config(model, key)
-        self.events = EventLog()
-        self.global_step = 0
-        self.done = False
-        self.kept: list[str] = []
-        self.dropped: list[str] = []
         self.adapters = list_attached(model, key)
         self._shares = (tinit, tfinal)
         self._cut_at: int | None = None
         self._regularised = False
+        self._final: Any = None  # the config's ranks while a checkpoint is loaded
         self._matrices = 2 * len(self.adapters)
         self._allocator: Any = model.base_model.rankallocator
         admission.refuse_frozen_parts((a.name, _factors(a).values()) for a in self.adapters)
         # PEFT's own adds the regulariser to every loss, in evaluation too.
         model.base_model.forward = MethodType(BaseTuner.forward, model.base_model)  # type: ignore[method-assign]
-        self.events.add(
-            "attach",
-            0,
-            method="adalora",
-            adapter=key,
-            adapters={a.name: {"r": a.r, "parameters": a.parameters} for a in self.adapters},
-            parameters=sum(a.parameters for a in self.adapters),
-        )
+        self.record_attach()
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -222,16 +206,7 @@ class RankAllocation:
         values = {name: float(score.sum()) for name, score in scores.items()}
         self.kept = sorted((a.name for a in self.adapters), key=lambda name: -values[name])
         self.dropped = [name for name, kept in pattern.items() if not any(kept)]
-        self.events.add(
-            "cut",
-            self.global_step,
-            kept=self.kept,
-            dropped=self.dropped,
-            scores=values,
-            gates={},
-            parameters_before=before,
-            parameters_after=sum(a.parameters for a in self.adapters),
-        )
+        self.record_cut(values, dropped=self.dropped, before=before)
         self.events.add("ranks", self.global_step, ranks={a.name: a.r for a in self.adapters})
         logger.info("step %d: kept %d of %d ranks", self.global_step, budget, len(together))
 
@@ -281,36 +256,29 @@ class RankAllocation:
             for name, tensor in getattr(self._allocator, kind).items()
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "method": "adalora",
-            "global_step": self.global_step,
-            "done": self.done,
-            "schedule": (self.config.total_step, self.config.tinit, self.config.tfinal),
-            "pattern": self.config.rank_pattern,
-            "kept": self.kept,
-            "dropped": self.dropped,
-            "events": self.events.decisions,
-        }
+    def facts(self) -> dict[str, Any]:
+        schedule = self.config.total_step, self.config.tinit, self.config.tfinal
+        return {"schedule": schedule, "pattern": self.config.rank_pattern}
 
-    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any], load: Callable[[], Any]) -> Any:
-        """Structure, then weights by `load`, then scores."""
+    def exact(self) -> dict[str, Tensor]:
+        return {}
+
+    def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if facts["done"] and not self.done:
             pattern = {a.name: [False] * a.r for a in self.adapters}
             self._remove(pattern | {n.removesuffix(".lora_E"): kept for n, kept in facts["pattern"].items()}, None)
-        final, self.config.rank_pattern = self.config.rank_pattern, None  # PEFT would narrow the layers again
-        loaded = load()
-        self.config.rank_pattern = final
+        self._final, self.config.rank_pattern = self.config.rank_pattern, None  # PEFT would narrow the layers again
+
+    def bring_back_exact(self, tensors: Mapping[str, Tensor]) -> None:
+        self.config.rank_pattern = self._final
+
+    def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             kind, _, parameter = name.partition("/")
             device = self.adapters[0].layer.lora_E[self.key].device
             getattr(self._allocator, kind)[parameter] = tensor.to(device)
             self._allocator.ipt.setdefault(parameter, torch.zeros_like(tensor, device=device))
         self._set_schedule(*facts["schedule"])
-        self.global_step = facts["global_step"]
-        self.kept, self.dropped = list(facts["kept"]), list(facts["dropped"])
-        self.events.events = list(facts["events"])
-        return loaded
 
 
 def orthogonality_gradient(A: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -44,47 +44,17 @@ from weightlora.adapters import admission, attach, checkpoint, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap
 from weightlora.errors import ConfigError, UnsupportedError
-from weightlora.selection.events import EVENTS_FILE, Event, EventLog
+from weightlora.selection.engine import Engine
+from weightlora.selection.events import EVENTS_FILE, Event
 from weightlora.selection.selector import Selector, Strategy
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """What a method does to one model, in any loop; `Selector` is the one of the methods that select adapters.
-
-    Attributes:
-        key: PEFT's name of the adapter it works on.
-        done: the structure is final; nothing will be cut any more.
-        kept, dropped: module names, once something was cut.
-    """
-
-    model: Any
-    key: str
-    global_step: int
-    done: bool
-    kept: list[str]
-    dropped: list[str]
-    events: EventLog
-
-    def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]: ...
-
-    def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None: ...
-
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool: ...
-
-    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Training has ended: decide what is open with what is known. Returns whether the structure changed."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-
 class Method(TrainerCallback, ABC):
     """A method with something to do while a model trains: select adapters, allocate ranks.
 
-    A subclass says what with `start`, how its state reaches a checkpoint and comes back with `save_state` and
-    `restore`, and what to log with `progress`.
+    A subclass says what with `start`, and what to log with `progress`.
     """
 
     acts_after_cut = False  # whether `observe` and `step` have work to do once the structure is final
@@ -103,17 +73,9 @@ class Method(TrainerCallback, ABC):
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
         """Check the model and go to work on it; `seed` serves whatever is drawn at random."""
 
-    @abstractmethod
     def save_state(self, folder: str | Path) -> None:
         """Write what resuming needs beside an adapter that `model.save_pretrained(folder)` wrote."""
-
-    @abstractmethod
-    def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
-        """Bring a freshly attached model to a checkpoint: structure, weights by `load`, then everything else.
-
-        Returns:
-            What `load` returned.
-        """
+        self.selector.save(Path(folder))
 
     def held_out(self, rows: int) -> int:
         """How many of `rows` rows of training data it takes for itself when a Trainer is built."""
@@ -407,14 +369,6 @@ class SelectionMethod(Method):
         values = list(self.selector.gate_values().values())
         return {"gates_on": sum(v != 0 for v in values), "gate_max": max(values)} if values else {}
 
-    def save_state(self, folder: str | Path) -> None:
-        checkpoint.save_state(Path(folder), self.adapters, self.state_dict())
-
-    def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
-        loaded, facts = checkpoint.restore(self.selector.model, self.selector.key, folder, load)
-        self.selector.load_state_dict(facts)
-        return loaded
-
 
 def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     """`PeftModel.load_adapter`, which for a checkpoint of this run lets the structure follow first."""
@@ -426,21 +380,10 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
     folder = Path(str(model_id))
     if adapter_name != method.selector.key or not (folder / checkpoint.STATE_FILE).is_file():
         return load()
-    _check_written_by(method, folder)
-    loaded = method.restore(folder, load)
+    loaded = method.selector.restore(folder, load)
     method._resumed = True
     method._finish_if_done()
     return loaded
-
-
-def _check_written_by(method: Method, folder: Path) -> None:
-    """Before anything is touched: a state of another method does not fit, nor one from before this version."""
-    written, here = checkpoint.read_state(folder)[1].get("method"), method.state_dict()["method"]
-    if written != here:
-        raise ConfigError(
-            f"the checkpoint was written by method {written!r}, this run uses {here!r}; resume with the method it was "
-            "started with."
-        )
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -191,9 +191,10 @@ class Components(RankEngine):
         return {"scores": self._smoothed}
 
     def facts(self) -> dict[str, Any]:
-        return {"window": self._window}
+        return {**super().facts(), "window": self._window}
 
-    def load(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().load(facts, tensors)
         self._window = tuple(facts["window"])
         self._smoothed = tensors["scores"].to(self._smoothed.device)
 

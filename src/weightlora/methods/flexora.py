@@ -17,7 +17,6 @@ pushed down in others, and about half of the layers end above 0 whatever the tas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from weightlora.adapters import attach, checkpoint
+from weightlora.adapters import attach
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
-from weightlora.methods.base import Engine, Method, calling_trainer
+from weightlora.methods.base import Method, calling_trainer
+from weightlora.selection.engine import Engine
 from weightlora.selection.layers import LayerSearch, LayerStrategy
 from weightlora.selection.schedules import After
 
@@ -115,14 +115,6 @@ class Flexora(Method):
     def progress(self) -> dict[str, float]:
         a = self.selector.a.detach()
         return {"layers_on": int((a > 0).sum()), "scale_max": float(self.selector.scales(a).max())}
-
-    def save_state(self, folder: str | Path) -> None:
-        checkpoint.save_state(Path(folder), self.selector.adapters, self.state_dict())
-
-    def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
-        loaded, facts = checkpoint.restore(self.selector.model, self.selector.key, folder, load)
-        self.selector.load_state_dict(facts)
-        return loaded
 
     # -- as a callback of HF Trainer -----------------------------------------------------------------------------
 

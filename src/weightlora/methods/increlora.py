@@ -301,9 +301,10 @@ class GrowingRanks(RankEngine):
         return {"score": self._score, "uncertainty": self._uncertainty}
 
     def facts(self) -> dict[str, Any]:
-        return {"effective": self.effective, "steps": self._steps}
+        return {**super().facts(), "effective": self.effective, "steps": self._steps}
 
-    def load(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().load(facts, tensors)
         self.effective, self._steps = list(facts["effective"]), tuple(facts["steps"])
         self._score, self._uncertainty = tensors["score"], tensors["uncertainty"]
         for adapter, r in zip(self.adapters, self.effective, strict=True):

@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
-from weightlora.adapters import admission, attach, checkpoint, sharing, structure, surgery
+from weightlora.adapters import admission, attach, sharing, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import from_first
 from weightlora.errors import CheckpointError, ConfigError, DivergedError, did_you_mean
 from weightlora.measure import saved_bytes
 from weightlora.methods._registry import MethodInfo, register
-from weightlora.methods.base import Engine, Method, calling_trainer
+from weightlora.methods.base import Method, calling_trainer
 from weightlora.methods.phase_one import Loss, Sample, Training, draw, model_loss, seeded, without_trace
-from weightlora.selection.events import EventLog
+from weightlora.selection.engine import Engine
 from weightlora.selection.outputs import OutputEnergy
 
 logger = logging.getLogger(__name__)
@@ -119,12 +119,6 @@ class LoRADrop(Method):
     def progress(self) -> dict[str, float]:
         return {}
 
-    def save_state(self, folder: str | Path) -> None:
-        checkpoint.write_state(Path(folder), self.selector.tensors(), self.state_dict())
-
-    def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
-        return self.selector.restore(folder, load)
-
     def score(
         self,
         data: Any,
@@ -185,8 +179,8 @@ class LoRADrop(Method):
 # -- at work on a model ----------------------------------------------------------------------------------------------
 
 
-class OutputSelection:
-    """LoRA-drop at work on a model; an `Engine`.
+class OutputSelection(Engine):
+    """LoRA-drop at work on a model.
 
     Attributes:
         types: {type: adapters}, in module order.
@@ -196,34 +190,30 @@ class OutputSelection:
         bytes_before: what activations take for each entry of the input with all adapters, for `GrowBatch`.
     """
 
-    def __init__(self, model: PeftModel, key: str, method: LoRADrop, seed: int) -> None:
-        self.model, self.key, self.method, self.seed = model, key, method, seed
-        self.events = EventLog()
-        self.global_step = 0
-        self.done = False
-        self.kept: list[str] = []
-        self.dropped: list[str] = []
+    method = "lora_drop"
+
+    def __init__(self, model: PeftModel, key: str, options: LoRADrop, seed: int) -> None:
+        super().__init__(model, key, seed)
+        self.options = options
         self.importance: dict[str, float] = {}
         self.shared: dict[str, list[str]] = {}
         self.bytes_before: float | None = None
         self.adapters = attach.checked_adapters(model, key)
         admission.refuse_frozen_parts((a.name, a.weights) for a in self.adapters)
-        self.types = group(self.adapters, method.type_of)
+        self.types = group(self.adapters, options.type_of)
         for name, members in self.types.items():
-            if method.keep is not None and method.keep > len(members):
+            if options.keep is not None and options.keep > len(members):
                 raise ConfigError(
-                    f"`keep={method.keep}` exceeds the {len(members)} modules of type {name!r}; lower it, or see "
+                    f"`keep={options.keep}` exceeds the {len(members)} modules of type {name!r}; lower it, or see "
                     "`type_of`."
                 )
         attach.prepare(self.adapters, gates=False)
-        self.events.add(
-            "attach",
-            0,
-            method="lora_drop",
-            adapter=key,
-            adapters={a.name: {"r": a.r, "parameters": a.parameters} for a in self.adapters},
-            parameters=sharing.count(self.adapters),
-        )
+        self.record_attach()
+
+    @property
+    def parameters(self) -> int:
+        """What modules share counts once."""
+        return sharing.count(self.adapters)
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
         """The choice falls before the first step, however long the run is."""
@@ -235,9 +225,6 @@ class OutputSelection:
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         self.observe(optimizer)
-        return False
-
-    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         return False
 
     # -- phase 1 -------------------------------------------------------------------------------------------------
@@ -252,7 +239,7 @@ class OutputSelection:
         try:
             with seeded(self.seed, self.model):
                 self.bytes_before = self._try(sample, training.loss)
-                first, last = training.fit(self.model, sample, self.method.epochs)
+                first, last = training.fit(self.model, sample, self.options.epochs)
                 energies = self._measure(sample.batches(), training.loss)
             energies = from_first(energies, trained)
             kept = self._choose(energies)
@@ -263,7 +250,9 @@ class OutputSelection:
             self.model.train(mode)
             for parameter in trained:
                 parameter.grad = None
-        logger.info("phase 1: %d rows, %d epochs, loss %.4g to %.4g", len(sample.rows), self.method.epochs, first, last)
+        logger.info(
+            "phase 1: %d rows, %d epochs, loss %.4g to %.4g", len(sample.rows), self.options.epochs, first, last
+        )
         self._record(energies, kept, len(sample.rows))
         self._rewind(start)
         self._cut(kept, start, optimizer)
@@ -280,7 +269,7 @@ class OutputSelection:
     @torch.no_grad()
     def _measure(self, batches: Iterator[Any], loss: Loss) -> list[float]:
         self.model.eval()
-        with OutputEnergy(self.model, self.adapters, count_padding=self.method.count_padding) as outputs:
+        with OutputEnergy(self.model, self.adapters, count_padding=self.options.count_padding) as outputs:
             for batch in batches:
                 loss(self.model, batch)
         return outputs.values()
@@ -305,7 +294,7 @@ class OutputSelection:
                 importance |= {a.name: g / total for a, g in zip(members, scores, strict=True)}
             else:
                 logger.warning("no module of type %r puts out anything, so their importance is 0", name)
-            k = prefix(scores, self.method.threshold) if self.method.keep is None else self.method.keep
+            k = prefix(scores, self.options.threshold) if self.options.keep is None else self.options.keep
             kept[name] = [members[i] for i in self._order(name, scores)[:k]]
         self.importance = importance
         return kept
@@ -313,12 +302,12 @@ class OutputSelection:
     def _order(self, name: str, scores: list[float]) -> list[int]:
         """Places of a type's modules, those to keep first; of equals the earlier one."""
         places = list(range(len(scores)))
-        if self.method.choose == "random":
+        if self.options.choose == "random":
             generator = torch.Generator().manual_seed(surgery.name_seed(self.seed, name))
             return torch.randperm(len(places), generator=generator).tolist()
-        if self.method.choose == "top_layers":
+        if self.options.choose == "top_layers":
             return places[::-1]
-        sign = 1 if self.method.choose == "inverted" else -1
+        sign = 1 if self.options.choose == "inverted" else -1
         return sorted(places, key=lambda i: sign * scores[i])
 
     def _record(self, energies: list[float], kept: dict[str, list[Adapter]], rows: int) -> None:
@@ -337,8 +326,8 @@ class OutputSelection:
             energy=dict(zip((a.name for a in self.adapters), energies, strict=True)),
             types=table,
             rows=rows,
-            choose=self.method.choose,
-            threshold=None if self.method.keep is not None else self.method.threshold,
+            choose=self.options.choose,
+            threshold=None if self.options.keep is not None else self.options.threshold,
         )
 
     # -- phase 2 -------------------------------------------------------------------------------------------------
@@ -346,7 +335,7 @@ class OutputSelection:
     def _rewind(self, start: Mapping[nn.Parameter, Tensor]) -> None:
         """Adapters, the head, both or neither go back to where they started."""
         weights = {p for a in self.adapters for p in a.weights}
-        restart, keep_head = self.method.restart, self.method.keep_head
+        restart, keep_head = self.options.restart, self.options.keep_head
         _copy_back(start, [p for p in start if (restart if p in weights else not keep_head)])
 
     @torch.no_grad()
@@ -362,7 +351,7 @@ class OutputSelection:
         self.kept = sorted(names, key=lambda name: -self.importance[name])
         rest = {name: [a for a in members if a not in chosen] for name, members in self.types.items()}
         rest = {name: members for name, members in rest.items() if members}
-        if self.method.share:
+        if self.options.share:
             self.shared = {name: [a.name for a in members] for name, members in rest.items()}
             for first, *_ in rest.values():
                 _copy_back(start, list(first.A.parameters()))
@@ -376,16 +365,7 @@ class OutputSelection:
             self._look()
         if optimizer is not None:
             optim.drop_params(optimizer, gone)
-        self.events.add(
-            "cut",
-            0,
-            kept=self.kept,
-            dropped=self.dropped,
-            scores=self.importance,
-            gates={},
-            parameters_before=before,
-            parameters_after=sharing.count(self.adapters),
-        )
+        self.record_cut(self.importance, dropped=self.dropped, before=before)
         if self.shared:
             self.events.add("share", 0, shared=self.shared)
         self.done = True
@@ -410,38 +390,23 @@ class OutputSelection:
             for parameter, tensor in linear.named_parameters()
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "method": "lora_drop",
-            "global_step": self.global_step,
-            "done": self.done,
-            "shared": self.shared,
-            "kept": self.kept,
-            "dropped": self.dropped,
-            "importance": self.importance,
-            "bytes_before": self.bytes_before,
-            "seed": self.seed,
-            "events": self.events.decisions,
-        }
+    def facts(self) -> dict[str, Any]:
+        return {"shared": self.shared, "importance": self.importance, "bytes_before": self.bytes_before}
 
-    @torch.no_grad()
-    def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
-        """Structure and weights, then the ties; raises for the state of another method or another choice."""
-        tensors, facts = checkpoint.read_state(folder)
+    def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if self.done and self.shared != facts["shared"]:
             raise CheckpointError(
                 f"in {folder} other modules share an adapter than in this model; load it into a fresh one."
             )
-        loaded, _ = checkpoint.restore(self.model, self.key, folder, load)
+        super().rebuild(folder, facts, tensors)
+
+    @torch.no_grad()
+    def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._look()
-        self.done, self.shared, self.seed = facts["done"], facts["shared"], facts["seed"]
+        self.shared, self.importance, self.bytes_before = facts["shared"], facts["importance"], facts["bytes_before"]
         self._tie()
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
-        self.global_step, self.bytes_before = facts["global_step"], facts["bytes_before"]
-        self.kept, self.dropped, self.importance = facts["kept"], facts["dropped"], facts["importance"]
-        self.events.events = list(facts["events"])
-        return loaded
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from weightlora.adapters.factors import Factor
 from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
 from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.methods.base import Engine
+from weightlora.selection.engine import Engine
 
 _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias": False})
 

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,16 +28,16 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
-from weightlora.adapters import admission, attach, checkpoint, structure, surgery
+from weightlora.adapters import admission, attach, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods.base import Method
-from weightlora.selection.events import EventLog
+from weightlora.selection.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 
-class RankEngine(ABC):
+class RankEngine(Engine):
     """A method that allocates ranks at work on a model; an `Engine`.
 
     Attributes:
@@ -55,14 +54,9 @@ class RankEngine(ABC):
     gated: ClassVar[bool] = True
 
     def __init__(self, model: PeftModel, adapter_name: str | None, seed: int) -> None:
-        self.model, self.seed = model, seed
-        self.key = adapter_name or attach.active_adapter(model)
-        self.events = EventLog()
-        self.global_step = 0
+        super().__init__(model, adapter_name or attach.active_adapter(model), seed)
         self.ends: int | None = None
-        self.done = self.settled = False
-        self.kept: list[str] = []
-        self.dropped: list[str] = []
+        self.settled = False
         self.cuts: tuple[int, ...] | None = None
         self._regularised = False
         self.adapters = attach.checked_adapters(model, self.key)
@@ -77,31 +71,24 @@ class RankEngine(ABC):
         with torch.no_grad():
             self.initialise()
         self.list_gates()
-        self.events.add(
-            "attach",
-            0,
-            method=self.method,
-            adapter=self.key,
-            adapters={a.name: {"r": a.r, "parameters": a.parameters} for a in self.adapters},
-            parameters=self.parameters,
-        )
+        self.record_attach()
 
     # -- what a method says --------------------------------------------------------------------------------------
 
-    def check(self) -> None:  # noqa: B027
+    def check(self) -> None:
         """Refuse a model that cannot work, before anything is changed."""
 
-    def initialise(self) -> None:  # noqa: B027
+    def initialise(self) -> None:
         """Set gates and factors to where they start."""
 
     @abstractmethod
     def schedule(self, total: int, steps_per_epoch: int | None) -> tuple[int, ...]:
         """The steps after which ranks leave, in a run of `total`; raises ConfigError where they do not fit."""
 
-    def penalty(self) -> None:  # noqa: B027
+    def penalty(self) -> None:
         """Add the gradients of what the authors add to the loss."""
 
-    def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:  # noqa: B027
+    def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:
         """After backward and before the optimizer's step."""
 
     @abstractmethod
@@ -111,17 +98,6 @@ class RankEngine(ABC):
     def conclude(self, optimizer: torch.optim.Optimizer | None) -> None:
         """What is left to decide when training ends; default: remove the ranks whose gate is 0."""
         self.close([gate != 0 for gate in self.gates], [gate.abs() for gate in self.gates], optimizer)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """State beside gates and factors that resuming needs; a module's goes under its name."""
-        return {}
-
-    def facts(self) -> dict[str, Any]:
-        """The same, as JSON data."""
-        return {}
-
-    def load(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:  # noqa: B027
-        """Take back `facts` and `tensors`; the model already has the structure of then."""
 
     # -- in any loop ---------------------------------------------------------------------------------------------
 
@@ -186,10 +162,6 @@ class RankEngine(ABC):
 
     # -- changing the structure ----------------------------------------------------------------------------------
 
-    @property
-    def parameters(self) -> int:
-        return sum(a.parameters for a in self.adapters)
-
     def list_gates(self) -> None:
         """Looked up once, and again when the structure has changed."""
         self.gates: list[Tensor] = [gate for a in self.adapters if (gate := a.gate) is not None]
@@ -223,16 +195,7 @@ class RankEngine(ABC):
         dropped = self.remove(live, optimizer)
         self.kept = sorted((a.name for a in self.adapters), key=lambda name: -values[name])
         self.done = True
-        self.events.add(
-            "cut",
-            self.global_step,
-            kept=self.kept,
-            dropped=dropped,
-            scores=values,
-            gates={},
-            parameters_before=before,
-            parameters_after=self.parameters,
-        )
+        self.record_cut(values, dropped=dropped, before=before)
         self.record_ranks()
         logger.info("step %d: kept %d of %d ranks", self.global_step, self.ranks, ranks)
 
@@ -278,31 +241,14 @@ class RankEngine(ABC):
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "global_step": self.global_step,
-            "done": self.done,
-            "settled": self.settled,
-            "cuts": self.cuts,
-            "ends": self.ends,
-            "seed": self.seed,
-            "kept": self.kept,
-            "dropped": self.dropped,
-            "events": self.events.decisions,
-            **self.facts(),
-        }
+    def facts(self) -> dict[str, Any]:
+        return {"settled": self.settled, "cuts": self.cuts, "ends": self.ends}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+    def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.adapters = attach.list_adapters(self.model, self.key)
         self.list_gates()
-        self.global_step, self.seed, self.ends = state["global_step"], state["seed"], state["ends"]
-        self.done, self.settled = state["done"], state["settled"]
-        self.cuts = None if state["cuts"] is None else tuple(state["cuts"])
-        self.kept, self.dropped = list(state["kept"]), list(state["dropped"])
-        self.events.events = list(state["events"])
-        self.load(state, tensors)
+        self.settled, self.ends = facts["settled"], facts["ends"]
+        self.cuts = None if facts["cuts"] is None else tuple(facts["cuts"])
 
     # -- for methods that set factors ----------------------------------------------------------------------------
 
@@ -370,14 +316,6 @@ class RankMethod(Method):
 
     def progress(self) -> dict[str, float]:
         return {"ranks": self.selector.live()}
-
-    def save_state(self, folder: str | Path) -> None:
-        checkpoint.save_state(Path(folder), self.selector.adapters, self.state_dict(), self.selector.tensors())
-
-    def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
-        loaded, facts = checkpoint.restore(self.selector.model, self.selector.key, folder, load)
-        self.selector.load_state_dict(facts, checkpoint.read_state(folder)[0])
-        return loaded
 
     @property
     def adapters(self) -> list[Adapter]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,7 @@ from weightlora.adapters.factors import Factor
 from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
 from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.methods.base import Engine
+from weightlora.selection.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -203,10 +204,10 @@ class Coefficients(CompactEngine):
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
-    def rebuild(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         gone = set(facts["dropped"]) - set(self.dropped)
         self._disconnect([a for a in self.adapters if a.name in gone])
-        super().rebuild(tensors, facts)
+        super().rebuild(folder, facts, tensors)
         for adapter in self.adapters:
             compact.install(adapter, adapter.A, adapter.B)  # at the rank of the checkpoint
         structure.sync_config(self.model, self.key)

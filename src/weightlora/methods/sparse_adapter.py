@@ -21,9 +21,10 @@ density^(e / E), as in the authors' iterative variant, with n scored steps befor
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,7 +38,7 @@ from weightlora.adapters.factors import Factor
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError, did_you_mean
 from weightlora.methods._compact import CompactEngine, CompactMethod
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.methods.base import Engine
+from weightlora.selection.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ class SparseAdapter(CompactMethod):
         return Sparsifier(model, adapter_name, self.rule, seed)
 
     def progress(self) -> dict[str, float]:
-        return {"density": self.selector.parameters() / self.selector.capacity}
+        return {"density": self.selector.parameters / self.selector.capacity}
 
 
 class Sparsifier(CompactEngine):
@@ -163,7 +164,7 @@ class Sparsifier(CompactEngine):
 
     def __init__(self, model: PeftModel, adapter_name: str | None, rule: Rule, seed: int) -> None:
         adapters = attach.checked_adapters(model, adapter_name)
-        self.rule, self.seed = rule, seed
+        self.rule = rule
         self.capacity = sum(a.parameters for a in adapters)
         self.rounds_done = 0
         self._total: int | None = None  # length of the run
@@ -171,7 +172,7 @@ class Sparsifier(CompactEngine):
         self._sums: list[Tensor] = []
         _check(adapters, rule)
         attach.prepare(adapters, gates=False)
-        super().__init__(model, "sparse_adapter", adapters)
+        super().__init__(model, "sparse_adapter", adapters, seed)
         self.done = False
         self._list_parameters()
         if rule.score == "random" and rule.warmup == 0:
@@ -261,7 +262,7 @@ class Sparsifier(CompactEngine):
         if optimizer is None and self.global_step > 0:
             raise ConfigError("elements that go also leave the optimizer; give it: `step(optimizer)`.")
         self.rounds_done = self.rule.rounds if last else self.rounds_done + 1
-        before = self.parameters()
+        before = self.parameters
         masks = self._choose(self._scores())
         shares = {}
         for adapter in self.adapters:
@@ -271,17 +272,8 @@ class Sparsifier(CompactEngine):
         self._sums, self._scored = [], 0
         self._list_parameters()
         self.done = self.rounds_done == self.rule.rounds
-        self.events.add(
-            "cut",
-            self.global_step,
-            kept=self.kept,
-            dropped=[],
-            scores=shares,
-            gates={},
-            parameters_before=before,
-            parameters_after=self.parameters(),
-        )
-        logger.info("step %d: kept %d of %d elements", self.global_step, self.parameters(), before)
+        self.record_cut(shares, dropped=[], before=before)
+        logger.info("step %d: kept %d of %d elements", self.global_step, self.parameters, before)
 
     def _scores(self) -> list[Tensor]:
         """One flat tensor for each A and B, in their order."""
@@ -305,17 +297,19 @@ class Sparsifier(CompactEngine):
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
+    def exact(self) -> dict[str, Tensor]:
+        """Elements and places, once they are chosen."""
+        return super().exact() if self.rounds_done else {}
+
     def tensors(self) -> dict[str, Tensor]:
-        """Elements and places once they are chosen, and the scores so far."""
-        sums = {f"score/{i}": total for i, total in enumerate(self._sums)}
-        return {**(super().tensors() if self.rounds_done else {}), **sums}
+        """The scores so far."""
+        return {f"score/{i}": total for i, total in enumerate(self._sums)}
 
-    def state_dict(self) -> dict[str, Any]:
-        own = {"rounds_done": self.rounds_done, "scored": self._scored, "seed": self.seed}
-        return {**super().state_dict(), **own}
+    def facts(self) -> dict[str, Any]:
+        return {"rounds_done": self.rounds_done, "scored": self._scored}
 
-    def rebuild(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self.rounds_done, self._scored, self.seed = facts["rounds_done"], facts["scored"], facts["seed"]
+    def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.rounds_done, self._scored = facts["rounds_done"], facts["scored"]
         if self.rounds_done:
             for adapter in self.adapters:
                 compact.install(adapter, *(_nothing_of(factor.weight) for factor in (adapter.A, adapter.B)))

@@ -25,7 +25,7 @@ from weightlora.adapters.factors import Scaled
 from weightlora.errors import ConfigError, UnsupportedError
 from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.methods.base import Engine
+from weightlora.selection.engine import Engine
 
 _PARTS = "ABuv"
 _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias": False})

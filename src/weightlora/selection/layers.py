@@ -28,7 +28,7 @@ from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.selection.actions import Cut, Disconnect, Settle
-from weightlora.selection.events import EventLog
+from weightlora.selection.engine import Engine
 from weightlora.selection.schedules import After
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class LayerStrategy:
         return number
 
 
-class LayerSearch:
+class LayerSearch(Engine):
     """A `LayerStrategy` at work on a model.
 
     Attributes:
@@ -95,15 +95,12 @@ class LayerSearch:
         done: the layers are chosen and the others gone.
     """
 
+    method = "flexora"
+
     def __init__(self, model: PeftModel, strategy: LayerStrategy, key: str, seed: int) -> None:
-        self.model, self.key, self.seed = model, key, seed
+        super().__init__(model, key, seed)
         self.strategy = strategy
         self.batches: Sequence[Mapping[str, Any]] = []
-        self.events = EventLog()
-        self.global_step = 0
-        self.done = False
-        self.kept: list[str] = []
-        self.dropped: list[str] = []
         self.adapters = attach.checked_adapters(model, key)
         self.layers = self._find_layers()
         self._check(model)
@@ -115,14 +112,7 @@ class LayerSearch:
         self.a = torch.zeros(len(self.layers), requires_grad=True)
         self._adam = torch.optim.Adam([self.a], lr=strategy.lr)
         self._cut_at: int | None = None
-        self.events.add(
-            "attach",
-            0,
-            method="flexora",
-            adapter=key,
-            adapters={a.name: {"r": a.r, "parameters": a.parameters} for a in self.adapters},
-            parameters=sum(a.parameters for a in self.adapters),
-        )
+        self.record_attach()
 
     def _find_layers(self) -> dict[str, list[Adapter]]:
         layers: dict[str, list[Adapter]] = {}
@@ -256,16 +246,13 @@ class LayerSearch:
         before = sum(a.parameters for a in self.adapters)
         self.kept, self.dropped = [a.name for a in (*kept, *outside)], [a.name for a in dropped]
         scores: dict[str, float | None] = {a.name: None for a in outside}
-        self.events.add(
-            "cut",
-            self.global_step,
-            kept=self.kept,
+        self.record_cut(
+            scores | {a.name: values[name] for name, inside in self.layers.items() for a in inside},
             dropped=self.dropped,
-            scores=scores | {a.name: values[name] for name, inside in self.layers.items() for a in inside},
+            before=before,
+            after=sum(a.parameters for a in (*kept, *outside)),
             gates=self.gate_values(),
             layers=values,
-            parameters_before=before,
-            parameters_after=sum(a.parameters for a in (*kept, *outside)),
         )
         cut = Cut(self.model, optimizer, kept, dropped, self.global_step, self.seed, before, last=True)
         Disconnect()(cut)
@@ -301,30 +288,20 @@ class LayerSearch:
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         moments = self._adam.state.get(self.a, {})
         return {
-            "method": "flexora",
-            "global_step": self.global_step,
-            "done": self.done,
             "cut_at": self._cut_at,
-            "seed": self.seed,
             "a": self.a.tolist(),
             "moments": {name: value.tolist() for name, value in moments.items()},
-            "kept": self.kept,
-            "dropped": self.dropped,
-            "events": self.events.decisions,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the model already has the structure and the gates of then."""
+    def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            self.a.copy_(torch.tensor(state["a"]))
-        self._adam.state[self.a] = {name: torch.tensor(value) for name, value in state["moments"].items()}
-        self.global_step, self._cut_at, self.seed = state["global_step"], state["cut_at"], state["seed"]
-        self.kept, self.dropped = list(state["kept"]), list(state["dropped"])
-        self.events.events = list(state["events"])
-        if state["done"]:
+            self.a.copy_(torch.tensor(facts["a"]))
+        self._adam.state[self.a] = {name: torch.tensor(value) for name, value in facts["moments"].items()}
+        self._cut_at = facts["cut_at"]
+        if self.done:
             gone = set(self.dropped)
             self._finish(
                 [name for name, inside in self.layers.items() if not gone.intersection(a.name for a in inside)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from weightlora.optim import NO_GRADIENT, GateRule
 from weightlora.selection.actions import Action, Cut
 from weightlora.selection.budgets import Budget, Limit
 from weightlora.selection.costs import CostLimit, Costs
-from weightlora.selection.events import EventLog
+from weightlora.selection.engine import Engine
 from weightlora.selection.gates import GateVector, Reading
 from weightlora.selection.schedules import After
 from weightlora.selection.scores import Score
@@ -68,7 +68,7 @@ class Strategy:
             )
 
 
-class Selector:
+class Selector(Engine):
     """The one object that changes: a strategy at work on a model.
 
     Attributes:
@@ -88,16 +88,11 @@ class Selector:
         seed: int = 0,
         share_dropout: bool = False,
     ) -> None:
-        self.model = model
+        peft = attach.peft_model(model)
+        super().__init__(peft, adapter_name or attach.active_adapter(peft), seed)
         self.strategy = copy.deepcopy(strategy)
-        self.key = adapter_name or attach.active_adapter(attach.peft_model(model))
-        self.seed = seed
-        self.events = EventLog()
-        self.global_step = 0
+        self.method = strategy.method
         self.rounds_done = 0
-        self.done = False
-        self.kept: list[str] = []
-        self.dropped: list[str] = []
         self.adapters = attach.checked_adapters(model, self.key)
         keep = strategy.keep
         self._costs = Costs(self.model, self.adapters, keep) if keep is not None and keep.in_cost else None
@@ -115,7 +110,7 @@ class Selector:
         # Which gates have ever had a gradient. One that none reaches, as in a vision tower on rows of text, stays at 1
         # and would be kept before those that learn.
         self._reached = torch.zeros(len(self.adapters), dtype=torch.bool, device=self.adapters[0].A.weight.device)
-        self._record_attached()
+        self.record_attach()
         if self._cuts == (0,):
             self._cut(None)
 
@@ -309,7 +304,7 @@ class Selector:
             last=self.rounds_done == len(self._limits),
         )
         before = sum(a.parameters for a in self.adapters)
-        self._record_cut(cut, scores, before)
+        self._report(cut, scores, before)
         notes = [note for action in self.strategy.then if (note := action(cut))]
         self.adapters = [a for i, a in enumerate(self.adapters) if i in kept]
         self._reached = self._reached[sorted(kept)]
@@ -336,16 +331,6 @@ class Selector:
 
     # -- records -------------------------------------------------------------------------------------------------
 
-    def _record_attached(self) -> None:
-        self.events.add(
-            "attach",
-            0,
-            method=self.strategy.method,
-            adapter=self.key,
-            adapters={a.name: {"r": a.r, "parameters": a.parameters} for a in self.adapters},
-            parameters=self.capacity,
-        )
-
     def _record_gates(self) -> None:
         """Write omega as it was when its record was due; on a GPU one step later, when it has arrived."""
         if self._due is not None:
@@ -353,18 +338,15 @@ class Selector:
             self._due = None
             self.events.add("gates", step, gates=dict(zip(self._names, omega.get().tolist(), strict=True)))
 
-    def _record_cut(self, cut: Cut, scores: torch.Tensor, before: int) -> None:
+    def _report(self, cut: Cut, scores: torch.Tensor, before: int) -> None:
         self.kept = [a.name for a in cut.kept]
         self.dropped += [a.name for a in cut.dropped]
-        self.events.add(
-            "cut",
-            self.global_step,
-            kept=self.kept,
+        self.record_cut(
+            {a.name: _number(s) for a, s in zip(self.adapters, scores.tolist(), strict=True)},
             dropped=[a.name for a in cut.dropped],
-            scores={a.name: _number(s) for a, s in zip(self.adapters, scores.tolist(), strict=True)},
+            before=before,
+            after=sum(a.parameters for a in cut.kept),
             gates=self.gate_values(),
-            parameters_before=before,
-            parameters_after=sum(a.parameters for a in cut.kept),
             **({} if self._costs is None else {"predicted": self._costs.predicted(self.kept)}),
         )
         logger.info("step %d: kept %d of %d adapters", self.global_step, len(cut.kept), len(self.adapters))
@@ -372,45 +354,35 @@ class Selector:
     # -- resuming ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on beside the weights, as plain JSON data."""
         self._record_gates()
+        return super().state_dict()
+
+    def facts(self) -> dict[str, Any]:
         return {
-            "method": self.strategy.method,
-            "global_step": self.global_step,
             "rounds_done": self.rounds_done,
-            "done": self.done,
             "cuts": self._cuts,
             "informed": self._informed,
             "reached": self._reached.tolist(),
             "capacity": self.capacity,
-            "seed": self.seed,
-            "kept": self.kept,
-            "dropped": self.dropped,
             "rule": self.strategy.gates.state_dict() if self.strategy.gates is not None else None,
             "costs": None if self._costs is None else self._costs.state_dict(),
-            "events": self.events.decisions,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the model must already have the structure and the gates of then."""
-        attached = [i for i, a in enumerate(self.adapters) if a.name not in set(state["dropped"])]
+    def load(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        attached = [i for i, a in enumerate(self.adapters) if a.name not in set(self.dropped)]
         self._limits = [limit.among(attached) for limit in self._limits]
         if self._costs is not None:
-            self._costs.load_state_dict(state["costs"])
+            self._costs.load_state_dict(facts["costs"])
         self.adapters = attach.list_adapters(self.model, self.key)
-        for adapter in self.adapters if state["done"] else ():
+        for adapter in self.adapters if self.done else ():
             if adapter.gate is not None:
                 seam.freeze_gate(adapter.layer, adapter.key)
         self._list_parameters()
-        self.global_step, self.rounds_done = state["global_step"], state["rounds_done"]
-        self.done, self.capacity, self.seed = state["done"], state["capacity"], state["seed"]
-        self._informed = state["informed"]
-        self._reached = torch.tensor(state["reached"], dtype=torch.bool, device=self.adapters[0].A.weight.device)
-        self._cuts = None if state["cuts"] is None else tuple(state["cuts"])
-        self.kept, self.dropped = list(state["kept"]), list(state["dropped"])
-        self.events.events = list(state["events"])
+        self.rounds_done, self.capacity, self._informed = facts["rounds_done"], facts["capacity"], facts["informed"]
+        self._reached = torch.tensor(facts["reached"], dtype=torch.bool, device=self.adapters[0].A.weight.device)
+        self._cuts = None if facts["cuts"] is None else tuple(facts["cuts"])
         if self.strategy.gates is not None:
-            self.strategy.gates.load_state_dict(state["rule"])
+            self.strategy.gates.load_state_dict(facts["rule"])
 
 
 def _number(score: float) -> float | None:

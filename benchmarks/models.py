@@ -279,7 +279,7 @@ def kept(
     for _ in range(2):
         _set_gates(loop.model, modules)
         start.step()
-    if set(at_work.kept) != set(modules) or not at_work.selector.done:
+    if set(at_work.kept) != set(modules) or not at_work.engine.done:
         raise RuntimeError(f"the cut kept {at_work.kept} where {list(modules)} were wanted")
     loop = replace(loop, optimizer=start.optimizer, modules=_adapted(loop.model))
     if reuse_prefix:

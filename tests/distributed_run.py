@@ -140,7 +140,7 @@ def drop(folder: Path, batch_size: int) -> None:
     method, model = LoRADrop(keep=1, sample=0.5), model_without_dropout()
     trainer = sgd_trainer(folder / "lora_drop", method, model=model, batch_size=batch_size, learning_rate=0.01)
     trainer.train()
-    facts = {"kept": method.kept, "importance": method.selector.importance}
+    facts = {"kept": method.kept, "importance": method.engine.importance}
     write(folder, "lora_drop", trainer.args.process_index, model, facts, trainer.args.world_size)
 
 

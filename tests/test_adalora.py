@@ -56,7 +56,7 @@ def singular_values(model: nn.Module) -> int:
 def test_the_budget_falls_from_all_ranks_to_the_target():
     model = model_of()
     method, optimizer = start(model, 20, tinit=4, tfinal=8)
-    budgets = [method.selector.budget(t) for t in range(1, 13)]
+    budgets = [method.engine.budget(t) for t in range(1, 13)]
     assert budgets[:4] == [27] * 4  # b_0 = 9 * 3 until t_i
     assert budgets[7] == int(18 + 9 * 0.5**3) == 19  # half way down
     assert budgets[-1] == 18  # b_T = 9 * 2 at T - t_f
@@ -64,7 +64,7 @@ def test_the_budget_falls_from_all_ranks_to_the_target():
     for t in range(1, 21):
         assert one_step(model, method, optimizer, start=8 * (t % 8)) == (t == 12)
         assert singular_values(model) == (budgets[t - 1] if t < 12 else 18)
-    assert method.selector.budget(20) == 18 == sum(a.r for a in list_attached(model))
+    assert method.engine.budget(20) == 18 == sum(a.r for a in list_attached(model))
 
 
 def test_shares_of_the_run_become_steps_and_only_every_delta_t_masks():
@@ -85,7 +85,7 @@ def test_a_short_run_ends_at_the_budget_too(total):
     method, optimizer = start(model, total)
     for _ in range(total):
         one_step(model, method, optimizer)
-    assert method.selector.done and sum(a.r for a in list_attached(model)) == 18
+    assert method.engine.done and sum(a.r for a in list_attached(model)) == 18
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_sensitivity_and_uncertainty_are_smoothed_as_by_hand():
         optimizer.zero_grad()
     S = {part: mean[part] * uncertainty[part] for part in parameters}
     expected = S["lora_E"][:, 0] + S["lora_A"].mean(1) + S["lora_B"].mean(0)
-    torch.testing.assert_close(method.selector.scores()[adapter.name], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(method.engine.scores()[adapter.name], expected, rtol=1e-5, atol=0)
     assert (expected > 0).all()
 
 
@@ -211,7 +211,7 @@ def test_it_keeps_what_peft_would_keep_and_computes_the_same():
     model(**batch()).loss.backward()
     method.observe(optimizer)
     optimizer.step()
-    twin, scores = copy.deepcopy(model), copy.deepcopy(method.selector._allocator)
+    twin, scores = copy.deepcopy(model), copy.deepcopy(method.engine._allocator)
     twin.base_model.rankallocator = scores
     for (_, old), (_, new) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         new.grad = old.grad
@@ -436,9 +436,9 @@ def test_what_else_is_refused():
         method.step()
     method.plan(4)
     with pytest.raises(ConfigError, match="scored no step"):
-        method.selector.cut(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+        method.engine.cut(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
     with pytest.raises(ConfigError, match="give the optimizer"):
-        method.selector.cut(None)
+        method.engine.cut(None)
 
 
 def test_a_model_made_with_stock_peft_is_driven_too():

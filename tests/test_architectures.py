@@ -64,8 +64,8 @@ def test_stock_peft_reads_what_was_selected_and_grown(name, tmp_path, stock_peft
     # Thresholding starts with the cut, so that on the way there every gate has a value of its own.
     method = WeightLoRAPlus(keep=KEEP, after=CUT, project_from=CUT, gate_lr=20.0).attach(model)
     probe = LayerOutputs()
-    strategy = method.selector.strategy
-    method.selector.strategy = dataclasses.replace(strategy, then=(probe, *strategy.then, probe))
+    strategy = method.engine.strategy
+    method.engine.strategy = dataclasses.replace(strategy, then=(probe, *strategy.then, probe))
     attached = [a.name for a in method.adapters]
     method.plan(total_steps=CUT + 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
@@ -73,7 +73,7 @@ def test_stock_peft_reads_what_was_selected_and_grown(name, tmp_path, stock_peft
 
     for _ in range(CUT - 1):
         assert not take_step(**train_step)
-    gates = list(method.selector.gate_values().values())
+    gates = list(method.engine.gate_values().values())
     assert len(set(gates)) > 2 and max(abs(g - 1) for g in gates) > 0.01
     assert same_in_stock_peft("scouting") == dict.fromkeys(attached, 2)
 

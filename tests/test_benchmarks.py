@@ -76,7 +76,7 @@ def test_rows_are_what_they_say(benchmarks):
     assert len(scouting.modules) == 7 * shape.depth
     for _ in range(3):
         scouting.step()
-    assert min(scouting.method.selector.gate_values().values()) > 0 and not scouting.method.selector.done
+    assert min(scouting.method.engine.gate_values().values()) > 0 and not scouting.method.engine.done
     for row, first in (("kept5_last_block", shape.depth - 1), ("kept5_top_third", shape.third), ("kept5_spread", 0)):
         kept = rows[row].build(shape)
         blocks = [int(name.split(".")[2]) for name in kept.modules]

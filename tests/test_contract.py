@@ -151,7 +151,7 @@ def test_backward_inside_the_optimizers_step_is_the_same_run(name, by_name):
 def test_an_optimizer_that_runs_its_closure_again_and_again_is_refused(name):
     model, method, inputs = made(name)
     begin(model, method, inputs)
-    if method.selector.done and not method.acts_after_cut:
+    if method.engine.done and not method.acts_after_cut:
         return  # nothing is left to be done in a step
     optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=3)
     method.bind(optimizer)
@@ -187,7 +187,7 @@ def test_steps_are_counted_where_the_optimizer_steps(name, bound):
             if not bound:
                 method.step(optimizer)
             optimizer.zero_grad()
-    engine = method.selector
+    engine = method.engine
     assert engine.global_step == 5 or engine.done
     assert not [e for e in method.events if e["step"] > 5]
 
@@ -243,7 +243,7 @@ def test_a_run_that_ends_early_ends_within_its_budget_and_says_so(name, tmp_path
         trainer.train()
         planned = method._planned
     assert trainer.state.global_step == 4
-    assert method.selector.done
+    assert method.engine.done
     if planned and planned[-1] > 4:
         assert f"training ended at step 4, before the cut at step {planned[-1]}" in caplog.text
     gates = [n for n, p in model.named_parameters() if "lora_gate" in n]
@@ -266,3 +266,19 @@ def test_the_state_of_another_method_is_refused_before_anything_is_touched(name,
         again.load_adapter(str(tmp_path), "default", is_trainable=True)  # type: ignore[operator]
     assert same(final(again), before) and [n for n, _ in again.named_modules()] == modules
     assert optimizer is not None
+
+
+@every_acting_method
+def test_the_state_of_an_earlier_version_is_refused_with_a_sentence(name, tmp_path):
+    model, method, inputs = made(name)
+    begin(model, method, inputs)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    method.save_state(tmp_path)
+    tensors, facts = checkpoint.read_state(tmp_path)
+    checkpoint.write_state(tmp_path, tensors, {k: v for k, v in facts.items() if k != "dropped"})
+    again, resumed, _ = made(name)
+    resumed.attach(again, seed=0)
+    before = final(again)
+    with pytest.raises(ConfigError, match=r"another version of weightlora .it has no 'dropped'"):
+        again.load_adapter(str(tmp_path), "default", is_trainable=True)  # type: ignore[operator]
+    assert same(final(again), before)

@@ -14,7 +14,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from weightlora import RLoRA, WeightLoRA, list_adapters
-from weightlora.selection import After, Disconnect, Expand, RandomScore, Selector, Strategy, parse
+from weightlora.selection import After, Disconnect, Expand, RandomScore, Selector, Strategy
+from weightlora.selection import parse_budget as parse
 
 QKV = ["query_proj", "key_proj", "value_proj"]
 OUTPUTS = "output.dense"  # of attention and of the feed-forward block

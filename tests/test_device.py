@@ -316,7 +316,7 @@ def scout(device: str, steps: int, *, keep: Any = 2, after: int = 6, poison: int
 def test_a_step_waits_for_nothing_and_the_choice_is_the_one_of_the_cpu(device, keep):
     method, _ = scout(device, 9, keep=keep, lora_dropout=0.0)
     on_cpu, _ = scout("cpu", 9, keep=keep, lora_dropout=0.0)
-    assert method.kept == on_cpu.kept and method.selector.done
+    assert method.kept == on_cpu.kept and method.engine.done
 
 
 def test_a_diverged_run_stops_at_the_next_step_at_the_latest(device):

@@ -37,7 +37,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         code = block.replace("num_train_epochs=3", "num_train_epochs=3, use_cpu=True, report_to='none'")
         exec(compile(code, str(page), "exec"), names)
     if (method := names.get("method")) is not None:
-        assert len(method.kept) == 10 if page.name == "README.md" else method.selector.done
+        assert len(method.kept) == 10 if page.name == "README.md" else method.engine.done
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda p: p.name)
@@ -83,3 +83,11 @@ def test_the_file_tree_names_every_file_and_no_other():
     ]
     real = {str(p.relative_to(ROOT)) for p in shown if "__pycache__" not in p.parts and p.suffix != ".pyc"}
     assert real - named == set() and {n for n in named if not (ROOT / n).exists()} == set()
+
+
+def test_the_reading_path_is_as_long_as_it_says():
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    section = page[page.index("## The reading path") : page.index("## Where the code is")]
+    files = re.findall(r"^\d\. `([^`]+)`", section, re.MULTILINE)
+    lines = sum(len((ROOT / "src/weightlora" / f).read_text(encoding="utf-8").splitlines()) for f in files)
+    assert len(files) == 6 and f"{lines:,} lines" in section and lines <= 1500

@@ -75,7 +75,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         method = WeightLoRA(keep=5, after=4).attach(model)
         method.plan(total_steps=6)
         folder.mkdir()
-        method.selector.events.open(folder / "events.jsonl")
+        method.engine.events.open(folder / "events.jsonl")
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
         method.bind(optimizer)
         for _ in range(6):
@@ -412,7 +412,7 @@ def test_the_card_says_what_was_done(run, tmp_path):
         assert f"| `{name}` | {r} | {cut['scores'][name]:.4g} |" in card
     assert not any(f"`{name}`" in card for name in run.method.dropped)
     assert f"5 of 13 adapters were kept at step 4: {sum(a.parameters for a in run.method.adapters):,} " in card
-    assert f"of {run.method.selector.capacity:,} before" in card
+    assert f"of {run.method.engine.capacity:,} before" in card
     assert "questions.csv" in card and "321" in card and "text-classification" in card
     assert "| accuracy | 0.25 | 0.8125 |" in card
     assert "PeftModel" in card

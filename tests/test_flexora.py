@@ -56,7 +56,7 @@ def logits(model):
 def test_the_gradient_of_a_equals_finite_differences(compat):
     method = Flexora(val_batches=3, compat=compat)
     model, _ = train(method, 6, model=bert().double())
-    engine = method.selector
+    engine = method.engine
     batches = [method._batches[i % 2] for i in range(18, 21)]  # those of the seventh step
 
     def validation_loss(a):
@@ -84,9 +84,9 @@ def test_a_moves_by_adam_and_the_scales_sum_to_the_number_of_layers():
     optimizer = optimizer_of(model)
     model(**batch()).loss.backward()
     optimizer.step()
-    gradient = method.selector.gradient()
+    gradient = method.engine.gradient()
     method.step(optimizer)
-    a = method.selector.a.detach()
+    a = method.engine.a.detach()
     torch.testing.assert_close(a, -0.01 * gradient / (gradient.abs() + 1e-8))  # the first step of Adam
     gates = torch.tensor([adapter.gate.item() for adapter in list_adapters(model)]).view(3, 3)
     torch.testing.assert_close(gates, (3 * torch.softmax(a, 0)).view(3, 1).expand(3, 3))
@@ -96,7 +96,7 @@ def test_a_moves_by_adam_and_the_scales_sum_to_the_number_of_layers():
 def test_compat_cubes_the_factor():
     method = Flexora(compat=True)
     model, _ = train(method, 4)
-    expected = (3 * torch.softmax(method.selector.a.detach(), 0)) ** 3
+    expected = (3 * torch.softmax(method.engine.a.detach(), 0)) ** 3
     gates = torch.tensor([adapter.gate.item() for adapter in list_adapters(model)]).view(3, 3)[:, 0]
     torch.testing.assert_close(gates, expected)
 
@@ -110,7 +110,7 @@ def test_validation_touches_nothing_but_a():
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     values, random = trainable_state(model), torch.get_rng_state()
-    method.selector.gradient()
+    method.engine.gradient()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == gradients.keys()
     assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if n in gradients)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
@@ -133,8 +133,8 @@ def test_nothing_is_cut_while_a_knows_nothing():
         assert method.step(optimizer) == expected
         optimizer.zero_grad()
         if not expected:
-            assert not method.selector.a.any()
-            optimizer.param_groups[0]["lr"] = 0.1 * (method.selector.global_step == 2)
+            assert not method.engine.a.any()
+            optimizer.param_groups[0]["lr"] = 0.1 * (method.engine.global_step == 2)
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_the_layers_that_stay(keep, a, kept, restart):
     optimizer = optimizer_of(model)
     method.plan(10)
     with torch.no_grad():
-        method.selector.a.copy_(torch.tensor(a))
+        method.engine.a.copy_(torch.tensor(a))
     model(**batch()).loss.backward()
     optimizer.step()
     assert method.step(optimizer)
@@ -202,7 +202,7 @@ def test_going_on_instead_changes_no_output_of_a_layer_that_stays():
     model.train()
     model(**batch()).loss.backward()
     optimizer.step()
-    engine = method.selector
+    engine = method.engine
     finish, outputs = engine._cut, []
     engine._cut = lambda optimizer: (outputs.append(logits(model)), finish(optimizer))
     assert method.step(optimizer)
@@ -222,7 +222,7 @@ def test_adapters_outside_of_the_layers_always_stay():
 def test_every_save_of_the_first_stage_is_a_stock_lora(tmp_path):
     model, method = bert(), Flexora(lr=0.3)
     train(method, 4, model=model)
-    assert method.selector.scales(method.selector.a).max() > 1.2
+    assert method.engine.scales(method.engine.a).max() > 1.2
     expected = logits(model)
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(bert().unload(), tmp_path)

@@ -111,6 +111,6 @@ def test_a_model_that_is_moved_to_another_dtype_goes_on(tmp_path):
     method.observe(optimizer)
     method.step(optimizer)
     found = {a.name: a.gate.item() for a in list_adapters(model)}
-    assert found == method.selector.gate_values() and sum(v > 0 for v in found.values()) == 3
+    assert found == method.engine.gate_values() and sum(v > 0 for v in found.values()) == 3
     assert all(a.gate.dtype == torch.float64 for a in list_adapters(model))
     model.save_pretrained(tmp_path)

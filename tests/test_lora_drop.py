@@ -65,7 +65,7 @@ ENERGIES = [3.0, 1.0, 1.0, 1.0, 5.0, 4.0, 2.0, 2.0, 3.0]  # q, k, v of three lay
 
 def chosen(**options) -> list[str]:
     """What is kept for given scores."""
-    selection = LoRADrop(**options).attach(bert()).selector
+    selection = LoRADrop(**options).attach(bert()).engine
     return [a.name for members in selection._choose(ENERGIES).values() for a in members]
 
 
@@ -75,8 +75,8 @@ def part(name: str, names: list[str]) -> list[str]:
 
 def parameters_of(method: LoRADrop, name: str) -> dict[str, set[int]]:
     """{part: ids of the parameters that the sharing modules of a type hold}."""
-    found = {a.name: a for a in method.selector.adapters}
-    shared = [found[n] for n in method.selector.shared[name]]
+    found = {a.name: a for a in method.engine.adapters}
+    shared = [found[n] for n in method.engine.shared[name]]
     return {p: {id(getattr(a, p).weight) for a in shared} for p in "AB"}
 
 
@@ -205,7 +205,7 @@ def test_importance_sums_to_one_for_each_type_and_follows_the_outputs():
         assert sum(best[: len(table["kept"])]) >= 0.9 > sum(best[: len(table["kept"]) - 1])
         assert [event["importance"][m] for m in table["kept"]] == best[: len(table["kept"])]
     assert method.kept == sorted(method.kept, key=lambda m: -event["importance"][m])
-    assert event["importance"] == method.selector.importance
+    assert event["importance"] == method.engine.importance
 
 
 def test_the_kept_set_grows_with_the_threshold():
@@ -335,7 +335,7 @@ def bert_base() -> PeftModel:
 
 def settle(method: LoRADrop) -> None:
     """The choice without a phase 1, from scores that fall from layer to layer."""
-    selection = method.selector
+    selection = method.engine
     start = {p: p.detach().clone() for p in selection.model.parameters() if p.requires_grad}
     selection._cut(selection._choose([1.0 / (i + 1) for i in range(len(selection.adapters))]), start, None)
 
@@ -343,8 +343,8 @@ def settle(method: LoRADrop) -> None:
 def test_all_others_of_a_type_hold_the_same_parameters():
     model = bert()
     method = scored(model, keep=1)
-    assert {n: len(m) for n, m in method.selector.shared.items()} == dict.fromkeys(("query", "key", "value"), 2)
-    for name in method.selector.shared:
+    assert {n: len(m) for n, m in method.engine.shared.items()} == dict.fromkeys(("query", "key", "value"), 2)
+    for name in method.engine.shared:
         assert {p: len(ids) for p, ids in parameters_of(method, name).items()} == {"A": 1, "B": 1}
     assert trainable_parameters(model) == 3 * 2 * 4 * 64 + 32 * 2 + 2
     assert len(list_adapters(model)) == 9 and method.dropped == []
@@ -356,14 +356,14 @@ def test_all_others_of_a_type_hold_the_same_parameters():
 def test_the_gradient_is_the_sum_over_the_modules():
     model = bert(lora_dropout=0.0)
     method = scored(model, keep=1)
-    for adapter in method.selector.adapters:
+    for adapter in method.engine.adapters:
         torch.nn.init.normal_(adapter.B.weight)
     alone = untied(model)
     model.eval()(**batch()).loss.backward()
     alone.eval()(**batch()).loss.backward()
     apart = {a.name: a for a in list_adapters(alone)}
-    for names in method.selector.shared.values():
-        shared = next(a for a in method.selector.adapters if a.name == names[0])
+    for names in method.engine.shared.values():
+        shared = next(a for a in method.engine.adapters if a.name == names[0])
         for side in "AB":
             total = sum(getattr(apart[n], side).weight.grad for n in names)
             torch.testing.assert_close(getattr(shared, side).weight.grad, total, rtol=1e-4, atol=1e-6)
@@ -425,15 +425,15 @@ def test_a_restart_begins_where_the_model_was_attached():
     method = scored(model, keep=1)
     after = trainable_state(model)
     assert len(after) < len(before) and all(torch.equal(before[key], value) for key, value in after.items())
-    assert all(a.B.weight.count_nonzero() == 0 for a in method.selector.adapters)
+    assert all(a.B.weight.count_nonzero() == 0 for a in method.engine.adapters)
 
 
 def test_going_on_keeps_what_was_trained_and_starts_the_shared_anew():
     model = bert()
     before = trainable_state(model)
     method = scored(model, keep=1, restart=False)
-    shared = {n for names in method.selector.shared.values() for n in names}
-    for adapter in method.selector.adapters:
+    shared = {n for names in method.engine.shared.values() for n in names}
+    for adapter in method.engine.adapters:
         trained_on = bool(adapter.B.weight.count_nonzero())
         assert trained_on == (adapter.name not in shared)
     head = "base_model.model.classifier.modules_to_save.default.weight"
@@ -452,7 +452,7 @@ def test_the_same_seed_makes_the_same_run(tmp_path):
         if name == "three":
             torch.manual_seed(9)
         trainer.train()
-        runs.append((method.selector.importance, trainable_state(trainer.model)))
+        runs.append((method.engine.importance, trainable_state(trainer.model)))
     assert runs[0][0] == runs[1][0] == runs[2][0], "phase 1 does not depend on what was drawn before"
     assert all(torch.equal(value, runs[1][1][key]) for key, value in runs[0][1].items())
 
@@ -468,7 +468,7 @@ def test_phase_1_takes_the_effective_batch_of_the_run(tmp_path):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         make_trainer(tmp_path / name, m := LoRADrop(sample=0.5), model=model, max_steps=1, **settings).train()
-        losses.append(m.selector.importance)
+        losses.append(m.engine.importance)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -530,7 +530,7 @@ def test_gradients_are_the_same_under_both_kinds_of_checkpointing(tmp_path):
         if kind is not None:
             model.enable_input_require_grads()
             model.base_model.model.gradient_checkpointing_enable({"use_reentrant": kind})
-        for adapter in method.selector.adapters:
+        for adapter in method.engine.adapters:
             torch.nn.init.constant_(adapter.B.weight, 0.1)
         model.train()(**batch()).loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -597,7 +597,7 @@ def test_resuming_is_exact_and_phase_1_does_not_run_again(options, tmp_path, mon
     expected, found = trainable_state(whole.model), trainable_state(part.model)
     assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
     assert len(part.optimizer.state) == len(whole.optimizer.state)
-    for name in again.selector.shared:
+    for name in again.engine.shared:
         assert {p: len(ids) for p, ids in parameters_of(again, name).items()} == {"A": 1, "B": 1}
     assert whole.state.best_global_step == part.state.best_global_step
     assert part.state.best_model_checkpoint.rpartition("/")[2] == whole.state.best_model_checkpoint.rpartition("/")[2]
@@ -618,7 +618,7 @@ def test_a_plain_loop_resumes(tmp_path):
     again = bert()
     resumed = LoRADrop(keep=1).attach(again)
     again.load_adapter(str(tmp_path), "default", is_trainable=True)
-    assert resumed.selector.done and resumed.kept == method.kept and resumed.events == method.events
+    assert resumed.engine.done and resumed.kept == method.kept and resumed.events == method.events
     optimizer = adamw(again)
     optimizer.load_state_dict(moments)
     go_on(again, optimizer, range(3, 6))
@@ -645,7 +645,7 @@ def test_weights_that_were_assigned_are_tied_again(tmp_path):
     model.save_pretrained(tmp_path)
     method.save_state(tmp_path)
     model.load_adapter(str(tmp_path), "default", is_trainable=True, low_cpu_mem_usage=True)
-    for name in method.selector.shared:
+    for name in method.engine.shared:
         assert {p: len(ids) for p, ids in parameters_of(method, name).items()} == {"A": 1, "B": 1}
     assert trainable_parameters(model) == 3 * 2 * 4 * 64 + 66
 
@@ -749,7 +749,7 @@ def test_bad_data():
         method.score(DataLoader(Stream()), lr=1e-3)
     with pytest.raises(ConfigError, match="returned no loss"):
         method.score([{k: v for k, v in batch().items() if k != "labels"}], lr=1e-3, progress=False)
-    assert not method.selector.done
+    assert not method.engine.done
 
 
 class Stream(IterableDataset):
@@ -793,7 +793,7 @@ def test_the_loss_is_the_trainers(tmp_path):
     trainer = OwnLoss(usual.model, usual.args, train_dataset=rows(), callbacks=[method := LoRADrop(sample=0.25)])
     trainer.train()
     # two batches tried in both modes, three epochs of two, two to score, two steps of the run
-    assert trainer.calls == 2 + 3 * 2 + 2 + 2 and method.selector.done
+    assert trainer.calls == 2 + 3 * 2 + 2 + 2 and method.engine.done
 
 
 # TRL 1.16 sets options that transformers 5.23 renamed.
@@ -828,7 +828,7 @@ def test_sft_trainer(tmp_path, stock_peft):
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
-    assert len(method.kept) == 7 and len(method.selector.shared) == 7
+    assert len(method.kept) == 7 and len(method.engine.shared) == 7
     tokens = [e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e]
     assert tokens and tokens[-1] < 4 * 4 * 16, "what phase 1 has seen is not counted"
     loaded = stock_peft("LlamaForCausalLM", tmp_path / "base", tmp_path / "adapter", made.batch)

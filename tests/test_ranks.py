@@ -170,7 +170,7 @@ def test_when_it_is_over_nothing_is_left_of_what_was_closed(name):
     assert [a.name for a in method.adapters] == sorted(method.kept, key=[a.name for a in method.adapters].index)
     assert len(method.kept) + len(method.dropped) == 9
     assert [e["ranks"] for e in method.events if e["event"] == "ranks"][-1] == ranks(model)
-    assert method.selector.settled and not any(a.gate is not None for a in list_adapters(model))
+    assert method.engine.settled and not any(a.gate is not None for a in list_adapters(model))
     assert not method.step(optimizer)
 
 
@@ -195,7 +195,7 @@ def test_the_best_model_is_a_whole_one(name, tmp_path):
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint is not None
-    assert method.selector.settled and sum(ranks(trainer.model).values()) == method.selector.ranks
+    assert method.engine.settled and sum(ranks(trainer.model).values()) == method.engine.ranks
 
 
 @every_method
@@ -263,7 +263,7 @@ def test_moments_of_b_follow_the_gates_that_are_folded_into_it():
     gate, B = adapter.gate.detach().clone(), adapter.B.weight
     before, state = B.detach().clone(), {k: v.clone() for k, v in optimizer.state[B].items()}
     with torch.no_grad():
-        method.selector.settle(optimizer)
+        method.engine.settle(optimizer)
     torch.testing.assert_close(adapter.B.weight.detach(), before * gate)
     torch.testing.assert_close(optimizer.state[B]["exp_avg"], state["exp_avg"] / gate)
     torch.testing.assert_close(optimizer.state[B]["exp_avg_sq"], state["exp_avg_sq"] / gate**2)
@@ -352,7 +352,7 @@ def test_ranks_at_zero_leave_when_training_ends_and_outputs_stay():
     assert sum(ranks(model).values()) == 36
     open_ranks = int((all_gates(model) != 0).sum())
     expected = logits(model)
-    method.selector.finish(optimizer)
+    method.engine.finish(optimizer)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
     assert 0 < sum(ranks(model).values()) == open_ranks < 36
     assert trainable_parameters(model) == 64 * open_ranks + 2 * 33
@@ -439,7 +439,7 @@ def test_the_gradient_of_the_variance():
 
 def test_the_regulariser_is_added_once_until_the_window_ends():
     model, method = quiet(bert()), DynamicLoRA(2, eta=3.0, tinit=1, tfinal=0.5).attach(quiet(bert()))
-    model = method.selector.model
+    model = method.engine.model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     method.plan(8)
     backward(model)
@@ -451,7 +451,7 @@ def test_the_regulariser_is_added_once_until_the_window_ends():
     for (name, p), gradient in zip(wanted.items(), expected, strict=True):
         torch.testing.assert_close(p.grad - plain[name], gradient, rtol=1e-4, atol=1e-7)
     optimizer.zero_grad()
-    method.selector.done = True
+    method.engine.done = True
     method.observe(optimizer)
     assert all(p.grad is None for p in model.parameters())
 
@@ -485,7 +485,7 @@ def test_the_window_ends_with_exactly_the_target(target_r):
     excess = 9 * (4 - target_r)
     expected = [pruned(step - 6, 14, excess) if step >= 6 and (step - 6) % 3 == 0 else 0 for step in range(1, 20)]
     assert closed == [*expected, 0]
-    assert sum(ranks(model).values()) == 9 * target_r and method.selector.done and not method.selector.settled
+    assert sum(ranks(model).values()) == 9 * target_r and method.engine.done and not method.engine.settled
     assert trainable_parameters(model) == 9 * target_r * 65 + 2 * 33
     assert all(p in optimizer.state for a in method.adapters for p in (*a.weights, a.gate))
 
@@ -495,11 +495,11 @@ def test_ties_are_broken_so_that_the_count_is_exact():
     method.attach(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     method.plan(20)
-    method.selector._smoothed.fill_(1.0)
+    method.engine._smoothed.fill_(1.0)
     for adapter in list_adapters(model):
         adapter.gate.data.fill_(1.0)
     with torch.no_grad():
-        method.selector.conclude(optimizer)
+        method.engine.conclude(optimizer)
     assert list(ranks(model).values()) == [4, 4, 4, 4, 2] and len(method.dropped) == 4
 
 
@@ -554,14 +554,14 @@ def test_ranks_grow_to_the_target_exactly(advance_learn):
     model = bert(r=1)
     method = IncreLoRA(5, add_r=2, top_h=4, init_warmup=3, incre_interval=2, advance_learn=advance_learn)
     optimizer, totals = loop(model, method, 20, weight_decay=0.1), []
-    assert method.selector.cuts == (12,)
+    assert method.engine.cuts == (12,)
     for step in range(20):
         one_step(model, method, optimizer, step)
-        totals.append(method.selector.live())
+        totals.append(method.engine.live())
         reserve = sum(a.r for a in list_adapters(model)) - totals[-1]
         assert reserve == (18 if advance_learn and step < 11 else 0)
         if reserve:
-            frozen = [a.gate[r:] for a, r in zip(method.adapters, method.selector.effective, strict=True)]
+            frozen = [a.gate[r:] for a, r in zip(method.adapters, method.engine.effective, strict=True)]
             assert torch.equal(torch.cat(frozen).detach(), torch.full((18,), 1e-5))
     assert totals == [9] * 3 + [17] * 2 + [25] * 2 + [33] * 2 + [41] * 2 + [45] * 9
     grown = [sum(e["ranks"].values()) for e in method.events if e["event"] == "ranks"]
@@ -575,10 +575,10 @@ def test_the_best_modules_grow():
     backward(model)
     method.observe(optimizer)
     optimizer.step()
-    method.selector._score[:] = torch.tensor([3.0, 1, 1, 1, 1, 1, 1, 2, 9])
-    method.selector._uncertainty[:] = torch.tensor([3.0, 1, 1, 1, 1, 1, 1, 5, 1])
+    method.engine._score[:] = torch.tensor([3.0, 1, 1, 1, 1, 1, 1, 2, 9])
+    method.engine._uncertainty[:] = torch.tensor([3.0, 1, 1, 1, 1, 1, 1, 5, 1])
     method.step(optimizer)
-    assert method.selector.effective == [2, 1, 1, 1, 1, 1, 1, 2, 1]  # 9, 10 and 9 lead, and of two 9 the earlier
+    assert method.engine.effective == [2, 1, 1, 1, 1, 1, 1, 2, 1]  # 9, 10 and 9 lead, and of two 9 the earlier
 
 
 @pytest.mark.parametrize("advance_learn", [True, False])
@@ -596,11 +596,11 @@ def test_growing_leaves_the_function(advance_learn):
         base = bert(r=1).eval()(**batch()).logits
     assert (expected - base).abs().max() > 1e-3
     method.step(optimizer)
-    assert method.selector.live() == 27
+    assert method.engine.live() == 27
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
     for step in range(4, 8):
         one_step(model, method, optimizer, step)
-    assert method.selector.done and sum(ranks(model).values()) == 36
+    assert method.engine.done and sum(ranks(model).values()) == 36
 
 
 def test_the_scaling_is_that_of_the_target_or_of_the_rank_of_the_moment():
@@ -641,8 +641,8 @@ def test_the_score_is_that_of_the_dense_gradient_over_all_micro_batches():
         mean = 0.85 * mean + 0.15 * scores
         doubt = 0.85 * doubt + 0.15 * (scores - mean).abs()
         method.observe(optimizer)
-        torch.testing.assert_close(method.selector._score, mean, rtol=1e-4, atol=1e-9)
-        torch.testing.assert_close(method.selector._uncertainty, doubt, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(method.engine._score, mean, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(method.engine._uncertainty, doubt, rtol=1e-4, atol=1e-9)
         optimizer.zero_grad()
 
 
@@ -678,7 +678,7 @@ def test_the_score_is_the_same_under_gradient_checkpointing(use_reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         backward(model.train())
         method.observe(optimizer)
-        found.append(method.selector._score.clone())
+        found.append(method.engine._score.clone())
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-9)
     assert (found[0] > 0).all()
 
@@ -687,9 +687,9 @@ def test_hooks_and_dense_gradients_go_with_the_last_increment():
     model, method = bert(r=1), IncreLoRA(3, top_h=9, add_r=2, init_warmup=0, incre_interval=2)
     optimizer = loop(model, method, 5)
     one_step(model, method, optimizer, 0)
-    assert len(method.selector._dense) == 9 and all(a.layer._forward_hooks for a in method.adapters)
+    assert len(method.engine._dense) == 9 and all(a.layer._forward_hooks for a in method.adapters)
     one_step(model, method, optimizer, 1)
-    assert not method.selector._dense and not any(a.layer._forward_hooks for a in method.adapters)
+    assert not method.engine._dense and not any(a.layer._forward_hooks for a in method.adapters)
     assert method.kept and not method.dropped
 
 
@@ -774,7 +774,7 @@ def test_scores_are_those_of_brute_force(name):
     randomise(model)
     method = ALoRA(batch=made.batch).attach(model.train())
     with torch.no_grad():
-        found = torch.cat(method.selector.scores())
+        found = torch.cat(method.engine.scores())
     expected = torch.tensor(by_brute_force(model, made.batch), dtype=torch.float64)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -788,7 +788,7 @@ def test_blocks_below_a_rank_do_not_run_for_it():
     for block in model.get_base_model().bert.encoder.layer:
         block.attention.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     with torch.no_grad():
-        method.selector.scores()
+        method.engine.scores()
     # for each of the two: a whole pass, catching below the last block and trying it (3 + 2 + 1), catching again (1 + 1)
     assert calls[0] == 2 * 12 * (3 + 2 + 1) + 2 * (3 + 2 + 1 + 1 + 1)
 
@@ -815,12 +815,12 @@ def test_a_model_that_reads_more_than_the_block_below_is_scored_by_whole_passes(
     inputs = {"x": torch.randn(5, 8), "labels": torch.tensor([0, 1, 2, 3, 4])}
     method = ALoRA(batch=inputs).attach(model)
     with torch.no_grad():
-        found = torch.cat(method.selector.scores())
+        found = torch.cat(method.engine.scores())
     torch.testing.assert_close(found, torch.tensor(by_brute_force(model, inputs)).double(), rtol=1e-4, atol=1e-5)
 
 
 def with_scores(method: ALoRA, scores: list[list[float]]) -> ALoRA:
-    method.selector.scores = lambda: [torch.tensor(s, dtype=torch.float64) for s in scores]
+    method.engine.scores = lambda: [torch.tensor(s, dtype=torch.float64) for s in scores]
     return method
 
 
@@ -868,7 +868,7 @@ def test_where_every_module_lost_a_rank_none_is_added():
 def test_the_budget_is_met_at_every_step_and_the_rounds_are_where_they_were_planned():
     model, method = bert(), ALoRA(rounds=4, batch=batch(16))
     optimizer, structures = loop(model, method, 24), []
-    assert method.selector.cuts == (8, 10, 12, 14)
+    assert method.engine.cuts == (8, 10, 12, 14)
     for step in range(24):
         one_step(model, method, optimizer, step)
         structures.append(ranks(model))
@@ -886,8 +886,8 @@ def test_the_paper_s_schedule_in_three_epochs():
 def test_a_trainer_finds_the_batch(tmp_path):
     method = ALoRA(rounds=2, batch_size=5)
     make_trainer(tmp_path, method, max_steps=12).train()
-    assert method.selector.batch["input_ids"].shape == (5, 12)
-    assert torch.equal(method.selector.batch["labels"], batch(5)["labels"])
+    assert method.engine.batch["input_ids"].shape == (5, 12)
+    assert torch.equal(method.engine.batch["labels"], batch(5)["labels"])
     assert method.batch is None and len([e for e in method.events if e["event"] == "round"]) == 1
 
 

@@ -29,7 +29,7 @@ def first_steps(method, steps: int):
         optimizer.step()
         method.step(optimizer)
         optimizer.zero_grad()
-        seen.append((gradients, torch.tensor(list(method.selector.gate_values().values()))))
+        seen.append((gradients, torch.tensor(list(method.engine.gate_values().values()))))
     return seen
 
 
@@ -104,7 +104,7 @@ def test_a_scheduler_moves_the_rate_of_the_gates_too():
         optimizer.step()
         method.step(optimizer)
         optimizer.zero_grad()
-    moved = 1 - torch.tensor(list(method.selector.gate_values().values()))
+    moved = 1 - torch.tensor(list(method.engine.gate_values().values()))
     torch.testing.assert_close(moved, 0.5 * gradients, atol=1e-6, rtol=1e-4)
 
 
@@ -332,7 +332,7 @@ def test_several_rounds_reach_the_budget_at_constant_parameters():
     assert [e["step"] for e in cuts] == [3, 6, 9]
     counts = [len(e["kept"]) for e in cuts]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 1
-    assert all(e["parameters_after"] <= method.selector.capacity for e in grown)
+    assert all(e["parameters_after"] <= method.engine.capacity for e in grown)
 
 
 def eight_adapters() -> nn.Module:

@@ -359,7 +359,7 @@ def test_equals_are_taken_in_order():
     model = lora()
     for parameter in (p for a in list_adapters(model) for p in a.weights):
         nn.init.ones_(parameter)
-    SparseAdapter(0.25, score="magnitude", warmup=0).attach(model).selector.cut(None)
+    SparseAdapter(0.25, score="magnitude", warmup=0).attach(model).engine.cut(None)
     shown = torch.cat([f.weight.flatten() for a in list_adapters(model) for f in (a.A, a.B)])
     assert shown[: len(shown) // 4].all() and not shown[len(shown) // 4 :].any()
 
@@ -392,7 +392,7 @@ def test_what_is_masked_stays_zero_and_what_stays_keeps_its_moments(kind):
         other.zero_grad()
         if step == 3:
             masks = [f.weight != 0 for a in list_adapters(model) for f in (a.A, a.B)]
-            assert method.selector.done
+            assert method.engine.done
         with torch.no_grad():
             for mask, parameter in zip(masks, dense_parameters(dense), strict=False):
                 parameter *= mask
@@ -414,9 +414,9 @@ def test_in_rounds_the_density_falls_by_equal_factors():
     model, method = lora(), SparseAdapter(0.25, warmup=2, score_steps=2, rounds=2)
     train(model, method, 4, of=8)
     half = [f.weight != 0 for a in list_adapters(model) for f in (a.A, a.B)]
-    assert sum(a.parameters for a in list_adapters(model)) == 9 * 64 and not method.selector.done
+    assert sum(a.parameters for a in list_adapters(model)) == 9 * 64 and not method.engine.done
     train_on(model, method, 4)
-    assert sum(a.parameters for a in list_adapters(model)) == 9 * 32 and method.selector.done
+    assert sum(a.parameters for a in list_adapters(model)) == 9 * 32 and method.engine.done
     quarter = [f.weight != 0 for a in list_adapters(model) for f in (a.A, a.B)]
     assert all(not (q & ~h).any() for q, h in zip(quarter, half, strict=True))
 
@@ -435,9 +435,9 @@ def test_scores_wait_until_b_has_moved():
     """A learning rate of 0 keeps B at 0 through the warm-up; nothing is ever divided by a sum of zeros."""
     model, method = lora(), SparseAdapter(warmup=2, score_steps=2)
     train(model, method, 5, of=9, lr=0.0)
-    assert not method.selector.done and trainable_parameters(model) == 9 * 2 * 64 + 66
+    assert not method.engine.done and trainable_parameters(model) == 9 * 2 * 64 + 66
     train_on(model, method, 3)  # B moves in the first
-    assert method.selector.done and nonzero(model) == 9 * 64
+    assert method.engine.done and nonzero(model) == 9 * 64
 
 
 def test_a_run_that_stops_early_is_sparse_too(tmp_path):
@@ -448,7 +448,7 @@ def test_a_run_that_stops_early_is_sparse_too(tmp_path):
     method = SparseAdapter(warmup=2, score_steps=4)
     trainer = make_trainer(tmp_path, method, Stop(), model=lora())
     trainer.train()
-    assert trainer.state.global_step == 4 and method.selector.done and nonzero(trainer.model) == 9 * 64
+    assert trainer.state.global_step == 4 and method.engine.done and nonzero(trainer.model) == 9 * 64
 
 
 def test_two_runs_with_one_seed_choose_the_same():
@@ -715,7 +715,7 @@ def test_zeros_are_gone_at_the_end(tmp_path):
     before, names = list_adapters(model), [a.name for a in list_adapters(model)]
     matrix, e = before[0].A.matrix, before[0].B.e
     expected = logits(model)
-    assert method.step(optimizer) and method.selector.done
+    assert method.step(optimizer) and method.engine.done
     optimizer.zero_grad()
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
 
@@ -743,7 +743,7 @@ def test_zeros_are_gone_at_the_end(tmp_path):
     again, resumed = s2(), S2LoRA()
     resumed.attach(again)
     again.load_adapter(str(tmp_path), "default")
-    assert torch.equal(logits(again), logits(model)) and resumed.kept == method.kept and resumed.selector.done
+    assert torch.equal(logits(again), logits(model)) and resumed.kept == method.kept and resumed.engine.done
     assert trainable_parameters(again) == trainable_parameters(model)
     assert again.peft_config["default"].rank_pattern == model.peft_config["default"].rank_pattern
 
@@ -773,7 +773,7 @@ def test_zeros_are_dropped_after_the_best_model_was_loaded(best, tmp_path):
         tmp_path, method, model=model, max_steps=4, save_steps=2, load_best_model_at_end=best, learning_rate=0.0
     )
     trainer.train()
-    assert method.selector.done and sum(a.r for a in list_adapters(model)) == 9
+    assert method.engine.done and sum(a.r for a in list_adapters(model)) == 9
 
 
 @pytest.mark.parametrize(

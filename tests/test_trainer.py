@@ -53,7 +53,7 @@ def test_the_gates_are_there_before_the_optimizer_is_made(tmp_path):
 def test_optimizer_steps_are_counted_not_micro_batches(tmp_path):
     callback = WeightLoRA(keep=3, after=3)
     make_trainer(tmp_path, callback, max_steps=5, gradient_accumulation_steps=4, per_device_train_batch_size=2).train()
-    assert callback.selector.cuts == (3,) and callback.selector.global_step == 3
+    assert callback.engine.cuts == (3,) and callback.engine.global_step == 3
     assert [e["step"] for e in callback.events if e["event"] == "cut"] == [3]
 
 
@@ -63,7 +63,7 @@ def test_the_default_cut_is_at_a_tenth_and_at_most_one_epoch(tmp_path):
         trainer = make_trainer(tmp_path / str(steps), callback, max_steps=steps)
         trainer.add_callback(StopAt(9))
         trainer.train()
-        assert callback.selector.cuts == (cut,), "64 rows in batches of 8 are an epoch of 8 steps"
+        assert callback.engine.cuts == (cut,), "64 rows in batches of 8 are an epoch of 8 steps"
 
 
 def test_under_a_warm_up_the_cut_waits_until_the_gates_know_something(tmp_path):
@@ -167,7 +167,7 @@ def test_data_without_a_length_is_cut_after_a_tenth(tmp_path):
     trainer.train_dataset = IterableDataset.from_generator(lambda: iter(rows()))
     trainer.add_callback(StopAt(5))
     trainer.train()
-    assert callback.selector.cuts == (4,)
+    assert callback.engine.cuts == (4,)
 
 
 def test_saving_shows_the_model_as_it_is(tmp_path):

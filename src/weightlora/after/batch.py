@@ -66,7 +66,7 @@ class GrowBatch(TrainerCallback):
     ) -> None:
         """Take part in the Trainer's training step."""
         self.on_init_end(args, state, control)  # it may have been added since
-        if self.wanted is None and _selector(kwargs["model"]) is None:
+        if self.wanted is None and _engine_of(kwargs["model"]) is None:
             raise ConfigError("`GrowBatch()` waits for a cut and no method is at work; give it a `factor`.")
         trainer = calling_trainer()
         assert trainer is not None
@@ -116,14 +116,14 @@ class GrowBatch(TrainerCallback):
 
     def _choose_factor(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> None:
         """Between two optimizer steps: measure before the cut, decide after it."""
-        selector = _selector(model)
-        if selector is not None and not selector.done:
+        engine = _engine_of(model)
+        if engine is not None and not engine.done:
             if self._before is None and self.wanted is None:
                 self._before = self._bytes_per_token(model, inputs)
             return
         self._decided = True
         if self._before is None:  # the cut came before the first step; a method that trains until then has measured
-            self._before = getattr(selector, "bytes_before", None)
+            self._before = getattr(engine, "bytes_before", None)
         if self.wanted is None and self._before is None:
             logger.warning("`GrowBatch()` did not see the model before the cut; give it a `factor`")
             return
@@ -205,6 +205,6 @@ def _padded(values: Sequence[Tensor], fill: int, left: bool) -> Tensor:
     return torch.cat(rows)
 
 
-def _selector(model: Any) -> Any:
+def _engine_of(model: Any) -> Any:
     method = getattr(peft_model(model), "_weightlora_method", None)
-    return None if method is None else method.selector
+    return None if method is None else method.engine

@@ -155,7 +155,7 @@ class ReusePrefix(TrainerCallback):
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         method = getattr(model, "_weightlora_method", None)
-        selecting = method is not None and not method.selector.done
+        selecting = method is not None and not method.engine.done
         if selecting or args or not model.training or not torch.is_grad_enabled():
             return
         with self._turning_off():

@@ -37,12 +37,13 @@ from weightlora.methods._registry import (
 )
 from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.alora import ALoRA
-from weightlora.methods.base import Method
+from weightlora.methods.base import Method, SelectionMethod
 from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.flexora import Flexora
 from weightlora.methods.increlora import IncreLoRA
 from weightlora.methods.lora_drop import LoRADrop
 from weightlora.methods.nora import NoRA
+from weightlora.methods.ranks import RankEngine, RankMethod
 from weightlora.methods.s2_lora import S2LoRA
 from weightlora.methods.sora import SoRA
 from weightlora.methods.sparse_adapter import SparseAdapter
@@ -61,7 +62,10 @@ __all__ = [
     "MethodInfo",
     "NoRA",
     "RLoRA",
+    "RankEngine",
+    "RankMethod",
     "S2LoRA",
+    "SelectionMethod",
     "SoRA",
     "SparseAdapter",
     "TiedLoRA",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from torch import Tensor
@@ -49,7 +49,10 @@ class CompactEngine(Engine):
         """Nothing: `rebuild` has done it."""
 
 
-class CompactMethod(Method):
+C = TypeVar("C", bound=CompactEngine)
+
+
+class CompactMethod(Method[C]):
     """A method whose exact parameters are beside the stock adapter in a checkpoint."""
 
     def progress(self) -> dict[str, float]:

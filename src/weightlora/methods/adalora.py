@@ -42,7 +42,7 @@ FACTORS = ("lora_A", "lora_E", "lora_B")
 _RANK_DIM = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
 
 
-class AdaLoRA(Method):
+class AdaLoRA(Method["RankAllocation"]):
     """Drive a model with PEFT's `AdaLoraConfig`; the ranks, betas and gamma are the config's, the schedule is set here.
 
     The defaults of the schedule are about the shares of the authors' GLUE scripts (MNLI 0.09 and 0.58, RTE 0.15 and
@@ -68,11 +68,11 @@ class AdaLoRA(Method):
                 )
         self.tinit, self.tfinal = tinit, tfinal
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> RankAllocation:
         return RankAllocation(model, adapter_name or attach.active_adapter(model), self.tinit, self.tfinal)
 
     def progress(self) -> dict[str, float]:
-        return {"budget": self.selector.budget(self.selector.global_step)}
+        return {"budget": self.engine.budget(self.engine.global_step)}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,7 +80,7 @@ class AdaLoRA(Method):
         """Before the first micro-batch, so that the Trainer clips the sum, as the authors do."""
         if args.fp16:
             return  # gradients are scaled now and not in `observe`
-        self.selector.regularise()
+        self.engine.regularise()
 
 
 class RankAllocation(Engine):

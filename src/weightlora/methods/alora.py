@@ -40,7 +40,7 @@ from weightlora.methods.base import calling_trainer
 from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, reindex, steps_or_share, whole
 
 
-class ALoRA(RankMethod):
+class ALoRA(RankMethod["MovingRanks"]):
     """Move rank to where it matters: in rounds, the ranks that score lowest go to modules that lost none.
 
     The rank of the adapter it is attached to is the budget for each module, and it is never exceeded. A round takes two
@@ -89,10 +89,10 @@ class ALoRA(RankMethod):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.selector.quiet = args.disable_tqdm or not state.is_world_process_zero
+        self.engine.quiet = args.disable_tqdm or not state.is_world_process_zero
         trainer = calling_trainer()
-        if self.batch is None and trainer is not None and not self.selector.done:
-            self.selector.batch = _first_rows(trainer, self.batch_size)
+        if self.batch is None and trainer is not None and not self.engine.done:
+            self.engine.batch = _first_rows(trainer, self.batch_size)
 
 
 def _first_rows(trainer: Trainer, size: int) -> Any:

@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from peft import PeftModel
@@ -51,7 +51,10 @@ from weightlora.selection.selector import Selector, Strategy
 logger = logging.getLogger(__name__)
 
 
-class Method(TrainerCallback, ABC):
+E = TypeVar("E", bound=Engine)
+
+
+class Method(TrainerCallback, ABC, Generic[E]):
     """A method with something to do while a model trains: select adapters, allocate ranks.
 
     A subclass says what with `start`, and what to log with `progress`.
@@ -61,7 +64,7 @@ class Method(TrainerCallback, ABC):
 
     def __init__(self, *, seed: int | None = None) -> None:
         self.seed = seed
-        self._engine: Any = None
+        self._engine: E | None = None
         self._ddp: weakref.ref[DistributedDataParallel] | None = None  # weak: a model that is copied copies us too
         self._hooks: list[Any] = []
         self._looking: Any = None  # the hook that looks for a DDP wrapper
@@ -70,12 +73,12 @@ class Method(TrainerCallback, ABC):
         self._reported = 0
 
     @abstractmethod
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> E:
         """Check the model and go to work on it; `seed` serves whatever is drawn at random."""
 
     def save_state(self, folder: str | Path) -> None:
         """Write what resuming needs beside an adapter that `model.save_pretrained(folder)` wrote."""
-        self.selector.save(Path(folder))
+        self.engine.save(Path(folder))
 
     def held_out(self, rows: int) -> int:
         """How many of `rows` rows of training data it takes for itself when a Trainer is built."""
@@ -106,7 +109,7 @@ class Method(TrainerCallback, ABC):
         if isinstance(model, DistributedDataParallel):
             self._ddp = weakref.ref(model)
             self._rewrap()  # it was made before this changed the model
-        if not self.selector.done:
+        if not self.engine.done:
             self._looking = peft.register_forward_pre_hook(self._look_for_ddp)
         # Trainer resumes with `model.load_adapter(checkpoint)`, before it makes the optimizer.
         peft._weightlora_method = self  # type: ignore[assignment]
@@ -120,7 +123,7 @@ class Method(TrainerCallback, ABC):
         Raises:
             ConfigError: a cut lies beyond the run or before anything is known.
         """
-        self._planned = self.selector.plan(total_steps, steps_per_epoch)
+        self._planned = self.engine.plan(total_steps, steps_per_epoch)
         return self._planned
 
     def bind(self, optimizer: torch.optim.Optimizer, ddp: DistributedDataParallel | None = None) -> None:
@@ -132,7 +135,7 @@ class Method(TrainerCallback, ABC):
         if ddp is not None:
             self._ddp = weakref.ref(ddp)
         self.unbind()
-        if self.selector.done and not self.acts_after_cut:
+        if self.engine.done and not self.acts_after_cut:
             return
 
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -177,11 +180,11 @@ class Method(TrainerCallback, ABC):
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After backward and before `optimizer.step()`; nothing while `accelerator.accumulate` only accumulates."""
         if optim.is_at_boundary(optimizer):
-            self.selector.observe(optimizer)
+            self.engine.observe(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """After `optimizer.step()`; returns whether adapters were cut."""
-        cut = optim.is_at_boundary(optimizer) and self.selector.step(optimizer)
+        cut = optim.is_at_boundary(optimizer) and self.engine.step(optimizer)
         if cut:
             self._rewrap()
             self._finish_if_done()
@@ -193,7 +196,7 @@ class Method(TrainerCallback, ABC):
         The Trainer calls it; in a loop of your own call it where you leave early. After the last cut it does nothing.
         """
         self.unbind()
-        engine = self.selector
+        engine = self.engine
         early = not engine.done and 0 < engine.global_step < max(self._planned, default=0)
         if not engine.finish(optimizer):
             if not engine.done and engine.global_step:
@@ -224,13 +227,13 @@ class Method(TrainerCallback, ABC):
 
     def _finish_if_done(self) -> None:
         """What follows the last cut, wherever it came about: in a step, in `attach`, or in a checkpoint."""
-        if self.selector.done:
+        if self.engine.done:
             if self._looking is not None:
                 self._looking.remove()
                 self._looking = None
             if not self.acts_after_cut:
                 self.unbind()
-            surgery.release_inputs(self.selector.model)
+            surgery.release_inputs(self.engine.model)
 
     def _rewrap(self) -> None:
         if self._ddp is not None and (ddp := self._ddp()) is not None:
@@ -238,13 +241,13 @@ class Method(TrainerCallback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The method's own state as JSON data; `save_state` writes it with the exact weights."""
-        return self.selector.state_dict()
+        return self.engine.state_dict()
 
     # -- what it did ---------------------------------------------------------------------------------------------
 
     @property
-    def selector(self) -> Any:
-        """The `Engine` at work; raises ConfigError before `attach`."""
+    def engine(self) -> E:
+        """What is at work on the model; raises ConfigError before `attach`."""
         if self._engine is None:
             raise ConfigError(f"{type(self).__name__} is attached to no model yet; call `attach(model)` first.")
         return self._engine
@@ -252,17 +255,17 @@ class Method(TrainerCallback, ABC):
     @property
     def kept(self) -> list[str]:
         """Module names of the adapters kept at the last cut, the best first; empty before it."""
-        return self.selector.kept
+        return self.engine.kept
 
     @property
     def dropped(self) -> list[str]:
         """Module names of the adapters that were disconnected."""
-        return self.selector.dropped
+        return self.engine.dropped
 
     @property
     def events(self) -> list[Event]:
         """Everything that was decided, as in `events.jsonl`."""
-        return self.selector.events.events
+        return self.engine.events.events
 
     # -- as a callback of HF Trainer -----------------------------------------------------------------------------
 
@@ -281,7 +284,7 @@ class Method(TrainerCallback, ABC):
             self.attach(kwargs["model"], seed=args.seed)
             optim.keep_only(kwargs["optimizer"], kwargs["model"].parameters())
         cuts = self.plan(state.max_steps, _steps_per_epoch(state))
-        if not self._resumed and state.global_step > self.selector.global_step and not self.selector.done:
+        if not self._resumed and state.global_step > self.engine.global_step and not self.engine.done:
             raise ConfigError(
                 f"the run goes on at step {state.global_step}, but its checkpoint was not restored: it holds no "
                 f"{checkpoint.STATE_FILE}, or the method was not among the `callbacks` the Trainer was built with; "
@@ -289,13 +292,13 @@ class Method(TrainerCallback, ABC):
             )
         if state.is_world_process_zero:
             goes_on = state.global_step if state.global_step > 0 else None
-            self.selector.events.open(_folder(args) / EVENTS_FILE, resume_at=goes_on)
+            self.engine.events.open(_folder(args) / EVENTS_FILE, resume_at=goes_on)
         if self._resumed:
             self._reported = len(self.events)  # a cut before the checkpoint is no news, and its best model still is
         wrapped = getattr(trainer, "model_wrapped", None)
         self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
         self._finish_if_done()  # the Trainer has switched checkpointing on since
-        if not self.selector.done:
+        if not self.engine.done:
             logger.info("%s: adapters are cut after step %s", type(self).__name__, cuts)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -307,7 +310,7 @@ class Method(TrainerCallback, ABC):
             self._log(
                 {f"weightlora/{k}": v for e in new if e["event"] == "cut" for k, v in _summary(e).items()}, control
             )
-        elif control.should_log and not self.selector.done and (values := self.progress()):
+        elif control.should_log and not self.engine.done and (values := self.progress()):
             self._log({f"weightlora/{name}": value for name, value in values.items()}, control)
 
         if control.should_save:
@@ -330,7 +333,7 @@ class Method(TrainerCallback, ABC):
             control.should_log = due  # `log` has cleared it, and the loss of this step is still to be logged
 
 
-class SelectionMethod(Method):
+class SelectionMethod(Method[Selector]):
     """A method that selects among LoRA adapters. Subclasses are final and only say which `Strategy` they are.
 
     Args:
@@ -353,20 +356,20 @@ class SelectionMethod(Method):
     def strategy(self, seed: int) -> Strategy:
         """The method as data; `seed` serves whatever it draws at random."""
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Selector:
         strategy = self.strategy(seed)
         return Selector(model, strategy, adapter_name=adapter_name, seed=seed, share_dropout=self.share_dropout)
 
     @property
     def adapters(self) -> list[Adapter]:
         """The adapters that are still attached."""
-        return self.selector.adapters
+        return self.engine.adapters
 
     def check(self) -> None:
-        self.selector.check()
+        self.engine.check()
 
     def progress(self) -> dict[str, float]:
-        values = list(self.selector.gate_values().values())
+        values = list(self.engine.gate_values().values())
         return {"gates_on": sum(v != 0 for v in values), "gate_max": max(values)} if values else {}
 
 
@@ -378,9 +381,9 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
 
     method: Method = model._weightlora_method  # type: ignore[assignment]
     folder = Path(str(model_id))
-    if adapter_name != method.selector.key or not (folder / checkpoint.STATE_FILE).is_file():
+    if adapter_name != method.engine.key or not (folder / checkpoint.STATE_FILE).is_file():
         return load()
-    loaded = method.selector.restore(folder, load)
+    loaded = method.engine.restore(folder, load)
     method._resumed = True
     method._finish_if_done()
     return loaded

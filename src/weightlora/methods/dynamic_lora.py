@@ -35,7 +35,7 @@ INTERVAL = 100  # of the authors, in optimizer steps
 SMOOTHING = 0.9
 
 
-class DynamicLoRA(RankMethod):
+class DynamicLoRA(RankMethod["Components"]):
     """Start with a rank above the target and let the components with the smallest share of their module's update go.
 
     The adapter starts at a rank above `target_r` (the authors: one and a half times it); at the end of the window there

@@ -28,14 +28,13 @@ from weightlora.adapters import attach
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import Method, calling_trainer
-from weightlora.selection.engine import Engine
 from weightlora.selection.layers import LayerSearch, LayerStrategy
 from weightlora.selection.schedules import After
 
 VAL_ROWS = 200  # held out of the training data at most, as in the paper
 
 
-class Flexora(Method):
+class Flexora(Method[LayerSearch]):
     """Learn one weight per transformer layer on validation data, keep LoRA in the layers where it is above 0.
 
     As a callback it holds rows of the training data out of training for the whole run, the same ones for the same seed;
@@ -99,7 +98,7 @@ class Flexora(Method):
             self._engine.batches = batches
         return self
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> LayerSearch:
         search = LayerSearch(model, self.strategy, adapter_name or attach.active_adapter(model), seed)
         search.batches = self._batches
         return search
@@ -113,8 +112,8 @@ class Flexora(Method):
         return number
 
     def progress(self) -> dict[str, float]:
-        a = self.selector.a.detach()
-        return {"layers_on": int((a > 0).sum()), "scale_max": float(self.selector.scales(a).max())}
+        a = self.engine.a.detach()
+        return {"layers_on": int((a > 0).sum()), "scale_max": float(self.engine.scales(a).max())}
 
     # -- as a callback of HF Trainer -----------------------------------------------------------------------------
 
@@ -131,7 +130,7 @@ class Flexora(Method):
         if not self._batches:
             self._collate(calling_trainer())
         super().on_train_begin(args, state, control, **kwargs)
-        self.selector.batches = self._batches
+        self.engine.batches = self._batches
 
     def _collate(self, trainer: Trainer | None) -> None:
         if trainer is None or self._held_out is None:
@@ -140,7 +139,7 @@ class Flexora(Method):
                 "`callbacks`, or call `validate_on(batches)` before."
             )
         with torch.random.fork_rng():  # a collator may draw, masks for example
-            torch.manual_seed(self.selector.seed)
+            torch.manual_seed(self.engine.seed)
             self._batches = list(trainer.get_test_dataloader(self._held_out))
 
 

@@ -41,7 +41,7 @@ RESERVE = 1e-5  # E of a rank that learns in advance
 SPREAD = 0.02  # of A and B at the start
 
 
-class IncreLoRA(RankMethod):
+class IncreLoRA(RankMethod["GrowingRanks"]):
     """Grow from rank 1: the modules that score best gain ranks, to `target_r` for every module on average.
 
     Every step takes a dense d_out x d_in product per module, and holds one such matrix in single precision, until the

@@ -45,7 +45,7 @@ Choice = Literal["importance", "inverted", "random", "top_layers"]
 CHOICES: tuple[str, ...] = get_args(Choice)
 
 
-class LoRADrop(Method):
+class LoRADrop(Method["OutputSelection"]):
     """Keep the adapters with the largest outputs; of each type, the other modules share one.
 
     As a callback, phase 1 runs when `trainer.train()` begins. In a loop of your own it is one call:
@@ -113,7 +113,7 @@ class LoRADrop(Method):
         self.keep_head = not restart if keep_head is None else keep_head
         self.count_padding, self.type_of = count_padding, type_of
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> OutputSelection:
         return OutputSelection(model, adapter_name or attach.active_adapter(model), self, seed)
 
     def progress(self) -> dict[str, float]:
@@ -150,15 +150,15 @@ class LoRADrop(Method):
             lr = float(first.get("initial_lr", first["lr"]))
         if lr is None or not 0 < lr < math.inf:
             raise ConfigError(f"phase 1 needs a learning rate above 0, got {lr}; give `lr`, or the run's `optimizer`.")
-        rows = draw(data, self.sample, self.selector.seed)
+        rows = draw(data, self.sample, self.engine.seed)
         self._run(rows, Training(loss or model_loss, lr, progress=progress), optimizer)
-        return self.selector.importance
+        return self.engine.importance
 
     def _run(self, sample: Sample, training: Training, optimizer: torch.optim.Optimizer | None) -> None:
         ddp = None if self._ddp is None else self._ddp()
         if ddp is not None and self.share:
             sharing.check_checkpointing(ddp)
-        self.selector.evaluate(sample, training, optimizer)
+        self.engine.evaluate(sample, training, optimizer)
         self._rewrap()
         self._finish_if_done()
 
@@ -167,11 +167,11 @@ class LoRADrop(Method):
     ) -> None:
         """Phase 1, unless the run was resumed."""
         super().on_train_begin(args, state, control, **kwargs)
-        if self.selector.done:
+        if self.engine.done:
             return
         trainer = calling_trainer()
         assert trainer is not None
-        rows = draw(kwargs["train_dataloader"], self.sample, self.selector.seed, trainer)
+        rows = draw(kwargs["train_dataloader"], self.sample, self.engine.seed, trainer)
         with without_trace(trainer):
             self._run(rows, Training.of(trainer), kwargs["optimizer"])
 

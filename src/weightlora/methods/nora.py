@@ -26,7 +26,6 @@ from weightlora.adapters.factors import Factor
 from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
 from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.selection.engine import Engine
 
 _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias": False})
 
@@ -63,10 +62,10 @@ class NestedB(_Nested):
         return self.outer @ self.inner
 
 
-class NoRA(CompactMethod):
+class NoRA(CompactMethod[CompactEngine]):
     """Keeps the four factors beside the stock adapter in a checkpoint, without which no run can be resumed."""
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> CompactEngine:
         return CompactEngine(model, "nora", prepared(model, adapter_name, "nora"))
 
 

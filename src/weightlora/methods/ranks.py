@@ -20,7 +20,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from peft import PeftModel
@@ -309,18 +309,21 @@ def reindex(
         optim.narrow_param(optimizer, old, swapped[old], torch.cat([own, like]), dim, fresh)  # type: ignore[arg-type]
 
 
-class RankMethod(Method):
+R = TypeVar("R", bound=RankEngine)
+
+
+class RankMethod(Method[R]):
     """A method that allocates ranks. Subclasses are final; `start` says which `RankEngine` they are."""
 
     acts_after_cut = True  # gates are folded when training ends
 
     def progress(self) -> dict[str, float]:
-        return {"ranks": self.selector.live()}
+        return {"ranks": self.engine.live()}
 
     @property
     def adapters(self) -> list[Adapter]:
         """The adapters that are still attached."""
-        return self.selector.adapters
+        return self.engine.adapters
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._engine is None or self._engine.model is not attach.peft_model(kwargs["model"]):
@@ -330,14 +333,14 @@ class RankMethod(Method):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.selector.ends = None  # the Trainer may load its best checkpoint first; see `on_train_end`
+        self.engine.ends = None  # the Trainer may load its best checkpoint first; see `on_train_end`
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the first micro-batch, so that the Trainer clips the sum."""
         if not args.fp16:  # there gradients are scaled now, and no longer in `observe`
-            self.selector.regularise()
+            self.engine.regularise()
 
 
 # -- checking options ------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from weightlora.adapters.factors import Factor
 from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
 from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.selection.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class SharedB(Factor):
         return (self.matrix if whole else self.matrix.index_select(1, self.index)) * self.e
 
 
-class S2LoRA(CompactMethod):
+class S2LoRA(CompactMethod["Coefficients"]):
     """The penalty on e while a model from `weightlora.prepare("s2_lora", ...)` trains, and what becomes of zeros.
 
     Args:
@@ -102,18 +101,18 @@ class S2LoRA(CompactMethod):
                 raise ConfigError(f"`{name}={value!r}` must be a finite number, at least 0.")
         self.penalty, self.proximal, self.threshold = penalty, proximal, threshold
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Coefficients:
         return Coefficients(model, adapter_name, self.penalty, self.proximal, self.threshold)
 
     def progress(self) -> dict[str, float]:
-        e = torch.cat([e.detach() for e in self.selector.coefficients()])
+        e = torch.cat([e.detach() for e in self.engine.coefficients()])
         return {"ranks_on": int((e != 0).sum()), "e_mean": float(e.abs().mean())}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.selector.waits = args.load_best_model_at_end  # which loads a checkpoint with all ranks after the last step
+        self.engine.waits = args.load_best_model_at_end  # which loads a checkpoint with all ranks after the last step
 
 
 class Coefficients(CompactEngine):

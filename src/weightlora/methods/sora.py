@@ -38,7 +38,7 @@ def double_shrink(x: Tensor, xi: float) -> Tensor:
     return torch.where(shrunk.abs() < xi, torch.zeros_like(x), shrunk)
 
 
-class SoRA(RankMethod):
+class SoRA(RankMethod["SparseRanks"]):
     """Train a gate for every rank under a soft threshold; ranks whose gate ends at 0 are removed.
 
     How many ranks stay follows from `lambda2` and the length of the run: a gate of 1 that no gradient holds is at 0

@@ -38,7 +38,6 @@ from weightlora.adapters.factors import Factor
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError, did_you_mean
 from weightlora.methods._compact import CompactEngine, CompactMethod
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.selection.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ class Rule:
         return [sum(capacities)] if self.scope == "global" else capacities
 
 
-class SparseAdapter(CompactMethod):
+class SparseAdapter(CompactMethod["Sparsifier"]):
     """Keep a share of the elements of all A and B.
 
     Args:
@@ -148,11 +147,11 @@ class SparseAdapter(CompactMethod):
             raise ConfigError(f"`rounds={rounds}` changes nothing about a random choice; leave it out.")
         self.rule = Rule(density, score, warmup, score_steps, scope, rounds)
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Sparsifier:
         return Sparsifier(model, adapter_name, self.rule, seed)
 
     def progress(self) -> dict[str, float]:
-        return {"density": self.selector.parameters / self.selector.capacity}
+        return {"density": self.engine.parameters / self.engine.capacity}
 
 
 class Sparsifier(CompactEngine):

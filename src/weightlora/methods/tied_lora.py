@@ -25,16 +25,15 @@ from weightlora.adapters.factors import Scaled
 from weightlora.errors import ConfigError, UnsupportedError
 from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.selection.engine import Engine
 
 _PARTS = "ABuv"
 _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias": False})
 
 
-class TiedLoRA(CompactMethod):
+class TiedLoRA(CompactMethod[CompactEngine]):
     """Keeps the exact A, B, u and v beside the stock adapter in a checkpoint, without which no run can be resumed."""
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Engine:
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> CompactEngine:
         return CompactEngine(model, "tied_lora", prepared(model, adapter_name, "tied_lora"))
 
 

@@ -1,7 +1,9 @@
 """What is kept, and when: scores, budgets, schedules and actions, which a `Strategy` combines and a `Selector` runs."""
 
 from weightlora.selection.actions import Action, Cut, Disconnect, Expand, Settle
-from weightlora.selection.budgets import Budget, parse
+from weightlora.selection.budgets import Budget
+from weightlora.selection.budgets import parse as parse_budget
+from weightlora.selection.engine import Engine
 from weightlora.selection.events import EventLog, read_events
 from weightlora.selection.schedules import After
 from weightlora.selection.scores import GateValue, RandomScore, Score
@@ -13,6 +15,7 @@ __all__ = [
     "Budget",
     "Cut",
     "Disconnect",
+    "Engine",
     "EventLog",
     "Expand",
     "GateValue",
@@ -21,6 +24,6 @@ __all__ = [
     "Selector",
     "Settle",
     "Strategy",
-    "parse",
+    "parse_budget",
     "read_events",
 ]

@@ -25,6 +25,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -251,6 +252,12 @@ class Method(TrainerCallback, ABC, Generic[E]):
         if self._engine is None:
             raise ConfigError(f"{type(self).__name__} is attached to no model yet; call `attach(model)` first.")
         return self._engine
+
+    @property
+    def selector(self) -> E:
+        """The old name of `engine`."""
+        warnings.warn("`method.selector` is `method.engine` now", DeprecationWarning, stacklevel=2)
+        return self.engine
 
     @property
     def kept(self) -> list[str]:

@@ -149,3 +149,40 @@ def test_overhead_times_every_number_of_adapters(benchmarks, tmp_path, capsys):
         parts = [row[part] for part in ("model_s", "observe_s", "optimizer_s", "step_s")]
         assert min(parts) > 0 and row["share"] == pytest.approx((parts[1] + parts[3]) / sum(parts))
     assert "share of the step" in capsys.readouterr().out
+
+
+def test_the_check_for_a_gpu_goes_on_where_it_stopped_and_reports(monkeypatch, tmp_path, capsys):
+    """On the CPU: what it measures there means nothing, that it runs to its end is what is held."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    gpu = importlib.import_module("benchmarks.gpu")
+    monkeypatch.setattr(gpu, "ROWS", {name: gpu.ROWS[name] for name in ("peft_lora", "floor_all", "kept5_top_third")})
+    arguments = ["--device", "cpu", "--quick", "--part", "products", "--part", "speed", "--out", str(tmp_path)]
+    assert gpu.main(arguments) == 0
+    first = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(first["speed"]) >= 9 and not [row for row in first["speed"].values() if "error" in row]
+    assert gpu.main(arguments) == 0
+    assert json.loads((tmp_path / "gpu.json").read_text()) == first
+    capsys.readouterr()
+    gpu.main(["--report", str(tmp_path / "gpu.json")])
+    assert "| kept5_top_third |" in capsys.readouterr().out
+
+
+def test_the_figures_in_the_docs_are_those_that_were_measured(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    folder = Path(__file__).parent.parent / "docs"
+    rows = json.loads((folder / "gpu/h200.json").read_text())["speed"]
+    page = (folder / "benchmarks.md").read_text(encoding="utf-8")
+    said = {
+        "ours, all adapters and gates": "scouting",
+        "ours, 5 % kept in the top third": "kept5_top_third",
+        "the same with `reuse_prefix`, from the second epoch on": "kept5_top_third_reuse_prefix",
+        "WeightLoRA+, 5 % kept in the top third": "weightlora_plus_top_third",
+        "stock PEFT LoRA without dropout": "peft_lora_dropout0",
+    }
+    reference = rows["llama_8b/peft_lora"]
+    section = page[page.index("Llama of 8 billion random weights") : page.index("With gradient checkpointing")]
+    for words, row in said.items():
+        keys = ("step_ms", "busy_ms", "saved_mib", "peak_above_weights_mib")
+        ratios = [f"{rows[f'llama_8b/{row}'][key] / reference[key]:.2f}" for key in keys]
+        (line,) = [line for line in section.splitlines() if line.startswith(f"| {words} |")]
+        assert [cell.strip(" *") for cell in line.split("|")[2:6]] == ratios, words

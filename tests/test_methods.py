@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from peft import LoraConfig, VeraConfig
 from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
 from torch import Tensor, nn
 
@@ -292,3 +294,28 @@ def test_a_recipe_trains_and_exports(name, tmp_path, monkeypatch):
     assert f"with the method `{name}`" in card and f"base_model: {tmp_path / 'model'}" in card
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["labels"] == ["food", "music", "sport"]
     assert (out / "adapter_config.json").is_file() == (TABLE[name].exports is not None)
+
+
+@every_method
+def test_a_config_says_the_same_as_its_fields(name):
+    """`prepare` with the LoraConfig that a script has already; the object stays as it was."""
+    if TABLE[name].refuses.get("bert"):
+        return
+    info, row = get_method(name), TABLE[name]
+    made = [tiny.build("bert") for _ in range(2)]
+    values = {"lora_alpha": 8, "target_modules": made[0].target_modules, "task_type": "SEQ_CLS", **row.lora}
+    config = LoraConfig(**values)
+    before = copy.deepcopy(config).to_dict()
+    batches = [made[0].batch] * 2 if info.needs_data else None
+    models = []
+    for built, lora in zip(made, (values, config), strict=True):
+        torch.manual_seed(0)
+        models.append(prepare(name, built.model, lora, batches=batches, **row.options))
+    first, second = (dict(model.named_parameters()) for model in models)
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert config.to_dict() == before
+
+
+def test_a_config_of_another_kind_is_refused():
+    with pytest.raises(ConfigError, match="`lora` is a VeraConfig; give a LoraConfig"):
+        prepare("lora", tiny.build("bert").model, VeraConfig(target_modules=["query"]))

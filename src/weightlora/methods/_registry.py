@@ -164,7 +164,7 @@ def create(name: str, options: Mapping[str, Any]) -> Method | None:
 def prepare(
     name: str,
     model: nn.Module,
-    lora: Mapping[str, Any] | None = None,
+    lora: LoraConfig | Mapping[str, Any] | None = None,
     *,
     batches: Iterable[Any] | None = None,
     **options: Any,
@@ -172,12 +172,14 @@ def prepare(
     """Get a model ready to be trained with a method: with its PEFT adapter on, or with its own weights set to train.
 
         model = prepare("milora", model, {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"})
-        model = prepare("vera", model, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}, r=512)
+        model = prepare("adalora", model, LoraConfig(lora_alpha=16, target_modules="all-linear"), target_r=4)
+    model = prepare("vera", model, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}, r=512)
 
     Args:
         name: of the method.
         model: the base model; PEFT changes it in place.
-        lora: fields of `LoraConfig`, whatever the method attaches. Those it has no use for are ignored, with a warning.
+        lora: a `LoraConfig`, or its fields by name, whatever the method attaches. Those it has no use for are ignored,
+            with a warning; of a config, those that are not as `LoraConfig()` has them count as given.
         batches: batches of training data, of which EVA needs a few, for example a `DataLoader`.
         options: of the method.
 
@@ -185,7 +187,7 @@ def prepare(
         ConfigError: unknown name or option, or the method cannot work on this model.
     """
     info = _checked(name, options)
-    lora = lora or {}
+    lora = _fields(lora) if isinstance(lora, PeftConfig) else lora or {}
     ignored = {key: value for key, value in lora.items() if not info.takes(key)}
     if ignored:
         logger.warning(
@@ -200,6 +202,17 @@ def prepare(
             raise ConfigError(f"method {name!r} starts from training data; give `batches`, for example a DataLoader.")
         data["batches"] = batches
     return info.ready(model, {key: value for key, value in lora.items() if key not in ignored}, options, **data)
+
+
+def _fields(config: PeftConfig) -> dict[str, Any]:
+    """What a `LoraConfig` says, by name; its object is never used, so it stays as it is."""
+    if type(config) is not LoraConfig:
+        raise ConfigError(
+            f"`lora` is a {type(config).__name__}; give a LoraConfig, or its fields by name: the method knows what it "
+            "attaches."
+        )
+    usual = LoraConfig()
+    return {f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != getattr(usual, f.name)}
 
 
 def parameter_groups(

@@ -198,7 +198,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """
         self.unbind()
         engine = self.engine
-        early = not engine.done and 0 < engine.global_step < max(self._planned, default=0)
+        step = engine.global_step
+        early = not engine.done and 0 < step < max(self._planned, default=0)
         if not engine.finish(optimizer):
             if not engine.done and engine.global_step:
                 logger.warning(
@@ -209,9 +210,9 @@ class Method(TrainerCallback, ABC, Generic[E]):
             return
         if early:
             logger.warning(
-                "training ended at step %d, before the cut at step %d; it was made now, by what is known",
-                engine.global_step,
+                "training ended before the cut at step %d; it was made now, on the model of step %d, by what is known",
                 self._planned[-1],
+                step,
             )
         self._rewrap()
         self._finish_if_done()

@@ -141,3 +141,15 @@ def test_another_method_cannot_take_over_a_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, WeightLoRAPlus(keep=3, after=8), max_steps=10, save_steps=5)
     with pytest.raises(ConfigError, match=r"'weightlora'.*'weightlora_plus'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("method", [WeightLoRA, WeightLoRAPlus, RLoRA])
+def test_another_budget_counts_before_the_cut_and_is_refused_after_it(method, tmp_path):
+    make_trainer(tmp_path, method(keep=3, after=6), max_steps=12, save_steps=4).train()
+    with pytest.raises(ConfigError, match=r"was cut to `keep=3 adapters`, and this run asks for `keep=5 adapters`"):
+        trainer = make_trainer(tmp_path, method(keep=5, after=6), max_steps=12, save_steps=4)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    again = method(keep=5, after=6)
+    trainer = make_trainer(tmp_path / "again", again, max_steps=12, save_steps=4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert 3 < len(again.kept) <= 5  # a gate that was at 0 may not have come back yet

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from weightlora.adapters.attach import peft_model
 from weightlora.errors import ConfigError
 from weightlora.measure import saved_bytes
-from weightlora.methods.base import calling_trainer
+from weightlora.methods._trainer import calling_trainer
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from weightlora.adapters.blocks import evaluating
 from weightlora.adapters.replay import Lower
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.methods._registry import MethodInfo, register
-from weightlora.methods.base import calling_trainer
+from weightlora.methods._trainer import calling_trainer
 from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, reindex, steps_or_share, whole
 
 

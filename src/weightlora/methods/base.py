@@ -22,9 +22,7 @@ scheduler omega's rate follows that of A and B.
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -45,6 +43,7 @@ from weightlora.adapters import admission, attach, checkpoint, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap
 from weightlora.errors import ConfigError, UnsupportedError
+from weightlora.methods._trainer import calling_trainer, refuse_sharding, steps_per_epoch
 from weightlora.selection.engine import Engine
 from weightlora.selection.events import EVENTS_FILE, Event
 from weightlora.selection.selector import Selector, Strategy
@@ -286,12 +285,12 @@ class Method(TrainerCallback, ABC, Generic[E]):
     ) -> None:
         """Everything that can be wrong about the schedule is said here, before the first step."""
         trainer = calling_trainer()
-        _refuse_sharding(trainer)
+        refuse_sharding(trainer)
         if self._engine is None or attach.peft_model(kwargs["model"]) is not self._engine.model:
             # The callback came after the trainer was built, or `model_init` made a new model.
             self.attach(kwargs["model"], seed=args.seed)
             optim.keep_only(kwargs["optimizer"], kwargs["model"].parameters())
-        cuts = self.plan(state.max_steps, _steps_per_epoch(state))
+        cuts = self.plan(state.max_steps, steps_per_epoch(state))
         if not self._resumed and state.global_step > self.engine.global_step and not self.engine.done:
             raise ConfigError(
                 f"the run goes on at step {state.global_step}, but its checkpoint was not restored: it holds no "
@@ -401,33 +400,9 @@ def _folder(args: TrainingArguments) -> Path:
     return Path(str(args.output_dir))
 
 
-def _steps_per_epoch(state: TrainerState) -> int | None:
-    """Optimizer steps in an epoch; None where the data has no length and an epoch no end."""
-    epochs = max(1, state.num_train_epochs)
-    return math.ceil(state.max_steps / epochs) if epochs <= state.max_steps else None
-
-
 def _summary(cut: Event) -> dict[str, int]:
     return {
         "adapters": len(cut["kept"]),
         "adapter_parameters": cut["parameters_after"],
         "cut_step": cut["step"],
     }
-
-
-def calling_trainer() -> Trainer | None:
-    """The Trainer whose event we are in. Callbacks are not given it, and only it can log and knows its DDP wrapper."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(owner := frame.f_locals.get("self"), Trainer):
-            return owner
-        frame = frame.f_back
-    return None
-
-
-def _refuse_sharding(trainer: Trainer | None) -> None:
-    if trainer is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        raise ConfigError(
-            "adapters cannot be disconnected under FSDP or DeepSpeed, which own the parameters; select in a short run "
-            "without them, then train the exported adapter (`is_trainable=True`) with them."
-        )

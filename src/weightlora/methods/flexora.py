@@ -27,7 +27,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from weightlora.adapters import attach
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
-from weightlora.methods.base import Method, calling_trainer
+from weightlora.methods._trainer import calling_trainer
+from weightlora.methods.base import Method
 from weightlora.selection.layers import LayerSearch, LayerStrategy
 from weightlora.selection.schedules import After
 

@@ -34,7 +34,8 @@ from weightlora.adapters.distributed import from_first
 from weightlora.errors import CheckpointError, ConfigError, DivergedError, did_you_mean
 from weightlora.measure import saved_bytes
 from weightlora.methods._registry import MethodInfo, register
-from weightlora.methods.base import Method, calling_trainer
+from weightlora.methods._trainer import calling_trainer
+from weightlora.methods.base import Method
 from weightlora.methods.phase_one import Loss, Sample, Training, draw, model_loss, seeded, without_trace
 from weightlora.selection.engine import Engine
 from weightlora.selection.outputs import OutputEnergy

@@ -61,11 +61,8 @@ def final(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def plain_run(name: str) -> dict[str, Tensor]:
-    """What a run with `bind` comes to."""
-    torch.manual_seed(0)
-    model, method, inputs = made(name)
-    optimizer = begin(model, method, inputs)
+def go_on(model: nn.Module, method: Any, inputs: dict[str, Tensor], optimizer: Any) -> None:
+    """The loop of the README, to its end."""
     method.bind(optimizer)
     for step in range(STEPS):
         torch.manual_seed(step)
@@ -73,6 +70,14 @@ def plain_run(name: str) -> dict[str, Tensor]:
         model(**inputs).loss.backward()
         optimizer.step()
     method.finish(optimizer)
+
+
+def plain_run(name: str) -> dict[str, Tensor]:
+    """What a run with `bind` comes to."""
+    torch.manual_seed(0)
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    go_on(model, method, inputs, optimizer)
     return final(model)
 
 
@@ -113,12 +118,7 @@ def test_a_config_that_somebody_else_holds_is_never_rewritten(name):
     theirs = model.peft_config["default"]
     before = copy.deepcopy(theirs).to_dict()
     optimizer = begin(model, method, inputs)
-    method.bind(optimizer)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(**inputs).loss.backward()
-        optimizer.step()
-    method.finish(optimizer)
+    go_on(model, method, inputs, optimizer)
     assert theirs.to_dict() == before and model.peft_config["default"] is not theirs
 
 
@@ -196,12 +196,7 @@ def test_steps_are_counted_where_the_optimizer_steps(name, bound):
 def test_names_in_the_optimizer_go_with_their_parameters(name):
     model, method, inputs = made(name)
     optimizer = begin(model, method, inputs)
-    method.bind(optimizer)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(**inputs).loss.backward()
-        optimizer.step()
-    method.finish(optimizer)
+    go_on(model, method, inputs, optimizer)
     names = {id(p): n for n, p in model.named_parameters()}
     for group in optimizer.param_groups:
         assert len(group["params"]) == len(group["param_names"])

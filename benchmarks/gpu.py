@@ -29,7 +29,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.models import Loop, Shape
+from benchmarks.speed import last_block, top_third
 from weightlora import WeightLoRAPlus, measure
 from weightlora.adapters import kernel
 
@@ -254,14 +255,6 @@ def _after_cut(share: float, first_block: Callable[[Shape], int], **options: Any
     return build
 
 
-def _top_third(shape: Shape) -> int:
-    return shape.third
-
-
-def _last_block(shape: Shape) -> int:
-    return shape.depth - 1
-
-
 class _Dense(nn.Module):
     """The WeightLoRA authors' layer: x (W + omega s A B), the product of A and B made whole in every forward pass."""
 
@@ -287,15 +280,15 @@ def _authors(shape: Shape) -> Loop:
 ROWS: dict[str, Callable[[Shape], Loop]] = {
     "peft_lora": models.stock,
     "floor_all": lambda s: models.frozen(s, backward_from=0),
-    "floor_top_third": lambda s: models.frozen(s, backward_from=_top_third(s)),
-    "floor_last_block": lambda s: models.frozen(s, backward_from=_last_block(s)),
+    "floor_top_third": lambda s: models.frozen(s, backward_from=top_third(s)),
+    "floor_last_block": lambda s: models.frozen(s, backward_from=last_block(s)),
     "scouting": models.scouting,
-    "kept5_top_third": _after_cut(0.05, _top_third),
-    "kept5_top_third_reuse_prefix": _after_cut(0.05, _top_third, reuse_prefix=True),
-    "kept20_top_third": _after_cut(0.20, _top_third),
-    "kept5_last_block": _after_cut(0.05, _last_block),
+    "kept5_top_third": _after_cut(0.05, top_third),
+    "kept5_top_third_reuse_prefix": _after_cut(0.05, top_third, reuse_prefix=True),
+    "kept20_top_third": _after_cut(0.20, top_third),
+    "kept5_last_block": _after_cut(0.05, last_block),
     "kept5_spread": _after_cut(0.05, lambda _: 0),
-    "weightlora_plus_top_third": _after_cut(0.05, _top_third, method=WeightLoRAPlus),
+    "weightlora_plus_top_third": _after_cut(0.05, top_third, method=WeightLoRAPlus),
     "scouting_without_triton": models.scouting,
     "peft_lora_dropout0": lambda s: models.stock(s, lora_dropout=0.0),
     "scouting_dropout0": lambda s: models.scouting(s, lora_dropout=0.0),
@@ -323,7 +316,7 @@ def speed(device: str, quick: bool, results: Results) -> None:
             if shape.name in ("deberta", "llama_1b") and row not in ROWS_OF_SMALL:
                 continue
             try:
-                with _without_triton() if row.endswith("without_triton") else _nothing():
+                with _without_triton() if row.endswith("without_triton") else nullcontext():
                     results.add(
                         "speed", key, _row(device, shape, build, results, quick, profiled=row in PROFILED and key)
                     )
@@ -460,11 +453,6 @@ def _without_triton() -> Iterator[None]:
     finally:
         del os.environ["WEIGHTLORA_TRITON"]
         kernel._triton.cache_clear()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 # ---- Report --------------------------------------------------------------------------------------------------

@@ -57,21 +57,21 @@ def _kept(first_block: Callable[[Shape], int], **options: bool) -> Callable[[Sha
     return build
 
 
-def _top_third(shape: Shape) -> int:
+def top_third(shape: Shape) -> int:
     return shape.third
 
 
-def _last_block(shape: Shape) -> int:
+def last_block(shape: Shape) -> int:
     return shape.depth - 1
 
 
 ROWS = {
     "floor_head": Row(lambda s: models.frozen(s, head=True), "frozen model, trained head"),
     "floor_last_block": Row(
-        lambda s: models.frozen(s, backward_from=_last_block(s)), "no adapter, backward through the last block"
+        lambda s: models.frozen(s, backward_from=last_block(s)), "no adapter, backward through the last block"
     ),
     "floor_top_third": Row(
-        lambda s: models.frozen(s, backward_from=_top_third(s)), "no adapter, backward through the top third"
+        lambda s: models.frozen(s, backward_from=top_third(s)), "no adapter, backward through the top third"
     ),
     "floor_all": Row(lambda s: models.frozen(s, backward_from=0), "no adapter, backward through every block"),
     "full_ft": Row(models.full, "full fine-tuning"),
@@ -82,16 +82,16 @@ ROWS = {
     "scouting": Row(models.scouting, "ours before the cut, all adapters and gates trained"),
     "scouting_dropout0": Row(lambda s: models.scouting(s, lora_dropout=0.0), "the same with lora_dropout 0"),
     "kept5_spread": Row(_kept(lambda _: 0), "ours after the cut, 5 kept, spread over all blocks"),
-    "kept5_top_third": Row(_kept(_top_third), "ours after the cut, 5 kept in the top third"),
-    "kept5_last_block": Row(_kept(_last_block), "ours after the cut, 5 kept in the last block"),
+    "kept5_top_third": Row(_kept(top_third), "ours after the cut, 5 kept in the top third"),
+    "kept5_last_block": Row(_kept(last_block), "ours after the cut, 5 kept in the last block"),
     "kept5_top_third_checkpointing": Row(
-        _kept(_top_third, checkpointing=True), "5 kept in the top third, with gradient checkpointing"
+        _kept(top_third, checkpointing=True), "5 kept in the top third, with gradient checkpointing"
     ),
     "kept5_top_third_reuse_prefix": Row(
-        _kept(_top_third, reuse_prefix=True), "5 kept in the top third, frozen blocks reused, from the second epoch on"
+        _kept(top_third, reuse_prefix=True), "5 kept in the top third, frozen blocks reused, from the second epoch on"
     ),
     "kept5_last_block_reuse_prefix": Row(
-        _kept(_last_block, reuse_prefix=True), "5 kept in the last block, frozen blocks reused"
+        _kept(last_block, reuse_prefix=True), "5 kept in the last block, frozen blocks reused"
     ),
 }
 

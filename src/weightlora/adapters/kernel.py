@@ -75,8 +75,8 @@ def add_update(
         gate: omega, shape (1,), or one gate for each rank, shape (r,), or None for 1.
         p: dropout probability, 0 outside training.
         base_layer: the layer `base` is the output of, if it is that and nothing was added to it yet.
-        shared: has one mask drawn for adapters that read the same `x`; without effect where ordinary operations or
-            another device's kernel do the dropout, which draw a mask each.
+        shared: has one mask drawn for adapters that read the same `x`; without effect where ordinary operations
+            or PyTorch's own dropout drop, which draw a mask each.
     """
     dtype = _dtype_of_products(base, x, lora_A, lora_B)
     watched = base_layer is not None and _is_hooked(base_layer)  # whoever holds the base output must not see it change

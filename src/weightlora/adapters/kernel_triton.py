@@ -116,13 +116,10 @@ class _Form:
 
     Attributes:
         rows, places: of a tile.
-        programs: of `_columns_kernel`, one for each block of columns.
     """
 
-    programs = 0
-
     def __init__(self, kernel: Any, name: str, constants: tuple[Any, ...], dtype: torch.dtype, r: int) -> None:
-        padded = max(16, 1 << (r - 1).bit_length())  # tensor cores multiply nothing narrower
+        padded = _padded(r)
         self.rows, self.places, self._warps, self._stages = _tile(name, padded, dtype)
         # float32 is multiplied as three products of TF32, which loses nothing that matters and uses the tensor cores.
         precision = "tf32x3" if dtype == torch.float32 and not INTERPRETED else "ieee"
@@ -141,6 +138,10 @@ class _Form:
                 *arguments, *self._constants, grid=grid, num_warps=self._warps, num_stages=self._stages
             )
         compiled[grid](*arguments, *self._constants)
+
+
+def _padded(r: int) -> int:
+    return max(16, 1 << (r - 1).bit_length())  # tensor cores multiply nothing narrower
 
 
 def _tile(name: str, padded: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -175,12 +176,11 @@ def _columns_form(
     gates: int,
     threshold: int,
     dtype: torch.dtype,
-) -> _Form:
-    places = _tile("columns", max(16, 1 << (r - 1).bit_length()), dtype)[1]
+) -> tuple[_Form, int]:
+    """And how many programs there are for dA and dB, one for each block of columns."""
+    places = _tile("columns", _padded(r), dtype)[1]
     blocks = [-(-width // places) if wanted else 0 for width, wanted in zip(d, found, strict=True)]
-    form = _Form(_columns_kernel, "columns", (*d, r, *rows, *blocks, gates, threshold), dtype, r)
-    form.programs = sum(blocks)
-    return form
+    return _Form(_columns_kernel, "columns", (*d, r, *rows, *blocks, gates, threshold), dtype, r), sum(blocks)
 
 
 def _on(device: torch.device) -> Any:
@@ -234,11 +234,11 @@ def _columns(
 ) -> None:  # fmt: skip
     """d_A = (v g)^T drop(x), d_B = dy^T (h g) and d_gate = sums of h o v times `scale`, each where it is given."""
     T, r = h.shape
-    form = _columns_form(
+    form, programs = _columns_form(
         (x.shape[1], dy.shape[1]), r, (x.stride(0), dy.stride(0)), (d_A is not None, d_B is not None), _gates(gate),
         _threshold(drop), dtype,
     )  # fmt: skip
-    programs = form.programs + (d_gate is not None)
+    programs += d_gate is not None
     if not programs:
         return
     parts = 1 if programs >= _SPLIT_BELOW else min(-(-2 * _SPLIT_BELOW // programs), -(-T // 512))

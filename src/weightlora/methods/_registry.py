@@ -173,7 +173,7 @@ def prepare(
 
         model = prepare("milora", model, {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"})
         model = prepare("adalora", model, LoraConfig(lora_alpha=16, target_modules="all-linear"), target_r=4)
-    model = prepare("vera", model, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}, r=512)
+        model = prepare("vera", model, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}, r=512)
 
     Args:
         name: of the method.

@@ -109,6 +109,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         if isinstance(model, DistributedDataParallel):
             self._ddp = weakref.ref(model)
             self._rewrap()  # it was made before this changed the model
+        self._stop_looking()
         if not self.engine.done:
             self._looking = peft.register_forward_pre_hook(self._look_for_ddp)
         # Trainer resumes with `model.load_adapter(checkpoint)`, before it makes the optimizer.
@@ -200,11 +201,11 @@ class Method(TrainerCallback, ABC, Generic[E]):
         step = engine.global_step
         early = not engine.done and 0 < step < max(self._planned, default=0)
         if not engine.finish(optimizer):
-            if not engine.done and engine.global_step:
+            if not engine.done and step:
                 logger.warning(
                     "training ended at step %d, before any gradient told what to choose, so nothing was dropped; see "
                     "`after` and warm-up",
-                    engine.global_step,
+                    step,
                 )
             return
         if early:
@@ -223,15 +224,18 @@ class Method(TrainerCallback, ABC, Generic[E]):
             if isinstance(running, DistributedDataParallel):
                 self._ddp = weakref.ref(running)
 
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.remove()
+            self._looking = None
+
     def check(self) -> None:
         """Called before a checkpoint is written: raises if the training has diverged and nobody was told yet."""
 
     def _finish_if_done(self) -> None:
         """What follows the last cut, wherever it came about: in a step, in `attach`, or in a checkpoint."""
         if self.engine.done:
-            if self._looking is not None:
-                self._looking.remove()
-                self._looking = None
+            self._stop_looking()
             if not self.acts_after_cut:
                 self.unbind()
             surgery.release_inputs(self.engine.model)
@@ -346,7 +350,7 @@ class SelectionMethod(Method[Selector]):
     Args:
         seed: of the whole method; default the Trainer's.
         share_dropout: adapters on layers of one module that read the same tensor, such as query, key and value, drop
-            the same places of it. On a CPU a little faster; elsewhere each draws its own mask all the same.
+            the same places of it. On a CPU a little faster; without Triton each draws its own mask on a GPU.
 
     Raises:
         ConfigError: an argument that cannot work.

@@ -108,6 +108,8 @@ class Limit:
         room = torch.full((), self.limit, device=scores.device)
         for _ in range(self._rounds):
             left = left & (costs <= room)
+            if left.device.type == "cpu" and not left.any():
+                break
             spent = torch.cumsum(costs * left, 0)
             fits = left & (spent <= room)
             mask[order] |= fits

@@ -162,8 +162,7 @@ class Selector(Engine):
         rule = self.strategy.gates
         if self.done or rule is None:
             return
-        self.check()
-        self._record_gates()
+        self._catch_up()
         omega, gradients = self._gates.read(), self._gates.take_gradients()
         resting = self._at_rest(rule, omega)
         self._sum = Reading(gradients.float().sum())
@@ -173,6 +172,11 @@ class Selector(Engine):
         for i in resting:
             for parameter in self._weights[i]:
                 parameter.grad = None
+
+    def _catch_up(self) -> None:
+        """Look at what a GPU was asked for a step ago."""
+        self.check()
+        self._record_gates()
 
     def check(self) -> None:
         """Raise DivergedError if the last gradients of the gates were NaN or infinite.
@@ -209,8 +213,6 @@ class Selector(Engine):
             self._observed = None
         if self.global_step < self._cuts[self.rounds_done] or not self._informed:
             return False
-        self.check()
-        self._record_gates()
         self._cut(optimizer)
         return True
 
@@ -219,8 +221,6 @@ class Selector(Engine):
         """Make the cuts that are left, if anything is known to choose by. Returns whether one was made."""
         if self.done or self.global_step == 0 or not self._informed:
             return False
-        self.check()
-        self._record_gates()
         while not self.done:
             self._cut(optimizer)
         return True
@@ -255,7 +255,7 @@ class Selector(Engine):
         self._reached = self._reached.to(gradients.device) | (gradients != 0)
 
         def choose(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
-            return limit.choose(scores, eligible & self._may_stay.to(eligible.device))
+            return limit.choose(scores, eligible & self._may_stay)
 
         moved = rule.update(omega, gradients, lr=lr, step=self.global_step, choose=choose)
         self._gates.write(moved)
@@ -290,6 +290,7 @@ class Selector(Engine):
     # -- the cut -------------------------------------------------------------------------------------------------
 
     def _cut(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._catch_up()
         scores = self.strategy.score(self.adapters)
         kept = self._choose(scores)
         order = torch.sort(scores, descending=True, stable=True).indices.tolist()

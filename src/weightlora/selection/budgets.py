@@ -106,9 +106,9 @@ class Limit:
         costs = self._on(scores.device)[order]
         left, mask = eligible[order], torch.zeros_like(eligible)
         room = torch.full((), self.limit, device=scores.device)
-        for _ in range(self._rounds):
+        for number in range(self._rounds):
             left = left & (costs <= room)
-            if left.device.type == "cpu" and not left.any():
+            if number and left.device.type == "cpu" and not left.any():
                 break
             spent = torch.cumsum(costs * left, 0)
             fits = left & (spent <= room)

@@ -77,7 +77,7 @@ def test_the_file_tree_names_every_file_and_no_other():
             named.add(path)
     shown = [
         p
-        for f in ("src/weightlora", "scripts", "docs", "examples", "benchmarks", "suites")
+        for f in ("src/weightlora", "scripts", "docs", "examples", "benchmarks", "studies", "suites")
         for p in (ROOT / f).rglob("*")
         if p.is_file()
     ]

@@ -1,0 +1,308 @@
+"""The tables of docs/study.md from the raw lines.
+
+    python -m studies.tables            prints them
+    python -m studies.tables --write    puts them into docs/study.md, between its markers
+
+A run's loss is that on the held-out rows, at the rate that was best on the validation rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from studies.tasks import TASKS
+
+RESULTS = Path(__file__).parent / "results"
+RAW = RESULTS / "h200.jsonl"
+RANDOM = ("random", "random stratified", "random feed-forward", "random attention")
+Line = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """An arm at its best rate."""
+
+    task: str
+    seed: int
+    part: str
+    kind: str
+    arm: str
+    modules: tuple[int, ...]
+    parameters: int
+    loss: float
+    right: float
+    rate: float
+
+
+def read(file: Path) -> list[Line]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def best_rates(lines: Iterable[Line]) -> list[Run]:
+    """Each arm once, at the rate with the lowest validation loss."""
+    tried: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        if "loss" in line:
+            tried[line["task"], line["seed"], line["part"], line["arm"]].append(line)
+    runs = []
+    for (task, seed, part, arm), found in tried.items():
+        x = min(found, key=lambda line: line["valid"][-1])
+        rest = (x["kind"], arm, tuple(x["modules"]), x["parameters"], x["loss"], x["right"], x["rate"])
+        runs.append(Run(task, seed, part, *rest))
+    return runs
+
+
+class Results:
+    """All runs, by what tables ask for."""
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        self.lines, self.runs = lines, best_rates(lines)
+        self.tasks = [task for task in TASKS if any(run.task == task for run in self.runs)]
+
+    def of(self, task: str, part: str = "sets") -> list[Run]:
+        return [run for run in self.runs if run.task == task and run.part == part]
+
+    def seeds(self, task: str, part: str = "sets") -> list[int]:
+        return sorted({run.seed for run in self.of(task, part)})
+
+    def loss(self, task: str, seed: int, arm: str, part: str = "sets") -> float | None:
+        return next((r.loss for r in self.of(task, part) if r.seed == seed and r.arm == arm), None)
+
+    def above(self, task: str, arm: str) -> list[float]:
+        """By how much an arm's loss is above that of LoRA on all, as a share, one for each seed."""
+        found = []
+        for seed in self.seeds(task):
+            loss, full = self.loss(task, seed, arm), self.loss(task, seed, "all")
+            if loss is not None and full is not None:
+                found.append(loss / full - 1)
+        return found
+
+    def kind_above(self, task: str, kind: str) -> list[float]:
+        """The same for all sets of a kind and all seeds."""
+        return [
+            x for arm in dict.fromkeys(r.arm for r in self.of(task) if r.kind == kind) for x in self.above(task, arm)
+        ]
+
+
+# ---- Tables --------------------------------------------------------------------------------------------------
+
+SHOWN = {
+    "every module": ("all", "all, r=2", "all, r=1"),
+    "spread over the depth, r=8": (
+        *("spread feed-forward", "spread gate", "spread up", "spread down", "spread v o", "spread attention"),
+        *("spread o", "spread v", "spread q", "spread k"),
+    ),
+    "spread, other ranks": (
+        *(
+            "spread feed-forward, r=2",
+            "spread feed-forward, r=4",
+            "spread feed-forward, r=16",
+            "spread feed-forward, r=32",
+        ),
+        *("spread modules, r=1", "spread modules, r=2", "spread modules, r=4"),
+    ),
+    "in one place": ("first feed-forward", "middle feed-forward", "last feed-forward", "first modules", "last modules"),
+    "whole blocks": ("upper half", "upper half, r=16", "upper third", "upper third, r=24"),
+}
+
+
+def where(results: Results) -> str:
+    """Held-out loss above LoRA's on all modules, in percent, by where adapters are."""
+    rows = [["", "", *(f"{task} ({len(results.seeds(task))})" for task in results.tasks)]]
+    full = [[x for seed in results.seeds(t) if (x := results.loss(t, seed, "all"))] for t in results.tasks]
+    rows.append(["every module", "all, r=8: the loss itself", *(" ".join(f"{x:.3f}" for x in loss) for loss in full)])
+    for group, arms in SHOWN.items():
+        for arm in arms:
+            cells = [_percent(results.above(task, arm)) for task in results.tasks]
+            if arm != "all" and any(cells):
+                rows.append([group, arm, *cells])
+    for kind in RANDOM:
+        cells = [_percent(results.kind_above(task, kind), spread=True) for task in results.tasks]
+        rows.append(["at random", {"random": "random uniform"}.get(kind, kind), *cells])
+    return _markdown(_once(rows))
+
+
+def variance(results: Results) -> str:
+    """How much of the spread between random sets is the set, and how much is the seed's."""
+    rows = [["task", "seeds", "sets", "sd between sets", "sd of what is left", "share that is the set"]]
+    for task in results.tasks:
+        seeds = results.seeds(task)
+        runs = [run for run in results.of(task) if run.kind in RANDOM[:2]]
+        arms = [a for a in dict.fromkeys(r.arm for r in runs) if all(results.loss(task, s, a) for s in seeds)]
+        if len(seeds) < 2:
+            continue
+        loss = np.array([[results.loss(task, s, a) for s in seeds] for a in arms], dtype=float)
+        own = loss - loss.mean(0)
+        left = own - own.mean(1, keepdims=True)
+        noise = (left**2).sum() / ((len(arms) - 1) * (len(seeds) - 1))
+        between = max(0.0, own.mean(1).var(ddof=1) - noise / len(seeds))
+        cells = [f"{between**0.5:.4f}", f"{noise**0.5:.4f}", f"{between / (between + noise):.0%}"]
+        rows.append([task, str(len(seeds)), str(len(arms)), *cells])
+    return _markdown(rows)
+
+
+def rules(results: Results) -> str:
+    """What each rule picks, against random sets of equal parameters; and how well it ranks those."""
+    tasks = [task for task in results.tasks if results.of(task, "rules")]
+    names = dict.fromkeys(n for task in tasks for run in results.of(task, "rules") for n in run.arm.split(" | "))
+    found = {}
+    for name in [*names, "spread feed-forward", "spread up", "spread gate", "all, r=1"]:
+        cells, beaten, drops = [], [], []
+        for task in tasks:
+            values = []
+            for seed in results.seeds(task, "rules"):
+                loss = _picked(results, task, seed, name)
+                tried = [r.loss for r in results.of(task) if r.seed == seed and r.kind in RANDOM[:2]]
+                if loss is not None:
+                    values.append(loss / statistics.mean(tried) - 1)
+                    beaten.append(statistics.mean(loss < other for other in tried))
+            cells.append(_percent(values))
+            drops += values
+        if beaten:
+            ranks = [x for task in tasks for x in _spearman_of(results, task, name)]
+            score = f"{statistics.mean(ranks):+.2f}" if ranks else ""
+            found[name] = (statistics.mean(drops), [name, *cells, f"{statistics.mean(beaten):.0%}", score])
+    head = ["rule", *tasks, "random sets beaten", "Spearman"]
+    return _markdown([head, *(row for _, row in sorted(found.values(), key=lambda x: x[0]))])
+
+
+def _picked(results: Results, task: str, seed: int, name: str) -> float | None:
+    picked = [r.loss for r in results.of(task, "rules") if r.seed == seed and name in r.arm.split(" | ")]
+    return picked[0] if picked else results.loss(task, seed, name)
+
+
+def _spearman_of(results: Results, task: str, name: str) -> list[float]:
+    """Rank correlation, over all random sets, of the rule's value of a set with minus its loss; one for each seed."""
+    found = []
+    for line in results.lines:
+        if line.get("part") == "evidence" and line["task"] == task:
+            tried = [r for r in results.of(task) if r.seed == line["seed"] and r.kind in RANDOM]
+            if name in line["predicted"]:
+                value = [line["predicted"][name].get(r.arm) for r in tried]
+            elif name in line["scores"]:
+                value = [sum(line["scores"][name][i] for i in r.modules) for r in tried]
+            else:
+                continue
+            if None not in value:
+                found.append(_spearman(value, [-r.loss for r in tried]))
+    return found
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+ACROSS_LENGTHS = (
+    *("all", "all, r=2", "upper half", "upper half, r=16", "upper third", "upper third, r=24"),
+    *("spread feed-forward", "stratified 0", "last feed-forward"),
+)
+
+
+def lengths(results: Results) -> str:
+    """Held-out loss at other lengths of the run, beside the operations spent (1 is LoRA on all at its usual length)."""
+    costs = json.loads((RESULTS / "costs.json").read_text(encoding="utf-8"))
+    rows = [["task", "arm", "a step's operations", "saved bytes", *(f"x {times:g}" for times in (0.5, 1, 2, 4))]]
+    for task in results.tasks:
+        arms = [a for a in ACROSS_LENGTHS if results.loss(task, 0, a, "times 2") is not None]
+        for arm in arms:
+            time, memory = costs[TASKS[task].model][arm]
+            cells = []
+            for times in (0.5, 1, 2, 4):
+                part = "sets" if times == 1 else f"times {times:g}"
+                loss = results.loss(task, 0, arm, part)
+                cells.append("" if loss is None else f"{loss:.3f} ({time * times:.2f})")
+            rows.append([task, arm, f"{time:.2f}", f"{memory:.2f}", *cells])
+    return _markdown(_once(rows))
+
+
+def head_first(results: Results) -> str:
+    """The same arms from a fitted head and from a random one."""
+    rows = [["task", "arm", "head fitted first", "random head"]]
+    for task in results.tasks:
+        for run in results.of(task, "random head"):
+            fitted = results.loss(task, run.seed, run.arm)
+            if fitted is not None:
+                rows.append([task, run.arm, f"{fitted:.3f}", f"{run.loss:.3f}"])
+    return _markdown(_once(rows))
+
+
+def ranks_of_choice(results: Results) -> str:
+    """How many directions the choice has."""
+    rows = [["task", "modules", "effective rank, one for each seed"]]
+    for task in results.tasks:
+        lines = [x for x in results.lines if x.get("part") == "evidence" and x["task"] == task]
+        if lines:
+            n = len(next(iter(lines[0]["scores"].values())))
+            rows.append([task, str(n), ", ".join(f"{x['effective_rank']:.1f}" for x in lines)])
+    return _markdown(rows)
+
+
+TABLES = {
+    "where": where,
+    "variance": variance,
+    "rules": rules,
+    "lengths": lengths,
+    "head-first": head_first,
+    "effective-rank": ranks_of_choice,
+}
+
+
+def _percent(values: Sequence[float], *, spread: bool = False) -> str:
+    if not values:
+        return ""
+    sd = f" ± {100 * statistics.stdev(values):.1f}" if spread and len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):+.1f}{sd}"
+
+
+def _once(rows: Sequence[list[str]]) -> list[list[str]]:
+    """The first cell only where it changes."""
+    shown, last = [], None
+    for first, *rest in rows:
+        shown.append(["" if first == last else first, *rest])
+        last = first
+    return shown
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "study.md"
+
+
+def written(text: str, results: Results) -> str:
+    """A document with every table between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]](results)}\n{match[3]}"
+
+    return re.sub(r"(<!-- table ([\w-]+) -->)\n.*?\n?(<!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print every table, or write them."""
+    parser = argparse.ArgumentParser(prog="python -m studies.tables", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into docs/study.md")
+    parser.add_argument("--raw", type=Path, default=RAW, help="raw lines; default: those of docs/study.md")
+    options = parser.parse_args(arguments)
+    results = Results(read(options.raw))
+    if options.write:
+        DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), results), encoding="utf-8")
+        return
+    for name, table in TABLES.items():
+        print(f"<!-- {name} -->\n{table(results)}\n")
+
+
+if __name__ == "__main__":
+    main()

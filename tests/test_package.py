@@ -85,14 +85,14 @@ def test_methods_are_listed_built_and_named_when_misspelt():
     ours = ["weightlora", "weightlora_plus", "rlora"]
     shapes = ["melora", "sparse_adapter", "tied_lora", "s2_lora", "nora"]
     ranks = ["sora", "dynamic_lora", "increlora", "alora"]
-    others = ["lora_drop", *shapes, "flexora", "flexlora", *ranks]
+    others = ["fixed", "lora_drop", *shapes, "flexora", "flexlora", *ranks]
     assert [m.name for m in methods.list_methods()] == [*baselines, "adalora", *ours, *others]
     for info in methods.list_methods():
         assert all((info.title, info.paper, info.scores, info.action, info.parameters, info.source))
         assert (methods.create(info.name, {}) is None) == (info.callback is None)
         assert info.source in ("weightlora", "peft", "transformers")
     assert methods.create("weightlora", {"keep": 3}).keep.limit == 3
-    for name in ("weightlora", "weightlora_plus", "rlora"):
+    for name in ("weightlora", "weightlora_plus", "rlora", "fixed"):
         assert (
             methods.create(name, {"share_dropout": True}).share_dropout and not methods.create(name, {}).share_dropout
         )

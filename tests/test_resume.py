@@ -11,7 +11,7 @@ import torch
 from helpers import batch, bert, make_trainer, trainable_state
 from peft import PeftModel
 
-from weightlora import CheckpointError, ConfigError, RLoRA, WeightLoRA, WeightLoRAPlus, read_events
+from weightlora import CheckpointError, ConfigError, Fixed, RLoRA, WeightLoRA, WeightLoRAPlus, read_events
 
 METHODS = {
     "weightlora": lambda: WeightLoRA(keep=3, after=8),
@@ -21,6 +21,7 @@ METHODS = {
     "weightlora_plus": lambda: WeightLoRAPlus(keep=2, after=8),
     "weightlora_plus in rounds": lambda: WeightLoRAPlus(keep=2, after=8, rounds=2),
     "rlora": lambda: RLoRA(keep=3),
+    "fixed": lambda: Fixed(keep=3, where="random"),
 }
 
 

@@ -11,6 +11,7 @@ from weightlora.methods import eva as _eva  # noqa: F401
 from weightlora.methods import milora as _milora  # noqa: F401
 from weightlora.methods import adalora as _adalora  # noqa: F401
 from weightlora.methods import weightlora as _weightlora  # noqa: F401  weightlora, weightlora_plus, rlora
+from weightlora.methods import fixed as _fixed  # noqa: F401
 from weightlora.methods import lora_drop as _lora_drop  # noqa: F401
 from weightlora.methods import melora as _melora  # noqa: F401
 from weightlora.methods import sparse_adapter as _sparse_adapter  # noqa: F401
@@ -39,6 +40,7 @@ from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.alora import ALoRA
 from weightlora.methods.base import Method, SelectionMethod
 from weightlora.methods.dynamic_lora import DynamicLoRA
+from weightlora.methods.fixed import Fixed
 from weightlora.methods.flexora import Flexora
 from weightlora.methods.increlora import IncreLoRA
 from weightlora.methods.lora_drop import LoRADrop
@@ -55,6 +57,7 @@ __all__ = [
     "AdaLoRA",
     "Attach",
     "DynamicLoRA",
+    "Fixed",
     "Flexora",
     "IncreLoRA",
     "LoRADrop",

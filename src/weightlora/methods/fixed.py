@@ -1,0 +1,97 @@
+"""LoRA on a fixed set of modules: nothing is learnt about where, and often nothing needs to be (docs/study.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from weightlora.errors import ConfigError, did_you_mean
+from weightlora.methods._registry import MethodInfo, register
+from weightlora.methods.base import SelectionMethod
+from weightlora.selection import budgets
+from weightlora.selection.actions import Disconnect
+from weightlora.selection.placement import EVERYTHING, GROUPS, WHERE, Placement, Where
+from weightlora.selection.schedules import After
+from weightlora.selection.selector import Strategy
+
+
+class Fixed(SelectionMethod):
+    """Keep adapters by a pattern over the depth, and disconnect the rest before the first step.
+
+        Fixed(keep=0.1)                                          a tenth, feed-forward, at equal distances
+        Fixed(keep=10, modules=["v_proj", "o_proj"])             ten of these, at equal distances
+        Fixed(keep=None, modules="attention")                    all of attention
+        Fixed(keep="50% memory", where="last", after=1)          the last ones that keep half the activations
+
+    Args:
+        keep: how much stays, as in `WeightLoRA`; a share is one of all adapters. None: every module in question. A
+            budget in memory or time is filled from one end or at random, and needs `after` of at least 1.
+        where: "spread" (default) at equal distances from the first block to the last; "first", "middle" or "last";
+            "random"; or "stratified", random with a module of every block in turn.
+        modules: which are in question: "feed-forward", "attention", "all", or endings of module names. Default: the
+            feed-forward ones, or all where there is no adapter on any.
+        after: the optimizer step of the cut.
+        seed: of what is drawn; default the Trainer's.
+        share_dropout: as in `WeightLoRA`.
+
+    Raises:
+        ConfigError: an argument that cannot work. What does not fit the model is said when the method is attached.
+    """
+
+    def __init__(
+        self,
+        keep: Any = 0.1,
+        where: Where = "spread",
+        *,
+        modules: str | Sequence[str] | None = None,
+        after: int | float | None = 0,
+        seed: int | None = None,
+        share_dropout: bool = False,
+    ) -> None:
+        if where not in WHERE:
+            raise ConfigError(
+                f"`where={where!r}` is unknown{did_you_mean(str(where), list(WHERE))}; use one of {WHERE}."
+            )
+        self.keep = EVERYTHING if keep is None else budgets.parse(keep)
+        if self.keep.in_cost and where == "spread":
+            raise ConfigError(
+                f"`keep={self.keep}` depends on how deep adapters reach, and `where='spread'` reaches all the way; "
+                "give `where='last'`, or `keep` in adapters or parameters."
+            )
+        self.where, self.modules = where, _modules(modules)
+        self.when = After(after)
+        super().__init__(seed=seed, share_dropout=share_dropout)
+
+    def strategy(self, seed: int) -> Strategy:
+        return Strategy(
+            method="fixed",
+            gates=None,
+            score=Placement(self.where, self.modules, self.keep, seed),
+            keep=self.keep,
+            when=self.when,
+            then=(Disconnect(),),
+        )
+
+
+def _modules(modules: Any) -> str | tuple[str, ...] | None:
+    """A group, or endings of names."""
+    if modules is None or modules in GROUPS:
+        return modules
+    endings = [modules] if isinstance(modules, str) else modules
+    if not isinstance(endings, Sequence) or not endings or not all(e and isinstance(e, str) for e in endings):
+        raise ConfigError(f"`modules={modules!r}` must be one of {GROUPS}, or names of modules such as ['v_proj'].")
+    return tuple(endings)
+
+
+register(
+    MethodInfo(
+        name="fixed",
+        title="Fixed placement",
+        paper="no paper; docs/study.md compares it",
+        scores="nothing: a pattern over the depth",
+        action="all other adapters are disconnected before the first step",
+        parameters="sum over the kept of r (d_in + d_out)",
+        source="weightlora",
+        callback=Fixed,
+    )
+)

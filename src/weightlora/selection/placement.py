@@ -1,0 +1,116 @@
+"""Which adapters a fixed pattern keeps, decided before the first step and without a look at the data.
+
+At equal parameters an even spread over the depth is hard to beat (docs/study.md), and it costs nothing to choose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from weightlora.adapters.attach import Adapter
+from weightlora.errors import ConfigError
+from weightlora.selection.budgets import Budget
+
+Where = Literal["spread", "first", "middle", "last", "random", "stratified"]
+WHERE: tuple[str, ...] = get_args(Where)
+GROUPS = ("all", "attention", "feed-forward")
+
+# As in self_attn.q_proj, attention.output.dense, SelfAttention.q and attn.c_attn.
+_ATTENTION = re.compile(r"att(?:entio)?n", re.IGNORECASE)
+_BLOCK = re.compile(r"^.*?\.?\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A pattern over the depth as the `Score` of a cut: what comes first in it is kept first, -inf is never kept.
+
+    Attributes:
+        where: "spread" at equal distances; from the "first", the "middle" or the "last" on; "random"; or "stratified",
+            random with a module of every block in turn.
+        modules: which are in question: "all", "attention", "feed-forward", or endings of names such as ("v_proj",
+            "o_proj"). None: the feed-forward ones, or all where there is no adapter on any.
+        keep: the budget, which an even spread has to know.
+        seed: of the random ones.
+    """
+
+    where: str
+    modules: str | tuple[str, ...] | None
+    keep: Budget
+    seed: int = 0
+
+    def __call__(self, adapters: Sequence[Adapter]) -> Tensor:
+        order = self._order(adapters, self._matching(adapters))
+        scores = torch.full((len(adapters),), -torch.inf)
+        scores[torch.tensor(order)] = torch.arange(len(order), 0, -1, dtype=scores.dtype)
+        return scores
+
+    def _matching(self, adapters: Sequence[Adapter]) -> list[int]:
+        """Places of the modules in question.
+
+        Raises:
+            ConfigError: there are none, or fewer than are to be kept.
+        """
+        names = [a.name for a in adapters]
+        found = [i for i, name in enumerate(names) if self._is_meant(name)]
+        if not found and self.modules is None:
+            found = list(range(len(names)))
+        if not found:
+            there = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise ConfigError(f"`modules={self.modules!r}` matches none of the adapters; there are {there}.")
+        if self.keep.unit in ("adapters", "share"):
+            wanted = self.keep.resolve(adapters).limit
+            if wanted > len(found) and self.keep != EVERYTHING:
+                raise ConfigError(
+                    f"`keep={self.keep}` is {wanted} adapters, and only {len(found)} of {len(names)} are in question "
+                    f"(`modules={self.modules or 'feed-forward'!r}`); lower it, or give `modules='all'`."
+                )
+        return found
+
+    def _is_meant(self, name: str) -> bool:
+        if isinstance(self.modules, tuple):
+            return any(name == ending or name.endswith(f".{ending}") for ending in self.modules)
+        kind = "attention" if _ATTENTION.search(name) else "feed-forward"
+        return self.modules == "all" or kind == (self.modules or "feed-forward")
+
+    def _order(self, adapters: Sequence[Adapter], found: list[int]) -> list[int]:
+        n = len(found)
+        random = torch.Generator().manual_seed(self.seed)
+        if self.where == "spread":
+            return self._spread(adapters, found)
+        if self.where == "first":
+            return found
+        if self.where == "last":
+            return found[::-1]
+        if self.where == "middle":
+            return [found[i] for i in sorted(range(n), key=lambda i: abs(2 * i - n + 1))]
+        drawn = [found[i] for i in torch.randperm(n, generator=random).tolist()]
+        return drawn if self.where == "random" else _in_turn(adapters, drawn)
+
+    def _spread(self, adapters: Sequence[Adapter], found: list[int]) -> list[int]:
+        """As many as the budget has room for, at equal distances: the middles of equal parts."""
+        limit, n = self.keep.resolve(adapters), len(found)
+        for count in range(n, 0, -1):
+            chosen = [found[(2 * i + 1) * n // (2 * count)] for i in range(count)]
+            if sum(limit.costs[i] for i in chosen) <= limit.limit:
+                return chosen
+        return found  # the cheapest that fits is left to the budget
+
+
+def _in_turn(adapters: Sequence[Adapter], drawn: Sequence[int]) -> list[int]:
+    """The first of every block in the order they were drawn, then the second, and so on."""
+    turns: dict[str, int] = {}
+    rounds = []
+    for i in drawn:
+        block = found[0] if (found := _BLOCK.match(adapters[i].name)) else adapters[i].name
+        turns[block] = turns.get(block, -1) + 1
+        rounds.append(turns[block])
+    return [drawn[place] for place in sorted(range(len(drawn)), key=rounds.__getitem__)]
+
+
+EVERYTHING = Budget("share", 1.0)

@@ -1,0 +1,154 @@
+"""Fixed placements: which adapters a pattern over the depth keeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import bert, train
+from peft import PeftModel, get_peft_model
+from tiny import build, lora
+
+from weightlora import ConfigError, Fixed, RLoRA, list_adapters
+from weightlora.methods import create
+from weightlora.selection.placement import EVERYTHING as ALL
+from weightlora.selection.placement import WHERE, Placement
+
+FEED_FORWARD = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+def tiny_lora(name: str) -> PeftModel:
+    tiny = build(name)
+    return get_peft_model(tiny.model, lora(tiny, r=4))
+
+
+@pytest.mark.parametrize("keep", range(1, 19))
+def test_an_even_spread_is_even(keep):
+    """Gaps differ by at most one, and the ends are half a gap from the ends of the model."""
+    model = bert(layers=6)
+    before = [a.name for a in list_adapters(model)]
+    method = Fixed(keep=keep, modules="all").attach(model)
+    found = sorted(before.index(name) for name in method.kept)
+    gaps = [b - a for a, b in pairwise(found)]
+    assert len(found) == keep and (not gaps or max(gaps) - min(gaps) <= 1)
+    assert abs(found[0] - (17 - found[-1])) <= 1
+
+
+def test_ends_and_middle_are_where_they_say():
+    for where, expected in {"first": [0, 1, 2], "last": [6, 7, 8], "middle": [3, 4, 5]}.items():
+        model = bert()
+        before = [a.name for a in list_adapters(model)]
+        method = Fixed(keep=3, where=where, modules="all").attach(model)
+        assert sorted(before.index(name) for name in method.kept) == expected
+
+
+def test_stratified_takes_one_of_every_block_before_a_second():
+    drawn = set()
+    for seed in range(8):
+        for keep, most in ((3, 1), (4, 2), (6, 2)):
+            method = Fixed(keep=keep, where="stratified", modules="all", seed=seed).attach(bert())
+            blocks = Counter(name.split(".layer.")[1][0] for name in method.kept)
+            assert len(blocks) == 3 and max(blocks.values()) == most
+        drawn.add(tuple(sorted(method.kept)))
+    assert len(drawn) > 3
+    again = [Fixed(keep=4, where="stratified", modules="all", seed=5).attach(bert()).kept for _ in range(2)]
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_budget_in_parameters_is_filled_and_held(where):
+    model = bert(target_modules=FEED_FORWARD)
+    sizes = {a.name: a.parameters for a in list_adapters(model)}
+    budget = 5 * min(sizes.values())
+    method = Fixed(keep=f"{budget} parameters", where=where, modules="all").attach(model)
+    spent = sum(sizes[name] for name in method.kept)
+    assert budget - max(sizes.values()) < spent <= budget
+    assert sum(a.parameters for a in list_adapters(model)) == spent
+
+
+NAMES = {
+    "attention": [
+        "model.layers.0.self_attn.q_proj",
+        "bert.encoder.layer.0.attention.self.query",
+        "bert.encoder.layer.0.attention.output.dense",
+        "transformer.h.0.attn.c_attn",
+        "decoder.block.0.layer.1.EncDecAttention.q",
+        "transformer.h.0.self_attention.query_key_value",
+    ],
+    "feed-forward": [
+        "model.layers.0.mlp.down_proj",
+        "bert.encoder.layer.0.intermediate.dense",
+        "bert.encoder.layer.0.output.dense",
+        "transformer.h.0.mlp.c_fc",
+        "encoder.block.0.layer.1.DenseReluDense.wi",
+        "model.decoder.layers.0.fc1",
+    ],
+}
+
+
+@pytest.mark.parametrize("group", NAMES)
+def test_groups_know_the_names_of_common_models(group):
+    for kind, names in NAMES.items():
+        for name in names:
+            assert Placement("spread", group, ALL)._is_meant(name) == (kind == group), name
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "gpt2", "t5"])
+def test_feed_forward_is_what_is_kept_unless_something_else_is_asked_for(model):
+    kept = Fixed(keep=2).attach(tiny_lora(model)).kept
+    assert len(kept) == 2 and not any("att" in name.lower() for name in kept)
+    kept = Fixed(keep=None, modules="attention").attach(tiny_lora(model)).kept
+    assert kept and all("att" in name.lower() for name in kept)
+
+
+def test_without_feed_forward_adapters_all_are_in_question():
+    assert len(Fixed(keep=5).attach(bert()).kept) == 5
+
+
+def test_names_are_endings_as_in_target_modules():
+    kept = Fixed(keep=None, modules=["query", "self.value"]).attach(bert()).kept
+    assert len(kept) == 6 and all(name.endswith((".query", ".value")) for name in kept)
+    assert create("fixed", {"keep": 2, "modules": "value"}).attach(bert()).kept[0].endswith(".value")
+
+
+def test_the_last_ones_fill_a_budget_in_memory():
+    model = bert(layers=6)
+    before = [a.name for a in list_adapters(model)]
+    method = Fixed(keep="50% memory", where="last", modules="all", after=1)
+    train(model, method, 3)
+    found = [before.index(name) for name in method.kept]
+    assert 1 < len(found) < 18 and sorted(found) == list(range(18 - len(found), 18))
+
+
+def test_it_is_the_same_run_as_a_random_choice_of_the_same_adapters():
+    """Patterns are only another score: the same names kept, the same weights after training."""
+    drawn = RLoRA(keep=3, seed=3)
+    one, other = bert(lora_dropout=0.0).eval(), bert(lora_dropout=0.0).eval()  # without the base model's own dropout
+    train(one, drawn, 4)
+    names = [name.split("encoder.")[1] for name in drawn.kept]
+    train(other, Fixed(keep=None, modules=names), 4)
+    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"where": "sprad"}, "did you mean 'spread'"),
+        ({"keep": "50% memory"}, "where='last'"),
+        ({"keep": "50% memory", "where": "last"}, "needs one training step"),
+        ({"modules": 3}, "must be one of"),
+        ({"modules": []}, "must be one of"),
+        ({"keep": 2, "modules": ["v_proj"]}, r"matches none of the adapters; there are \['key', 'query', 'value'\]"),
+        ({"keep": 5, "modules": "value"}, "only 3 of 9 are in question"),
+        ({"keep": 0.9, "modules": ["value"]}, "only 3 of 9 are in question"),
+        ({"keep": 40}, "exceeds the 9 attached adapters"),
+    ],
+)
+def test_what_cannot_work_is_refused(options, message):
+    model = bert()
+    with pytest.raises(ConfigError, match=message):
+        Fixed(**options).attach(model)
+    assert len(list_adapters(model)) == 9

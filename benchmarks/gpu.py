@@ -8,6 +8,8 @@ Parts, in the order of their value:
     products  an adapter's products alone: our kernels, cuBLAS and PEFT's operations
     speed     step time, memory and kernel launches of every row against stock PEFT LoRA, for four shapes
     memory    WeightLoRA's Figure 3: peak memory against the number of adapters, for ranks and placements
+    choice    the study of docs/study.md, as many of its runs as five minutes allow, where `studies.prepare` has written
+              its rows and models to .study
 
 Results go to DIR/gpu.json after every row. A second call goes on where the first one stopped; --again measures anew;
 --report prints such a file as the tables of docs/benchmarks.md and draws memory.png beside it.
@@ -404,6 +406,24 @@ def _point(device: str, shape: Shape, names: Sequence[str], r: int) -> float:
     return round((peak - before) / MIB, 1)
 
 
+# ---- The choice ----------------------------------------------------------------------------------------------
+
+
+def choice(device: str, quick: bool, results: Results) -> None:
+    """Where LoRA should go: raw lines in choice.jsonl beside the results, for `python -m studies.tables --raw`."""
+    from studies import run
+    from studies.tasks import TASKS
+
+    folder = ROOT / ".study"
+    tasks = [name for name, task in TASKS.items() if (folder / task.model).is_dir()]
+    if not tasks:
+        return results.say("choice   nothing in .study; `python -m studies.prepare` writes it, where the data are")
+    out = results.file.with_name("choice.jsonl")
+    more = ["--quick", "--seeds", "0"] if quick else ["--minutes", "5"]
+    run.main(["--folder", str(folder), "--out", str(out), "--device", device, "--tasks", *tasks, *more])
+    results.add("choice", "runs", sum("loss" in line for line in out.read_text(encoding="utf-8").splitlines()))
+
+
 # ---- The device ----------------------------------------------------------------------------------------------
 
 
@@ -500,7 +520,7 @@ def _plot_memory(points: dict[str, float], file: Path) -> None:
 
 # ---- Command -------------------------------------------------------------------------------------------------
 
-PARTS = {"right": right, "products": products, "speed": speed, "memory": memory}
+PARTS = {"right": right, "products": products, "speed": speed, "memory": memory, "choice": choice}
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -3,8 +3,9 @@
     scripts/demo                # or, with the `demo` extra installed: python examples/demo_topics.py
 
 The encoder is MiniLM (22.7 million parameters, 6 layers), the questions are those of the ChatterBot corpus; both
-come as Python packages. Three runs on the same data from the same seed: only the classification head is trained;
-LoRA sits on every linear layer of the encoder; WeightLoRA starts like that and keeps a few adapters.
+come as Python packages. Four runs on the same data from the same seed: only the classification head is trained; LoRA
+sits on every linear layer of the encoder; Fixed has a few adapters, spread over the feed-forward layers; WeightLoRA
+starts with all of them and keeps as few.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from weightlora import WeightLoRA, measure
+from weightlora import Fixed, WeightLoRA, measure
 
 LORA = LoraConfig(
     task_type=TaskType.SEQ_CLS,
@@ -49,6 +50,7 @@ LORA = LoraConfig(
 # Each rate was chosen for its own rows on a part of the training questions.
 LEARNING_RATE = 2e-3
 HEAD_ONLY_LEARNING_RATE = 3e-2  # a head alone has to go further: at 1e-3 it answers with the commonest topic
+FEED_FORWARD = 12  # of the 36 layers
 MIN_QUESTIONS = 15
 console = Console()
 
@@ -182,9 +184,16 @@ def main() -> None:
         )
 
     selection = WeightLoRA(keep=options.keep, after=0.1)
-    head_only, everywhere, selected = base_model(), *(get_peft_model(base_model(), LORA) for _ in range(2))
+    spread = Fixed(keep=options.keep, modules="feed-forward" if options.keep <= FEED_FORWARD else "all")
+    head_only, everywhere, selected, fixed = base_model(), *(get_peft_model(base_model(), LORA) for _ in range(3))
     head_only.base_model.requires_grad_(False)
-    models = {"head only": head_only, "LoRA everywhere": everywhere, f"WeightLoRA keep={options.keep}": selected}
+    models = {
+        "head only": head_only,
+        "LoRA everywhere": everywhere,
+        f"Fixed keep={options.keep}": fixed,
+        f"WeightLoRA keep={options.keep}": selected,
+    }
+    methods = {id(selected): selection, id(fixed): spread}
 
     with Progress(console=console) as progress:
         for name, model in models.items():
@@ -195,7 +204,7 @@ def main() -> None:
                 learning_rate=HEAD_ONLY_LEARNING_RATE if model is head_only else LEARNING_RATE,
                 options=options,
                 folder=run,
-                callbacks=[ProgressBar(name, progress), *([selection] if model is selected else [])],
+                callbacks=[ProgressBar(name, progress), *([methods[id(model)]] if id(model) in methods else [])],
             )
     trainer.save_model(str(run / "adapter"))
 

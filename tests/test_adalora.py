@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 
 from weightlora import AdaLoRA, ConfigError, UnsupportedError, export, prepare, read_events
 from weightlora.adapters import list_attached
-from weightlora.adapters.kinds import as_lora
 from weightlora.measure import trainable_parameters
-from weightlora.methods.adalora import orthogonality_gradient
+from weightlora.methods.adalora import as_lora
+from weightlora.methods.adalora.method import orthogonality_gradient
 
 QKV = {"target_modules": ["query", "key", "value"], "task_type": "SEQ_CLS", "lora_alpha": 8}
 

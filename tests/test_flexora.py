@@ -14,7 +14,7 @@ from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
 from torch.utils.data import IterableDataset
 
 from weightlora import ConfigError, Flexora, UnsupportedError, list_adapters, prepare
-from weightlora.methods.flexora import split
+from weightlora.methods.flexora.method import split
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import dry_run, run
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from weightlora import ConfigError, GrowBatch, RLoRA, WeightLoRA
-from weightlora.after.batch import merge
+from weightlora.savings.batch import merge
 
 
 def model_without_dropout() -> nn.Module:

@@ -35,12 +35,12 @@ from weightlora import (
     prepare,
     read_events,
 )
-from weightlora.adapters import sharing
 from weightlora.measure import trainable_parameters
-from weightlora.methods.lora_drop import group, prefix
+from weightlora.methods.lora_drop import sharing
+from weightlora.methods.lora_drop.method import group, prefix
+from weightlora.methods.lora_drop.outputs import OutputEnergy
+from weightlora.methods.lora_drop.sampling import class_labels, stratified
 from weightlora.output import model_card
-from weightlora.selection.outputs import OutputEnergy
-from weightlora.selection.sampling import class_labels, stratified
 
 LAYERS = 3
 
@@ -590,7 +590,9 @@ def test_resuming_is_exact_and_phase_1_does_not_run_again(options, tmp_path, mon
     whole.train()
     folder = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole" / "checkpoint-5", folder / "checkpoint-5")
-    monkeypatch.setattr("weightlora.methods.phase_one.Training.fit", lambda *_: pytest.fail("phase 1 ran again"))
+    monkeypatch.setattr(
+        "weightlora.methods.lora_drop.phase_one.Training.fit", lambda *_: pytest.fail("phase 1 ran again")
+    )
     again = method()
     part = make_trainer(folder, again, max_steps=10, save_steps=5, load_best_model_at_end=True)
     part.train(resume_from_checkpoint=str(folder / "checkpoint-5"))

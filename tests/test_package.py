@@ -21,7 +21,7 @@ LAYERS = [
     "bench",
     "training",
     "output",
-    "after",
+    "savings",
     "methods",
     "tasks",
     "selection",
@@ -29,6 +29,7 @@ LAYERS = [
     "optim",
     "measure",
     "settings",
+    "options",
     "errors",
 ]
 # tasks know nothing of adapters, and measuring and the sparse optimisers stand on torch alone

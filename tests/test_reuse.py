@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from weightlora import ConfigError, ReusePrefix, UnsupportedError, WeightLoRA, list_adapters
 from weightlora.adapters import surgery
-from weightlora.after.rows import RowStore
+from weightlora.savings.rows import RowStore
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

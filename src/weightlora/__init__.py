@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from weightlora.adapters import Adapter, list_adapters
-    from weightlora.after import GrowBatch, ReusePrefix
     from weightlora.errors import (
         CheckpointError,
         ConfigError,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
         prepare,
     )
     from weightlora.output import export
+    from weightlora.savings import GrowBatch, ReusePrefix
     from weightlora.selection import read_events
 
 _HOMES = {
@@ -55,13 +55,13 @@ _HOMES = {
     "DynamicLoRA": "methods",
     "Fixed": "methods",
     "Flexora": "methods",
-    "GrowBatch": "after",
+    "GrowBatch": "savings",
     "IncreLoRA": "methods",
     "LoRADrop": "methods",
     "Method": "methods",
     "NoRA": "methods",
     "RLoRA": "methods",
-    "ReusePrefix": "after",
+    "ReusePrefix": "savings",
     "S2LoRA": "methods",
     "SoRA": "methods",
     "SparseAdapter": "methods",

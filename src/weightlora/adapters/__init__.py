@@ -1,7 +1,7 @@
 """What is trained: gates on stock PEFT LoRA layers, and changes to a model's adapters in place."""
 
 from weightlora.adapters.attach import Adapter, add_gates, list_adapters
-from weightlora.adapters.kinds import Attached, list_attached
+from weightlora.adapters.attached import Attached, list_attached
 from weightlora.adapters.surgery import disconnect, extend_gaussian, extend_qr, fold, resize, zero_pad
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import nn
 
 from weightlora import optim
 from weightlora.adapters import residual
-from weightlora.adapters.kinds import list_attached
+from weightlora.adapters.attached import list_attached
 from weightlora.errors import ConfigError, UnsupportedError
 
 # Values of `init_lora_weights` with which PEFT takes the adapter's start out of the base weights. EVA is none of them:

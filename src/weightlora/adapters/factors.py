@@ -5,7 +5,7 @@ shows `weight`, the matrix that a stock LoRA would have there. PEFT merges with 
 for its `state_dict` gets it and nothing else, so that at every moment what reaches a disk is an ordinary LoRA.
 
 Stock weights that are loaded are taken where they are exactly of the factor's form, and refused where they are not: the
-parameters behind them lie in `weightlora.safetensors`, see `compact.py`.
+parameters behind them lie in `weightlora.safetensors`, see `computed.py`.
 
 (`adapters/residual.py` is another matter: there the saved form differs from what the layer computes with, because the
 base weight differs too.)

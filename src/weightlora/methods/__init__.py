@@ -43,7 +43,7 @@ from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.fixed import Fixed
 from weightlora.methods.flexora import Flexora
 from weightlora.methods.increlora import IncreLoRA
-from weightlora.methods.lora_drop import LoRADrop
+from weightlora.methods.lora_drop.method import LoRADrop
 from weightlora.methods.nora import NoRA
 from weightlora.methods.ranks import RankEngine, RankMethod
 from weightlora.methods.s2_lora import S2LoRA

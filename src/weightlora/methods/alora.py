@@ -33,11 +33,12 @@ from weightlora import optim
 from weightlora.adapters import attach, distributed, seam
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import evaluating
-from weightlora.adapters.replay import Lower
+from weightlora.adapters.partial_forward import Lower
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods._trainer import calling_trainer
-from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, reindex, steps_or_share, whole
+from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, reindex
+from weightlora.options import steps_or_share, whole
 
 
 class ALoRA(RankMethod["MovingRanks"]):

@@ -27,7 +27,8 @@ from weightlora import optim
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.methods.ranks import RankEngine, RankMethod, number, steps, steps_or_share, whole
+from weightlora.methods.ranks import RankEngine, RankMethod
+from weightlora.options import number, steps, steps_or_share, whole
 
 logger = logging.getLogger(__name__)
 

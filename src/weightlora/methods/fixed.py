@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from weightlora.errors import ConfigError, did_you_mean
+from weightlora import options
+from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import SelectionMethod
 from weightlora.selection import budgets
@@ -48,10 +49,7 @@ class Fixed(SelectionMethod):
         seed: int | None = None,
         share_dropout: bool = False,
     ) -> None:
-        if where not in WHERE:
-            raise ConfigError(
-                f"`where={where!r}` is unknown{did_you_mean(str(where), list(WHERE))}; use one of {WHERE}."
-            )
+        options.one_of("where", where, WHERE)
         self.keep = EVERYTHING if keep is None else budgets.parse(keep)
         if self.keep.in_cost and where == "spread":
             raise ConfigError(

@@ -31,8 +31,9 @@ from weightlora.adapters import distributed, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods._registry import Attach, MethodInfo, register
-from weightlora.methods.adalora import orthogonality_gradient
-from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, number, reindex, whole
+from weightlora.methods.adalora.method import orthogonality_gradient
+from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, reindex
+from weightlora.options import number, whole
 
 logger = logging.getLogger(__name__)
 

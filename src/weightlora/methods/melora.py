@@ -18,7 +18,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weightlora.adapters import attach, compact, structure
+from weightlora import options
+from weightlora.adapters import attach, computed, structure
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.factors import Factor
 from weightlora.errors import ConfigError
@@ -62,8 +63,7 @@ def _melora(model: nn.Module, lora: Mapping[str, Any], *, minis: int = 2) -> Pef
     Args:
         minis: N; in_features and out_features of every target module must be multiples of it.
     """
-    if isinstance(minis, bool) or not isinstance(minis, int) or minis < 1:
-        raise ConfigError(f"`minis={minis!r}` must be a whole number of small LoRAs per module, at least 1.")
+    options.whole("minis", minis, of="small LoRAs per module")
     peft = _attach(model, lora)
     adapters = attach.checked_adapters(peft)
     for adapter in adapters:
@@ -88,7 +88,9 @@ def _split(adapter: Adapter, minis: int) -> None:
     blocks = A.new_empty(minis, r, adapter.in_features // minis)
     # Each as a LoRA of its own: uniform in +-1 / sqrt(d_in / N)
     nn.init.uniform_(blocks, -(blocks.shape[2] ** -0.5), blocks.shape[2] ** -0.5)
-    compact.install(adapter, BlockDiagonal(blocks), BlockDiagonal(B.new_zeros(minis, adapter.out_features // minis, r)))
+    computed.install(
+        adapter, BlockDiagonal(blocks), BlockDiagonal(B.new_zeros(minis, adapter.out_features // minis, r))
+    )
 
 
 register(

@@ -20,11 +20,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weightlora.adapters import attach, compact, residual, structure
+from weightlora import options
+from weightlora.adapters import attach, computed, residual, structure
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.factors import Factor
-from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
-from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
+from weightlora.errors import ConfigError, UnsupportedError
+from weightlora.methods._computed import ComputedEngine, ComputedMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
 
 _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias": False})
@@ -62,11 +63,11 @@ class NestedB(_Nested):
         return self.outer @ self.inner
 
 
-class NoRA(CompactMethod[CompactEngine]):
+class NoRA(ComputedMethod[ComputedEngine]):
     """Keeps the four factors beside the stock adapter in a checkpoint, without which no run can be resumed."""
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> CompactEngine:
-        return CompactEngine(model, "nora", prepared(model, adapter_name, "nora"))
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> ComputedEngine:
+        return ComputedEngine(model, "nora", prepared(model, adapter_name, "nora"))
 
 
 def _nora(
@@ -78,12 +79,8 @@ def _nora(
         outer_r: r, singular triplets of the weight that are used; at least r', at most the smaller dimension.
         sigma: B is U S ("full") or U sqrt(S) ("root").
     """
-    if isinstance(outer_r, bool) or not isinstance(outer_r, int) or outer_r < 1:
-        raise ConfigError(f"`outer_r={outer_r!r}` must be a whole number of singular triplets, at least 1.")
-    if sigma not in ("full", "root"):
-        raise ConfigError(
-            f"`sigma={sigma!r}` is unknown{did_you_mean(str(sigma), ['full', 'root'])}; use 'full' or 'root'."
-        )
+    options.whole("outer_r", outer_r, of="singular triplets")
+    options.one_of("sigma", sigma, ("full", "root"))
     peft = _attach(model, lora)
     adapters = attach.checked_adapters(peft)
     for adapter in adapters:
@@ -116,7 +113,7 @@ def _nest(adapter: Adapter, outer_r: int, power: float) -> None:
     U, S, Vh = torch.linalg.svd(residual.base_weight(adapter), full_matrices=False)
     inner = nn.init.kaiming_uniform_(A.new_empty(adapter.r, outer_r), a=5**0.5)
     outer_A, outer_B = Vh[:outer_r].to(A).contiguous(), (U[:, :outer_r] * S[:outer_r] ** power).to(A).contiguous()
-    compact.install(adapter, NestedA(inner, outer_A), NestedB(A.new_zeros(outer_r, adapter.r), outer_B))
+    computed.install(adapter, NestedA(inner, outer_A), NestedB(A.new_zeros(outer_r, adapter.r), outer_B))
 
 
 register(

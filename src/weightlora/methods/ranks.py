@@ -16,7 +16,6 @@ is left, with ranks of its own for every module.
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -341,35 +340,3 @@ class RankMethod(Method[R]):
         """Before the first micro-batch, so that the Trainer clips the sum."""
         if not args.fp16:  # there gradients are scaled now, and no longer in `observe`
             self.engine.regularise()
-
-
-# -- checking options ------------------------------------------------------------------------------------------------
-
-
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least `least`; ConfigError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"`{name}={value!r}` must be a whole number, at least {least}.")
-    return value
-
-
-def number(name: str, value: Any, least: float = 0.0, below: float = math.inf) -> float:
-    """A finite number from `least` to below `below`; ConfigError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < below:
-        bound = f" and below {below:g}" if below < math.inf else ""
-        raise ConfigError(f"`{name}={value!r}` must be a finite number, at least {least:g}{bound}.")
-    return value
-
-
-def steps_or_share(name: str, value: Any, least: int = 0) -> int | float:
-    """Optimizer steps (a whole number) or a share of the run (below 1); ConfigError otherwise."""
-    if isinstance(value, float) and 0 <= value < 1:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"`{name}={value!r}` must be a number of optimizer steps or a share of the run below 1.")
-    return value
-
-
-def steps(value: int | float, total: int) -> int:
-    """Optimizer steps from what `steps_or_share` takes."""
-    return value if isinstance(value, int) else round(value * total)

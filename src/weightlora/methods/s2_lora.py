@@ -27,12 +27,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from weightlora import optim
-from weightlora.adapters import attach, compact, structure, surgery
+from weightlora import optim, options
+from weightlora.adapters import attach, computed, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.factors import Factor
-from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
-from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
+from weightlora.errors import ConfigError, UnsupportedError
+from weightlora.methods._computed import ComputedEngine, ComputedMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class SharedB(Factor):
         return (self.matrix if whole else self.matrix.index_select(1, self.index)) * self.e
 
 
-class S2LoRA(CompactMethod["Coefficients"]):
+class S2LoRA(ComputedMethod["Coefficients"]):
     """The penalty on e while a model from `weightlora.prepare("s2_lora", ...)` trains, and what becomes of zeros.
 
     Args:
@@ -97,8 +97,7 @@ class S2LoRA(CompactMethod["Coefficients"]):
     def __init__(self, penalty: float = 1e-3, *, proximal: bool = True, threshold: float = 0.0) -> None:
         super().__init__()
         for name, value in (("penalty", penalty), ("threshold", threshold)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ConfigError(f"`{name}={value!r}` must be a finite number, at least 0.")
+            options.number(name, value, least=0)
         self.penalty, self.proximal, self.threshold = penalty, proximal, threshold
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Coefficients:
@@ -115,7 +114,7 @@ class S2LoRA(CompactMethod["Coefficients"]):
         self.engine.waits = args.load_best_model_at_end  # which loads a checkpoint with all ranks after the last step
 
 
-class Coefficients(CompactEngine):
+class Coefficients(ComputedEngine):
     """S2-LoRA at work on a model.
 
     Attributes:
@@ -208,7 +207,7 @@ class Coefficients(CompactEngine):
         self._disconnect([a for a in self.adapters if a.name in gone])
         super().rebuild(folder, facts, tensors)
         for adapter in self.adapters:
-            compact.install(adapter, adapter.A, adapter.B)  # at the rank of the checkpoint
+            computed.install(adapter, adapter.A, adapter.B)  # at the rank of the checkpoint
         structure.sync_config(self.model, self.key)
 
 
@@ -231,7 +230,7 @@ def _narrow(group: list[Adapter], kept: list[Tensor], optimizer: torch.optim.Opt
         e = _part(factor.e, torch.searchsorted(factor.index, ranks), 0, optimizer)
         index = torch.searchsorted(union, ranks)
         if len(ranks):
-            compact.install(adapter, SharedA(matrices[0], index), SharedB(matrices[1], index.clone(), e))
+            computed.install(adapter, SharedA(matrices[0], index), SharedB(matrices[1], index.clone(), e))
         elif optimizer is not None:
             optim.drop_params(optimizer, [e])
     if not len(union) and optimizer is not None:
@@ -251,10 +250,7 @@ def _s2(model: nn.Module, lora: Mapping[str, Any], *, init: Literal["ones", "nor
     Args:
         init: start of e, ones or standard normal.
     """
-    if init not in ("ones", "normal"):
-        raise ConfigError(
-            f"`init={init!r}` is unknown{did_you_mean(str(init), ['ones', 'normal'])}; use 'ones' or 'normal'."
-        )
+    options.one_of("init", init, ("ones", "normal"))
     peft = _attach(model, lora)
     adapters = attach.checked_adapters(peft)
     if len({a.A.weight.device for a in adapters}) > 1:
@@ -266,7 +262,7 @@ def _s2(model: nn.Module, lora: Mapping[str, Any], *, init: Literal["ones", "nor
         start = A.new_ones(adapter.r) if init == "ones" else torch.randn_like(A[:, 0])
         index = torch.arange(adapter.r, device=A.device)
         e = nn.Parameter(start.detach())
-        compact.install(adapter, SharedA(A, index), SharedB(B, index.clone(), e))
+        computed.install(adapter, SharedA(A, index), SharedB(B, index.clone(), e))
     structure.sync_config(peft, adapters[0].key)
     return peft
 

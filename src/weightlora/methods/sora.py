@@ -24,7 +24,8 @@ from weightlora import optim
 from weightlora.adapters import surgery
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
-from weightlora.methods.ranks import RankEngine, RankMethod, number, steps, steps_or_share
+from weightlora.methods.ranks import RankEngine, RankMethod
+from weightlora.options import number, steps, steps_or_share
 
 
 def soft_threshold(x: Tensor, xi: float) -> Tensor:

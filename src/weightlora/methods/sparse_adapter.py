@@ -31,12 +31,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weightlora import optim
-from weightlora.adapters import admission, attach, compact, surgery
+from weightlora import optim, options
+from weightlora.adapters import admission, attach, computed, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.factors import Factor
-from weightlora.errors import ConfigError, DivergedError, UnsupportedError, did_you_mean
-from weightlora.methods._compact import CompactEngine, CompactMethod
+from weightlora.errors import ConfigError, DivergedError, UnsupportedError
+from weightlora.methods._computed import ComputedEngine, ComputedMethod
 from weightlora.methods._registry import Attach, MethodInfo, register
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Rule:
         return [sum(capacities)] if self.scope == "global" else capacities
 
 
-class SparseAdapter(CompactMethod["Sparsifier"]):
+class SparseAdapter(ComputedMethod["Sparsifier"]):
     """Keep a share of the elements of all A and B.
 
     Args:
@@ -134,15 +134,12 @@ class SparseAdapter(CompactMethod["Sparsifier"]):
         seed: int | None = None,
     ) -> None:
         super().__init__(seed=seed)
-        if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density < 1:
-            raise ConfigError(f"`density={density!r}` is the share of elements that stay; give one between 0 and 1.")
-        for name, value, known in (("score", score, get_args(Score)), ("scope", scope, get_args(Scope))):
-            if value not in known:
-                raise ConfigError(f"`{name}={value!r}` is unknown{did_you_mean(str(value), list(known))}; use {known}.")
+        options.number("density", density, above=0, below=1, hint="it is the share of elements that stay")
+        options.one_of("score", score, get_args(Score))
+        options.one_of("scope", scope, get_args(Scope))
         warmup = (0 if score == "random" else 10) if warmup is None else warmup
         for name, value, least in (("warmup", warmup, 0), ("score_steps", score_steps, 1), ("rounds", rounds, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"`{name}={value!r}` must be a whole number, at least {least}.")
+            options.whole(name, value, least)
         if score == "random" and rounds > 1:
             raise ConfigError(f"`rounds={rounds}` changes nothing about a random choice; leave it out.")
         self.rule = Rule(density, score, warmup, score_steps, scope, rounds)
@@ -154,7 +151,7 @@ class SparseAdapter(CompactMethod["Sparsifier"]):
         return {"density": self.engine.parameters / self.engine.capacity}
 
 
-class Sparsifier(CompactEngine):
+class Sparsifier(ComputedEngine):
     """SparseAdapter at work on a model.
 
     Attributes:
@@ -266,7 +263,7 @@ class Sparsifier(CompactEngine):
         shares = {}
         for adapter in self.adapters:
             A, B = (_narrow(f, masks.pop(0), optimizer) for f in (adapter.A, adapter.B))
-            compact.install(adapter, A, B)
+            computed.install(adapter, A, B)
             shares[adapter.name] = adapter.parameters / (A.weight.numel() + B.weight.numel())
         self._sums, self._scored = [], 0
         self._list_parameters()
@@ -311,8 +308,8 @@ class Sparsifier(CompactEngine):
         self.rounds_done, self._scored = facts["rounds_done"], facts["scored"]
         if self.rounds_done:
             for adapter in self.adapters:
-                compact.install(adapter, *(_nothing_of(factor.weight) for factor in (adapter.A, adapter.B)))
-            compact.load_exact(self.adapters, {k: v for k, v in tensors.items() if not k.startswith("score/")})
+                computed.install(adapter, *(_nothing_of(factor.weight) for factor in (adapter.A, adapter.B)))
+            computed.load_exact(self.adapters, {k: v for k, v in tensors.items() if not k.startswith("score/")})
         self._list_parameters()
         sums = [name for name in tensors if name.startswith("score/")]
         self._sums = [

@@ -19,22 +19,22 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weightlora.adapters import attach, compact, structure
+from weightlora.adapters import attach, computed, structure
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.factors import Scaled
 from weightlora.errors import ConfigError, UnsupportedError
-from weightlora.methods._compact import CompactEngine, CompactMethod, prepared
+from weightlora.methods._computed import ComputedEngine, ComputedMethod, prepared
 from weightlora.methods._registry import Attach, MethodInfo, register
 
 _PARTS = "ABuv"
 _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias": False})
 
 
-class TiedLoRA(CompactMethod[CompactEngine]):
+class TiedLoRA(ComputedMethod[ComputedEngine]):
     """Keeps the exact A, B, u and v beside the stock adapter in a checkpoint, without which no run can be resumed."""
 
-    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> CompactEngine:
-        return CompactEngine(model, "tied_lora", prepared(model, adapter_name, "tied_lora"))
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> ComputedEngine:
+        return ComputedEngine(model, "tied_lora", prepared(model, adapter_name, "tied_lora"))
 
 
 def _tied(
@@ -55,7 +55,7 @@ def _tied(
         raise UnsupportedError("the model is spread over several devices, and A and B can be on one only; use one.")
     parts = _Parts(train, tie, fused)
     for adapter in adapters:
-        compact.install(adapter, *parts.factors(adapter))
+        computed.install(adapter, *parts.factors(adapter))
     structure.sync_config(peft, adapters[0].key)
     return peft
 

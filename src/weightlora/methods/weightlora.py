@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from weightlora.errors import ConfigError, did_you_mean
+from weightlora import options
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import SelectionMethod
 from weightlora.optim import THRESHOLDS, GateRule, StoGradMP, StoIHT, Threshold
@@ -66,7 +66,7 @@ class WeightLoRA(SelectionMethod):
         seed: int | None = None,
         share_dropout: bool = False,
     ) -> None:
-        _one_of("mode", mode, ("default", "paper"))
+        options.one_of("mode", mode, ("default", "paper"))
         self.keep = budgets.parse(keep)
         self.when = After(after, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("keep" if mode == "paper" else "fold"))
@@ -117,7 +117,7 @@ class WeightLoRAPlus(SelectionMethod):
         seed: int | None = None,
         share_dropout: bool = False,
     ) -> None:
-        _one_of("mode", mode, ("default", "paper"))
+        options.one_of("mode", mode, ("default", "paper"))
         self.keep = None if keep is None else budgets.parse(keep)
         self.when = After(after, rounds=rounds, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("keep" if mode == "paper" else "fold"))
@@ -199,13 +199,11 @@ def _gate_rule(
 ) -> GateRule:
     threshold = threshold or ("signed" if compat else "positive")
     lr = 5.0 if gate_lr is None else gate_lr
-    _one_of("threshold", threshold, THRESHOLDS)
-    _one_of("gate_optimizer", gate_optimizer, ("stoiht", "stogradmp"))
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < float("inf"):
-        raise ConfigError(f"`gate_lr={gate_lr!r}` must be a finite number above 0; the authors use 5.0.")
-    for name, value, least in (("project_from", project_from, 1), ("project_every", project_every, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"`{name}={value!r}` must be a whole number of optimizer steps, at least {least}.")
+    options.one_of("threshold", threshold, THRESHOLDS)
+    options.one_of("gate_optimizer", gate_optimizer, ("stoiht", "stogradmp"))
+    options.number("gate_lr", lr, above=0, hint="the authors use 5.0")
+    options.whole("project_from", project_from, of="optimizer steps")
+    options.whole("project_every", project_every, 0, of="optimizer steps")
     if gate_optimizer == "stogradmp":
         return StoGradMP(lr=lr, threshold=threshold)
     paper = mode == "paper"
@@ -215,11 +213,6 @@ def _gate_rule(
         project_from=1 if paper else project_from,
         project_every=1 if paper else project_every,
     )
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"`{name}={value!r}` is unknown{did_you_mean(str(value), list(known))}; use one of {known}.")
 
 
 _PAPER = "Veprikov et al. 2025, WeightLoRA: Keep Only Necessary Adapters"

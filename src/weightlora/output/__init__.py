@@ -1,4 +1,4 @@
-"""What leaves the house: adapters and models other programs load, and the page that says what they are."""
+"""Adapters and models that other programs load, and the page that describes them."""
 
 from weightlora.output.card import METRICS_FILE, model_card
 from weightlora.output.export import export

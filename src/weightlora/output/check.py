@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weightlora.adapters.kinds import list_attached
+from weightlora.adapters.attached import list_attached
 from weightlora.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

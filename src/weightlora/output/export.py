@@ -20,8 +20,8 @@ from torch import nn
 
 from weightlora.adapters import structure, surgery
 from weightlora.adapters.attach import active_adapter, list_adapters
-from weightlora.adapters.kinds import as_lora
 from weightlora.errors import ConfigError
+from weightlora.methods.adalora import as_lora
 from weightlora.output.card import model_card
 from weightlora.output.check import compare, fingerprint
 from weightlora.output.loading import (

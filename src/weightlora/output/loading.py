@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from weightlora.adapters import structure
-from weightlora.adapters.kinds import list_attached
+from weightlora.adapters.attached import list_attached
 from weightlora.errors import CheckpointError
 from weightlora.output.card import METRICS_FILE
 from weightlora.selection.events import EVENTS_FILE

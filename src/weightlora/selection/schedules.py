@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from weightlora import options
 from weightlora.errors import ConfigError
 
 
@@ -38,8 +39,7 @@ class After:
             )
         if isinstance(after, float) and after >= 1 and after != int(after):
             raise ConfigError(f"`after={after}` is neither whole optimizer steps nor a share of the run below 1.")
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ConfigError(f"`rounds={self.rounds!r}` must be a whole number of cuts, at least 1.")
+        options.whole("rounds", self.rounds, of="cuts")
         if self._fixed is not None:
             self._check(self._fixed)
 

@@ -13,7 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from weightlora.training.generating import Generating
-from weightlora.training.in_order import InOrder
+from weightlora.training.trainer import RunTrainer
 
 
 def decoder_arguments(**values: Any) -> SFTConfig:
@@ -29,7 +29,7 @@ def decoder_arguments(**values: Any) -> SFTConfig:
     )
 
 
-class QuietSFTTrainer(InOrder, SFTTrainer):
+class QuietSFTTrainer(RunTrainer, SFTTrainer):
     """`SFTTrainer` on rows of `input_ids`, `attention_mask` and `labels`; nothing is logged beside the loss."""
 
     def __init__(self, model: Any, **arguments: Any) -> None:

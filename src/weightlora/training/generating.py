@@ -21,11 +21,11 @@ from transformers import (
 
 from weightlora.errors import ConfigError
 from weightlora.tasks.text_pairs import IGNORED_LABEL
-from weightlora.training.in_order import InOrder
 from weightlora.training.recipe import GenerationSpec
+from weightlora.training.trainer import RunTrainer
 
 
-class Generating(InOrder):
+class Generating(RunTrainer):
     """What both kinds of trainers add to evaluation. Predictions are the tokens a model wrote, padded with -100."""
 
     generation: GenerationConfig | None = None

@@ -30,7 +30,7 @@ from weightlora.errors import ConfigError
 from weightlora.tasks.base import Head
 from weightlora.tasks.text_pairs import IGNORED_LABEL
 from weightlora.training.generating import EncoderDecoderTrainer
-from weightlora.training.in_order import InOrder
+from weightlora.training.trainer import RunTrainer
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HeadKind:
     task_type: Callable[[Any], TaskType]
     is_new: bool
     collator: Callable[[Any, Any], Any]
-    trainer: Callable[[Any], type[Trainer]] = lambda config: InOrder
+    trainer: Callable[[Any], type[Trainer]] = lambda config: RunTrainer
     arguments: Callable[[Any], Callable[..., TrainingArguments]] = lambda config: TrainingArguments
     outputs: Callable[[Any, Any], Any] | None = None
     labels: tuple[str, ...] = ("labels",)

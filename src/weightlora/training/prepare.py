@@ -17,11 +17,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from weightlora import methods
 from weightlora.adapters import list_attached
-from weightlora.after import GrowBatch, ReusePrefix
 from weightlora.errors import ConfigError
 from weightlora.measure import trainable_parameters
 from weightlora.methods import Method
 from weightlora.methods.stock import head_modules
+from weightlora.savings import GrowBatch, ReusePrefix
 from weightlora.tasks import Task, get_task
 from weightlora.tasks.base import MAX_LENGTH, MAX_TARGET_LENGTH, Encoded, Format, Part
 from weightlora.tasks.data import Source, Splits, load_splits, sources

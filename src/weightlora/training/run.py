@@ -21,9 +21,9 @@ from peft import PeftModel
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
 
 from weightlora import methods
-from weightlora.adapters.kinds import as_lora
 from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
 from weightlora.measure import trainable_parameters
+from weightlora.methods.adalora import as_lora
 from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import Encoded
 from weightlora.training.generating import Generating, generation_config

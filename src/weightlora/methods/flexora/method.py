@@ -24,12 +24,13 @@ from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from weightlora import options
 from weightlora.adapters import attach
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods._trainer import calling_trainer
 from weightlora.methods.base import Method
-from weightlora.selection.layers import LayerSearch, LayerStrategy
+from weightlora.methods.flexora.layers import LayerSearch, LayerStrategy
 from weightlora.selection.schedules import After
 
 VAL_ROWS = 200  # held out of the training data at most, as in the paper
@@ -77,8 +78,8 @@ class Flexora(Method[LayerSearch]):
     ) -> None:
         super().__init__(seed=seed)
         for name, value in (("val_rows", val_rows), ("val_batches", val_batches)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"`{name}={value!r}` must be a whole number, at least 1.")
+            if value is not None:
+                options.whole(name, value)
         self.strategy = LayerStrategy(keep, After(after), lr, val_batches, restart, compat)
         self.val_rows = val_rows
         self._batches: list[Mapping[str, Any]] = []

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from weightlora import options
 from weightlora.adapters.attach import peft_model
 from weightlora.errors import ConfigError
 from weightlora.measure import saved_bytes
@@ -44,8 +45,8 @@ class GrowBatch(TrainerCallback):
     """
 
     def __init__(self, factor: int | None = None) -> None:
-        if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int) or factor < 2):
-            raise ConfigError(f"`factor={factor!r}` must be a whole number of micro-batches, at least 2, or None.")
+        if factor is not None:
+            options.whole("factor", factor, 2, of="micro-batches")
         self.wanted = factor
         self.factor = 1  # what is merged now
         self._before: float | None = None  # bytes kept for backward per row, with all adapters

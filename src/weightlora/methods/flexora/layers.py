@@ -22,7 +22,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weightlora import optim
+from weightlora import optim, options
 from weightlora.adapters import attach, seam, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
@@ -63,14 +63,12 @@ class LayerStrategy:
         keep, lr = self.keep, self.lr
         if self.when.after == 0:
             raise ConfigError("`after=0` leaves no step to learn from; give optimizer steps or a share of the run.")
-        whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
-        if keep is not None and not whole and not (isinstance(keep, float) and 0 < keep <= 1):
+        if keep is not None and not options.is_whole(keep, 1) and not (isinstance(keep, float) and 0 < keep <= 1):
             raise ConfigError(
                 f"`keep={keep!r}` is no number of layers; give a whole one (6), a share (0.5), or None for those "
                 "above 0."
             )
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < float("inf"):
-            raise ConfigError(f"`lr={lr!r}` must be a finite number above 0; the authors use 0.01.")
+        options.number("lr", lr, above=0, hint="the authors use 0.01")
 
     def number(self, layers: int) -> int | None:
         """How many of `layers` stay; None where their weights decide."""

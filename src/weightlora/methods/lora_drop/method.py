@@ -27,18 +27,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from weightlora import optim
-from weightlora.adapters import admission, attach, sharing, structure, surgery
+from weightlora import optim, options
+from weightlora.adapters import admission, attach, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import from_first
-from weightlora.errors import CheckpointError, ConfigError, DivergedError, did_you_mean
+from weightlora.errors import CheckpointError, ConfigError, DivergedError
 from weightlora.measure import saved_bytes
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods._trainer import calling_trainer
 from weightlora.methods.base import Method
-from weightlora.methods.phase_one import Loss, Sample, Training, draw, model_loss, seeded, without_trace
+from weightlora.methods.lora_drop import sharing
+from weightlora.methods.lora_drop.outputs import OutputEnergy
+from weightlora.methods.lora_drop.phase_one import Loss, Sample, Training, draw, model_loss, seeded, without_trace
 from weightlora.selection.engine import Engine
-from weightlora.selection.outputs import OutputEnergy
 
 logger = logging.getLogger(__name__)
 
@@ -98,16 +99,12 @@ class LoRADrop(Method["OutputSelection"]):
     ) -> None:
         super().__init__(seed=seed)
         for name, value in (("threshold", threshold), ("sample", sample)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ConfigError(f"`{name}={value!r}` must be a number above 0 and at most 1.")
+            options.number(name, value, above=0, most=1)
         for name, value in (("keep", keep), ("epochs", epochs)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"`{name}={value!r}` must be a whole number, at least 1.")
-        if choose not in CHOICES:
-            raise ConfigError(
-                f"`choose={choose!r}` is unknown{did_you_mean(str(choose), list(CHOICES))}; use one of {CHOICES}."
-            )
-        if not callable(type_of) and (isinstance(type_of, bool) or not isinstance(type_of, int) or type_of < 0):
+            if value is not None:
+                options.whole(name, value)
+        options.one_of("choose", choose, CHOICES)
+        if not callable(type_of) and not options.is_whole(type_of):
             raise ConfigError(f"`type_of={type_of!r}` must be a number of name parts, or a function from the name.")
         self.threshold, self.keep, self.sample, self.epochs = threshold, keep, sample, epochs
         self.share, self.choose, self.restart = share, choose, restart

@@ -34,10 +34,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from weightlora.adapters import surgery
 from weightlora.adapters.attach import peft_model
 from weightlora.adapters.blocks import find_stacks
-from weightlora.after.examples import Examples
-from weightlora.after.prefix import Prefix
-from weightlora.after.rows import RowStore
 from weightlora.errors import ConfigError, UnsupportedError
+from weightlora.savings.examples import Examples
+from weightlora.savings.prefix import Prefix
+from weightlora.savings.rows import RowStore
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 from peft import PeftModel
 from torch import Tensor
 
-from weightlora.adapters import attach, compact
+from weightlora.adapters import attach, computed
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError
 from weightlora.methods.base import Method
 from weightlora.selection.engine import Engine
 
 
-class CompactEngine(Engine):
+class ComputedEngine(Engine):
     """Adapters whose factors are computed from other parameters, in training.
 
     As it is, it does nothing during training: the shape was given before.
@@ -39,20 +39,20 @@ class CompactEngine(Engine):
 
     def exact(self) -> dict[str, Tensor]:
         """What a stock checkpoint does not hold as it is: the parameters that its factors are computed from."""
-        return compact.exact(self.adapters)
+        return computed.exact(self.adapters)
 
     def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Bring the factors to a checkpoint, before the weights that they show are loaded."""
-        compact.load_exact(self.adapters, tensors)
+        computed.load_exact(self.adapters, tensors)
 
     def bring_back_exact(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing: `rebuild` has done it."""
 
 
-C = TypeVar("C", bound=CompactEngine)
+C = TypeVar("C", bound=ComputedEngine)
 
 
-class CompactMethod(Method[C]):
+class ComputedMethod(Method[C]):
     """A method whose exact parameters are beside the stock adapter in a checkpoint."""
 
     def progress(self) -> dict[str, float]:
@@ -66,7 +66,7 @@ def prepared(model: PeftModel, adapter_name: str | None, method: str) -> list[Ad
         ConfigError: there are none.
     """
     adapters = attach.list_adapters(model, adapter_name)
-    if not adapters or not all(compact.is_computed(a) for a in adapters):
+    if not adapters or not all(computed.is_computed(a) for a in adapters):
         raise ConfigError(
             f"this model was not prepared for {method}; make it with `weightlora.prepare({method!r}, model, lora)`."
         )

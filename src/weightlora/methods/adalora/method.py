@@ -28,9 +28,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from weightlora import optim
+from weightlora import optim, options
 from weightlora.adapters import admission, attach, structure
-from weightlora.adapters.kinds import Attached, list_attached
+from weightlora.adapters.attached import Attached, list_attached
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods._registry import Attach, MethodInfo, register
 from weightlora.methods.base import Method
@@ -60,13 +60,8 @@ class AdaLoRA(Method["RankAllocation"]):
 
     def __init__(self, *, tinit: int | float = 0.1, tfinal: int | float = 0.5) -> None:
         super().__init__()
-        for name, value in (("tinit", tinit), ("tfinal", tfinal)):
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            if not whole and not (isinstance(value, float) and 0 <= value < 1):
-                raise ConfigError(
-                    f"`{name}={value!r}` must be a number of optimizer steps or a share of the run below 1."
-                )
-        self.tinit, self.tfinal = tinit, tfinal
+        self.tinit = options.steps_or_share("tinit", tinit)
+        self.tfinal = options.steps_or_share("tfinal", tfinal)
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> RankAllocation:
         return RankAllocation(model, adapter_name or attach.active_adapter(model), self.tinit, self.tfinal)

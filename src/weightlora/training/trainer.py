@@ -9,7 +9,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 
-class InOrder(Trainer):
+class RunTrainer(Trainer):
     """A `Trainer` whose evaluation neither changes the order of rows nor draws random numbers.
 
     Predictions are scored in the order of the rows, which transformers changes where training groups rows by length.

@@ -13,9 +13,9 @@ from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
 from transformers import Trainer, TrainingArguments
 
 from weightlora.training.heads import HEADS
-from weightlora.training.in_order import InOrder
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import run
+from weightlora.training.trainer import RunTrainer
 
 LENGTHS = [3, 9, 2, 7, 5, 8, 4, 6]
 
@@ -35,7 +35,7 @@ def _labels(trainer: type[Trainer], folder: Path) -> list[int]:
 
 
 def test_rows_are_scored_in_their_order_however_training_groups_them(tmp_path):
-    assert _labels(InOrder, tmp_path) == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert _labels(RunTrainer, tmp_path) == [0, 1, 0, 1, 0, 1, 0, 1]
     assert _labels(Trainer, tmp_path) != [0, 1, 0, 1, 0, 1, 0, 1]  # what this is there for
 
 
@@ -43,7 +43,7 @@ def test_every_head_is_trained_so():
     class Config:
         is_encoder_decoder = False
 
-    assert all(issubclass(head.trainer(Config), InOrder) for head in HEADS.values())
+    assert all(issubclass(head.trainer(Config), RunTrainer) for head in HEADS.values())
 
 
 @pytest.mark.parametrize("save", [{"save_strategy": "steps", "save_steps": 3}, {"save_strategy": "epoch"}])

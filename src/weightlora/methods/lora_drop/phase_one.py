@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from weightlora.errors import ConfigError, DivergedError
-from weightlora.selection.sampling import class_labels, stratified
+from weightlora.methods.lora_drop.sampling import class_labels, stratified
 
 # (model, batch) -> the loss, a scalar
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -1,6 +1,6 @@
 """What the freed resources buy after the cut: frozen blocks that run once, and larger batches."""
 
-from weightlora.after.batch import GrowBatch
-from weightlora.after.reuse import ReusePrefix
+from weightlora.savings.batch import GrowBatch
+from weightlora.savings.reuse import ReusePrefix
 
 __all__ = ["GrowBatch", "ReusePrefix"]

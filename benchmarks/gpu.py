@@ -24,7 +24,6 @@ import gc
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,8 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models
-from benchmarks.models import Loop, Shape
-from benchmarks.speed import last_block, top_third
+from benchmarks.models import Loop, Shape, last_block, top_third
 from weightlora import WeightLoRAPlus, measure
 from weightlora.adapters import kernel
 
@@ -79,8 +77,7 @@ def machine(device: str) -> dict[str, Any]:
     import peft
     import transformers
 
-    facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    facts |= {"transformers": transformers.__version__, "peft": peft.__version__, "cpus": os.cpu_count()}
+    facts = {**models.machine(), "transformers": transformers.__version__, "peft": peft.__version__}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         facts |= {"card": card.name, "memory": card.total_memory, "processors": card.multi_processor_count}
@@ -248,56 +245,25 @@ def _microseconds(device: str, run: Callable[[], object]) -> float:
 # ---- speed ---------------------------------------------------------------------------------------------------
 
 
-def _after_cut(share: float, first_block: Callable[[Shape], int], **options: Any) -> Callable[[Shape], Loop]:
-    def build(shape: Shape) -> Loop:
-        names = models.adapted_modules(shape, first_block=first_block(shape))
-        wanted = max(1, round(share * len(models.adapted_modules(shape))))
-        return models.kept(shape, models.spread(names, min(wanted, len(names))), **options)
-
-    return build
-
-
-class _Dense(nn.Module):
-    """The WeightLoRA authors' layer: x (W + omega s A B), the product of A and B made whole in every forward pass."""
-
-    def __init__(self, base: nn.Linear, r: int, scaling: float) -> None:
-        super().__init__()
-        like = {"device": base.weight.device, "dtype": torch.float32}
-        self.base, self.scaling = base, scaling
-        self.A = nn.Parameter(torch.randn(base.in_features, r, **like) / r)
-        self.B = nn.Parameter(torch.zeros(r, base.out_features, **like))
-        self.omega = nn.Parameter(torch.ones(1, **like))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + (self.omega * self.scaling * (x @ (self.A @ self.B))).to(self.base.weight.dtype)
-
-
-def _authors(shape: Shape) -> Loop:
-    model = models.base_model(shape).requires_grad_(False)
-    for name in models.adapted_modules(shape):
-        model.set_submodule(name, _Dense(model.get_submodule(name), models.RANK, 2.0))
-    return models._loop(model, shape)
-
-
 ROWS: dict[str, Callable[[Shape], Loop]] = {
     "peft_lora": models.stock,
     "floor_all": lambda s: models.frozen(s, backward_from=0),
     "floor_top_third": lambda s: models.frozen(s, backward_from=top_third(s)),
     "floor_last_block": lambda s: models.frozen(s, backward_from=last_block(s)),
     "scouting": models.scouting,
-    "kept5_top_third": _after_cut(0.05, top_third),
-    "kept5_top_third_reuse_prefix": _after_cut(0.05, top_third, reuse_prefix=True),
-    "kept20_top_third": _after_cut(0.20, top_third),
-    "kept5_last_block": _after_cut(0.05, last_block),
-    "kept5_spread": _after_cut(0.05, lambda _: 0),
-    "weightlora_plus_top_third": _after_cut(0.05, top_third, method=WeightLoRAPlus),
+    "kept5_top_third": models.after_cut(0.05, top_third),
+    "kept5_top_third_reuse_prefix": models.after_cut(0.05, top_third, reuse_prefix=True),
+    "kept20_top_third": models.after_cut(0.20, top_third),
+    "kept5_last_block": models.after_cut(0.05, last_block),
+    "kept5_spread": models.after_cut(0.05),
+    "weightlora_plus_top_third": models.after_cut(0.05, top_third, method=WeightLoRAPlus),
     "scouting_without_triton": models.scouting,
     "peft_lora_dropout0": lambda s: models.stock(s, lora_dropout=0.0),
     "scouting_dropout0": lambda s: models.scouting(s, lora_dropout=0.0),
     "peft_lora_half_adapters": lambda s: models.stock(s, half_adapters=True),
     "scouting_half_adapters": lambda s: models.scouting(s, half_adapters=True),
     "peft_dora": lambda s: models.stock(s, use_dora=True),
-    "authors_dense_product": _authors,
+    "authors_dense_product": models.dense_product,
     "peft_lora_again": models.stock,
 }
 ONLY_CHECKPOINTED = ("peft_lora", "floor_all", "floor_top_third", "scouting", "kept5_top_third", "peft_lora_again")

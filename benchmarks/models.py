@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import platform
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -288,6 +290,52 @@ def kept(
     return loop
 
 
+def after_cut(
+    keep: int | float, first_block: Callable[[Shape], int] = lambda _: 0, **options: Any
+) -> Callable[[Shape], Loop]:
+    """Ours after a cut to `keep` adapters (a number, or a share of all), spread over `first_block(shape)` and above."""
+
+    def build(shape: Shape) -> Loop:
+        names = adapted_modules(shape, first_block=first_block(shape))
+        wanted = keep if isinstance(keep, int) else max(1, round(keep * len(adapted_modules(shape))))
+        return kept(shape, spread(names, min(wanted, len(names))), **options)
+
+    return build
+
+
+def top_third(shape: Shape) -> int:
+    """Its first block."""
+    return shape.third
+
+
+def last_block(shape: Shape) -> int:
+    """Its number."""
+    return shape.depth - 1
+
+
+class _DenseProduct(nn.Module):
+    """The WeightLoRA authors' layer: x (W + omega s A B), the product of A and B made whole in every forward pass."""
+
+    def __init__(self, base: nn.Linear, r: int, scaling: float) -> None:
+        super().__init__()
+        like: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
+        self.base, self.scaling = base, scaling
+        self.A = nn.Parameter(torch.randn(base.in_features, r, **like) / r)
+        self.B = nn.Parameter(torch.zeros(r, base.out_features, **like))
+        self.omega = nn.Parameter(torch.ones(1, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + (self.omega * self.scaling * (x @ (self.A @ self.B))).to(self.base.weight.dtype)
+
+
+def dense_product(shape: Shape) -> Loop:
+    """The authors' layer in place of every linear layer of the blocks."""
+    model = base_model(shape).requires_grad_(False)
+    for name in adapted_modules(shape):
+        model.set_submodule(name, _DenseProduct(model.get_submodule(name), RANK, 2.0))
+    return _loop(model, shape)
+
+
 # ---- Which adapters survive ----------------------------------------------------------------------------------
 
 
@@ -307,6 +355,12 @@ def spread(names: Sequence[str], k: int) -> list[str]:
         far = [min((abs(i - j) for j in chosen), default=-abs(i - middle)) for i in free]
         chosen.append(free[far.index(max(far))])
     return [names[i] for i in sorted(chosen)]
+
+
+def machine() -> dict[str, Any]:
+    """Facts that times depend on."""
+    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+    return {**facts, "python": platform.python_version(), "processor": platform.machine()}
 
 
 # ---- Parts ---------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.speed import Console, Table, machine
+from benchmarks.models import machine
+from benchmarks.speed import Console, Table
 from weightlora import WeightLoRA
 
 WIDTH = 8

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
-from benchmarks.models import KEPT, Loop, Shape
+from benchmarks.models import KEPT, Loop, Shape, last_block, top_third
 from weightlora import measure
 
 try:
@@ -47,24 +44,6 @@ class Row:
     what: str
 
 
-def _kept(first_block: Callable[[Shape], int], **options: bool) -> Callable[[Shape], Loop]:
-    """Five adapters, spread over the block `first_block(shape)` and those above it."""
-
-    def build(shape: Shape) -> Loop:
-        names = models.adapted_modules(shape, first_block=first_block(shape))
-        return models.kept(shape, models.spread(names, KEPT), **options)
-
-    return build
-
-
-def top_third(shape: Shape) -> int:
-    return shape.third
-
-
-def last_block(shape: Shape) -> int:
-    return shape.depth - 1
-
-
 ROWS = {
     "floor_head": Row(lambda s: models.frozen(s, head=True), "frozen model, trained head"),
     "floor_last_block": Row(
@@ -81,17 +60,18 @@ ROWS = {
     "peft_dora": Row(lambda s: models.stock(s, use_dora=True), "stock PEFT DoRA"),
     "scouting": Row(models.scouting, "ours before the cut, all adapters and gates trained"),
     "scouting_dropout0": Row(lambda s: models.scouting(s, lora_dropout=0.0), "the same with lora_dropout 0"),
-    "kept5_spread": Row(_kept(lambda _: 0), "ours after the cut, 5 kept, spread over all blocks"),
-    "kept5_top_third": Row(_kept(top_third), "ours after the cut, 5 kept in the top third"),
-    "kept5_last_block": Row(_kept(last_block), "ours after the cut, 5 kept in the last block"),
+    "kept5_spread": Row(models.after_cut(KEPT), "ours after the cut, 5 kept, spread over all blocks"),
+    "kept5_top_third": Row(models.after_cut(KEPT, top_third), "ours after the cut, 5 kept in the top third"),
+    "kept5_last_block": Row(models.after_cut(KEPT, last_block), "ours after the cut, 5 kept in the last block"),
     "kept5_top_third_checkpointing": Row(
-        _kept(top_third, checkpointing=True), "5 kept in the top third, with gradient checkpointing"
+        models.after_cut(KEPT, top_third, checkpointing=True), "5 kept in the top third, with gradient checkpointing"
     ),
     "kept5_top_third_reuse_prefix": Row(
-        _kept(top_third, reuse_prefix=True), "5 kept in the top third, frozen blocks reused, from the second epoch on"
+        models.after_cut(KEPT, top_third, reuse_prefix=True),
+        "5 kept in the top third, frozen blocks reused, from the second epoch on",
     ),
     "kept5_last_block_reuse_prefix": Row(
-        _kept(last_block, reuse_prefix=True), "5 kept in the last block, frozen blocks reused"
+        models.after_cut(KEPT, last_block, reuse_prefix=True), "5 kept in the last block, frozen blocks reused"
     ),
 }
 
@@ -328,12 +308,6 @@ def as_json(shape: Shape, costs: Mapping[str, Cost]) -> list[dict[str, Any]]:
     ]
 
 
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
-    return {**facts, "python": platform.python_version(), "processor": platform.machine()}
-
-
 def table(shape: Shape, records: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of one shape; `x` is the ratio to stock PEFT's LoRA."""
     columns = ("row", "step", "x", "saved", "x", "FLOPs x", "operations", "")
@@ -398,9 +372,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(table(shape, rows), figure_table(shape, costs, judged=not options.quick))
         records += rows
         figures += [{"shape": name, "figure": f.title, "value": value} for f, value in reached(shape, costs)]
-    console.print("machine:", ", ".join(f"{key} {value}" for key, value in machine().items()), highlight=False)
+    console.print("machine:", ", ".join(f"{key} {value}" for key, value in models.machine().items()), highlight=False)
     if options.json is not None:
-        result = {"rows": records, "figures": figures, "machine": machine(), "quick": options.quick}
+        result = {"rows": records, "figures": figures, "machine": models.machine(), "quick": options.quick}
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -702,7 +702,7 @@ def test_batches_grow_by_what_the_cut_freed(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"threshold": 0}, "`threshold=0` must be a number above 0 and at most 1"),
+        ({"threshold": 0}, "`threshold=0` must be a finite number above 0 and at most 1"),
         ({"threshold": 1.5}, "`threshold=1.5`"),
         ({"threshold": float("nan")}, "`threshold=nan`"),
         ({"sample": 0.0}, "`sample=0.0`"),

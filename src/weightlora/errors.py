@@ -1,4 +1,4 @@
-"""What can go wrong, as one small tree. Every message names the value and says what to do about it.
+"""The library's errors, as one small tree. Every message names the value and says what to do about it.
 
 WeightLoRAError(ValueError)
 ├── ConfigError       a recipe or an argument that cannot work; raised before any training time is spent
@@ -37,6 +37,6 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 def short(value: object, most: int = 60) -> str:
-    """How a value is written, cut after `most` characters, so that a message stays on one line."""
+    """A value as text, cut after `most` characters, so that a message stays on one line."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."

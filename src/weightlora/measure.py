@@ -1,7 +1,7 @@
 """Measures what a training step costs: bytes kept for backward, time, floating point operations, parameters.
 
 Every number is taken from a step that really runs, nothing is estimated. `run` is always a function without
-arguments that does a forward pass and returns the loss (or any tensor); `step` does whatever is to be timed.
+arguments that does a forward pass and returns the loss (or any tensor); `step` does the work to be timed.
 
     saved_bytes(lambda: model(**batch).loss, exclude=model)     # memory between forward and backward
     interleaved_step_times({"lora": step_a, "weightlora": step_b})
@@ -40,7 +40,7 @@ def saved_bytes(run: Callable[[], Tensor], *, exclude: nn.Module | None = None) 
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         result = run()
-    # Only now: what the graph behind `result` did not keep is gone, as it would be in training.
+    # Only now: tensors that the graph behind `result` did not keep are gone, as in training.
     storages = {_storage_key(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in held}
     del result
     return sum(nbytes for key, nbytes in storages.items() if key not in owned)

@@ -26,7 +26,7 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 def rank(values: Tensor, threshold: Threshold) -> tuple[Tensor, Tensor]:
-    """What counts as large: (scores to sort by, which entries may be kept at all), shapes (n,).
+    """Which entries count as large: (scores to sort by, which entries may be kept at all), shapes (n,).
 
     positive: by value, only values above 0 (the paper's forward gates off omega <= 0). signed: by value, negative
     ones too (the authors' code). magnitude: by |value|, zeros left out (the StoIHT literature).
@@ -86,7 +86,7 @@ class StoIHT:
 
     Attributes:
         lr: eta, 5.0 in every script of the authors; follows the schedule of the learning rate of A and B.
-        threshold: what counts as large, see `rank`.
+        threshold: which gates count as large, see `rank`.
         project_from: first optimizer step after which gates are thresholded. Gradients are exactly zero at step 1
             (B = 0), so nothing is known before step 2.
         project_every: threshold after every so many steps; 0 never does, which leaves the choice to the cut.

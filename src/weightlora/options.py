@@ -1,4 +1,4 @@
-"""Checks of what users write: each returns the value or raises ConfigError with its name, the value and the remedy."""
+"""Checks of user input: each returns the value or raises ConfigError with its name, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def whole(name: str, value: Any, least: int = 1, *, of: str = "") -> int:
 def number(
     name: str,
     value: Any,
-    least: float | None = None,
+    least: float = 0.0,
     *,
     above: float | None = None,
     below: float | None = None,
     most: float | None = None,
     hint: str = "",
 ) -> float:
-    """A finite number within bounds; `hint` ends the message."""
+    """A finite number within bounds, `above` taking the place of `least`; `hint` ends the message."""
     bounds = (
-        ("at least", least, lambda v, b: v >= b),
+        ("at least", least if above is None else None, lambda v, b: v >= b),
         ("above", above, lambda v, b: v > b),
         ("below", below, lambda v, b: v < b),
         ("at most", most, lambda v, b: v <= b),

@@ -1,4 +1,4 @@
-"""What recipes and suites have in common: a YAML file, `key=value` overrides on top, one line for what is wrong."""
+"""Shared by recipes and suites: a YAML file, `key=value` overrides on top, one line for each mistake."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Section(BaseModel):
 
     Attributes:
         shorthand: the key that a bare string stands for.
-        what: what a file of such settings is called. example: a line of one.
+        what: the name for a file of such settings. example: a line of one.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -40,7 +40,7 @@ def read(path: Path, overrides: list[str] | None, root: type[Section], entries: 
 
     Args:
         overrides: dotted keys with YAML values, for example `training.learning_rate=1e-3`.
-        root: what the file holds. entries: the sections that overrides lead into.
+        root: the settings in the whole file. entries: the sections that overrides lead into.
 
     Raises:
         ConfigError: the file is missing, is not YAML or not a mapping, or an override is not `key=value` or leads

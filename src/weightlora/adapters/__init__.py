@@ -1,4 +1,4 @@
-"""What is trained: gates on stock PEFT LoRA layers, and changes to a model's adapters in place."""
+"""The trained parts: gates on stock PEFT LoRA layers, and changes to a model's adapters in place."""
 
 from weightlora.adapters.attach import Adapter, add_gates, list_adapters
 from weightlora.adapters.attached import Attached, list_attached

@@ -1,4 +1,4 @@
-"""What no method can work on, refused in one place before anything is changed."""
+"""Models that no method can work on, refused in one place before anything is changed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from weightlora.adapters import residual
 from weightlora.adapters.attached import list_attached
 from weightlora.errors import ConfigError, UnsupportedError
 
-# Values of `init_lora_weights` with which PEFT takes the adapter's start out of the base weights. EVA is none of them:
+# Values of `init_lora_weights` with which PEFT takes the adapter's start out of the base weights. EVA is not one:
 # it sets A and leaves B at 0.
 _STARTS_INSIDE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def admit(model: PeftModel, key: str) -> None:
-    """Refuse an adapter that would come out wrong whatever a method does with it, and give it a config of its own.
+    """Refuse an adapter that would come out wrong under any method, and give it a config of its own.
 
     Raises:
         ConfigError: the adapter is frozen, or there is none of that name.
@@ -64,7 +64,7 @@ def admit_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that cannot follow when adapters leave the model.
 
     Raises:
-        UnsupportedError: PEFT's LoRA-FA, which pairs whatever has "lora" in its name, in the order it comes.
+        UnsupportedError: PEFT's LoRA-FA, which pairs all parameters with "lora" in their name, in order.
     """
     kind = type(optim.host(optimizer)).__name__
     if kind == "LoraFAOptimizer":

@@ -19,7 +19,7 @@ from weightlora.errors import ConfigError, UnsupportedError
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One LoRA adapter on one module: a view, so rank and size are always those of the moment.
+    """One LoRA adapter on one module: a view, so rank and size are always current.
 
     Attributes:
         name: full module name in the base model, as `target_modules` would match it.
@@ -147,7 +147,7 @@ def add_gates(model: nn.Module, adapter_name: str | None = None, *, per_rank: bo
 
 
 def prepare(adapters: Sequence[Adapter], *, gates: bool, per_rank: bool = False, share_dropout: bool = False) -> None:
-    """Have adapters computed by our kernel, with gates of 1 or with none; outputs do not change.
+    """Compute adapters with our kernel, with gates of 1 or none; outputs do not change.
 
     Args:
         share_dropout: layers of one module that read the same tensor share one dropout mask.

@@ -19,7 +19,7 @@ _SHARED = ("vblora_vector_bank",)
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """One adapter of any PEFT type on one module: a view, so rank and size are always those of the moment.
+    """One adapter of any PEFT type on one module: a view, so rank and size are always current.
 
     Attributes:
         name: full module name in the base model.
@@ -45,7 +45,7 @@ class Attached:
 
     @property
     def parameters(self) -> int:
-        """Number of weights that it trains; without gates and VB-LoRA's bank, with matrices of computed factors that
+        """Number of weights it trains: without gates and VB-LoRA's bank, but with matrices of computed factors that
         others share."""
         names = dict.fromkeys(self.layer.adapter_layer_names)  # PEFT's DoRA names its magnitudes twice
         own = [n for n in names if n not in (seam.GATES, *_SHARED)]
@@ -58,7 +58,7 @@ class Attached:
         return isinstance(self.layer, LoraLayer) and not isinstance(self.layer, AdaLoraLayer)
 
     def update(self, x: Tensor) -> Tensor:
-        """What the adapter adds, (n, in_features) to (n, out_features); without DoRA's magnitude."""
+        """The adapter's update, (n, in_features) to (n, out_features); without DoRA's magnitude."""
         if self.is_lora:
             A, B = self.layer.lora_A[self.key], self.layer.lora_B[self.key]
             return B(A(x.to(A.weight))) * self.layer.scaling[self.key]

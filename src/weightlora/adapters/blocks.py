@@ -1,4 +1,4 @@
-"""The blocks of a transformer: the lists they stand in, how many of them no gradient reaches, evaluating them."""
+"""The blocks of a transformer: the lists that hold them, how many no gradient reaches, and evaluating them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Stack:
 
     Attributes:
         name: full module name of the list.
-        frozen: how many blocks, from the first on, hold nothing that trains and follow nothing that does.
+        frozen: number of blocks, from the first on, that hold and follow nothing trainable.
     """
 
     name: str
@@ -54,7 +54,7 @@ def _leading_frozen(blocks: nn.ModuleList) -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Modules are in evaluation inside, and afterwards each as it was."""
+    """Put modules in evaluation mode inside, and restore each one's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the exact state beside the stock adapter, and the structure before the weights.
+"""Resuming from a checkpoint: the exact state beside the stock adapter, and the structure before the weights.
 
 The adapter in a checkpoint is a stock one, with omega folded into a copy of B. To resume bit for bit the gates and the
 unfolded B are needed too; they lie beside it in `weightlora.safetensors`, with the selector's state as metadata.
@@ -66,7 +66,7 @@ def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int
     """Drop and resize adapters of a freshly attached model until they have `ranks`, {module: r}.
 
     Raises:
-        CheckpointError: there is a module of which this model has no adapter; nothing was touched.
+        CheckpointError: the model has no adapter on one of these modules; nothing was changed.
     """
     adapters = attach.list_adapters(model, adapter_name)
     unknown = sorted(ranks.keys() - {a.name for a in adapters})
@@ -85,7 +85,7 @@ def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int
 
 @torch.no_grad()
 def load_exact(adapters: Iterable[Adapter], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `exact` gave; a gate that is not among it is gone."""
+    """Restore what `exact` returned, and remove gates that are not among it."""
     for adapter in adapters:
         if adapter.gate is not None and f"{adapter.name}.{seam.GATES}" not in tensors:
             seam.remove_gate(adapter.layer, adapter.key)

@@ -15,7 +15,7 @@ from weightlora.errors import CheckpointError
 
 
 def install(adapter: Adapter, A: nn.Module, B: nn.Module) -> None:
-    """Give an adapter other factors and hold its scaling, so that only what B A is decides the output.
+    """Give an adapter other factors and hold its scaling, so that B A alone decides the output.
 
     Call `structure.sync_config` once all adapters have theirs.
 

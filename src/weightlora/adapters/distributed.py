@@ -34,7 +34,7 @@ def rewrap(ddp: DistributedDataParallel) -> None:
 
 
 def from_first(values: list[float], parameters: Iterable[nn.Parameter]) -> list[float]:
-    """Numbers, returned, and parameters, in place, as the first process has them; every process must call it."""
+    """Return the first process's numbers and copy its parameters in place; every process must call it."""
     if not dist.is_initialized():
         return values
     shared = [values]
@@ -45,7 +45,7 @@ def from_first(values: list[float], parameters: Iterable[nn.Parameter]) -> list[
 
 
 def average(tensor: Tensor) -> None:
-    """Replace a tensor by its mean over all processes, in place; nothing to do in one."""
+    """Replace a tensor by its mean over all processes, in place; no effect with one process."""
     if (processes := _processes()) > 1:
         dist.all_reduce(tensor)
         tensor /= processes

@@ -1,10 +1,10 @@
 """Factors of a LoRA that are computed from other parameters: blocks, shared matrices, some of the elements, ...
 
-A `Factor` stands in the place of PEFT's `lora_A[adapter]` or `lora_B[adapter]`. It trains parameters of its own and
-shows `weight`, the matrix that a stock LoRA would have there. PEFT merges with that matrix, and whoever asks the model
-for its `state_dict` gets it and nothing else, so that at every moment what reaches a disk is an ordinary LoRA.
+A `Factor` takes the place of PEFT's `lora_A[adapter]` or `lora_B[adapter]`. It trains parameters of its own and
+shows `weight`, the matrix that a stock LoRA would have there. PEFT merges with that matrix, and the model's
+`state_dict` holds it and nothing else, so everything written to disk is an ordinary LoRA at any time.
 
-Stock weights that are loaded are taken where they are exactly of the factor's form, and refused where they are not: the
+Loading accepts stock weights that have exactly the factor's form and refuses all others: the
 parameters behind them lie in `weightlora.safetensors`, see `computed.py`.
 
 (`adapters/residual.py` is another matter: there the saved form differs from what the layer computes with, because the
@@ -24,9 +24,9 @@ from weightlora.errors import CheckpointError
 
 
 class Factor(nn.Module):
-    """A factor with parameters of its own; a subclass says what `weight` is.
+    """A factor with parameters of its own; a subclass defines `weight`.
 
-    What is not trained belongs into buffers that are not persistent: PEFT makes every parameter in here trainable.
+    Keep what is not trained in non-persistent buffers: PEFT makes every parameter in here trainable.
     """
 
     bias = None  # as PEFT's factors have one or none
@@ -42,7 +42,7 @@ class Factor(nn.Module):
         return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     def recover(self, weight: Tensor) -> bool:
-        """Set the parameters to what gives exactly `weight`, if that can be had from `weight` alone."""
+        """Set the parameters to values that give exactly `weight`, if they follow from `weight` alone."""
         return False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Scaled(Factor):
 
 
 def set_part(module: nn.Module, name: str, part: Tensor | None) -> None:
-    """A parameter is trained and may be shared; any other tensor moves with the module and is not."""
+    """A parameter is trained and may be shared; any other tensor moves with the module, untrained."""
     if isinstance(part, nn.Parameter):
         module.register_parameter(name, part)
     else:

@@ -3,15 +3,15 @@
     y = base + scaling * B (g o A (m o x)) / (1 - p)
 
 with a dropout mask m, kept with probability 1 - p, and gates g: omega for the whole adapter, one for each rank, or 1.
-Ordinary operations keep for backward a dropped-out copy of x and a mask for every adapter, and write the update to a
+For backward, ordinary operations keep a dropped-out copy of x and a mask for every adapter, and write the update to a
 tensor of its own before it is added. This node adds into the base output in place and keeps x itself, which q, k and v
-share, h = A (m o x) of rank r, and the parameters. What dropout drops is drawn again in backward from the seed it was
-drawn from in forward, so dropout costs no memory. The gates' gradients need no dense product: with v = B^T dy they are
+share, h = A (m o x) of rank r, and the parameters. Backward draws the dropped places again from the seed
+that forward used, so dropout costs no memory. The gates' gradients need no dense product: with v = B^T dy they are
 scaling * h o v, summed over tokens and, for omega, over ranks. Where the base layer is a frozen `nn.Linear`, its own
 gradient dy W is added to ours in the same product, which saves two passes over a tensor of the size of x.
 
 With a `SharedDropout` adapters that read the same tensor have one seed, so one m, which is drawn once for all of them
-in forward and once in backward. What was drawn last is kept for that: p numel(x) places of 8 bytes, one array in all.
+in forward and once in backward. The last draw is kept for that: p numel(x) places of 8 bytes, one array in all.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from weightlora.adapters.factors import Factor
 class SharedDropout:
     """Gives one seed to the adapters of one module that read the very same tensor, as query, key and value do.
 
-    The tensor is not kept alive. An adapter uses a seed once, so another forward pass over the same tensor has its
-    own. Recomputation under checkpointing finds the same groups where it takes in a group as a whole.
+    The tensor is not kept alive. An adapter uses a seed once, so another forward pass over the same tensor gets its
+    own. Recomputation under checkpointing finds the same groups where it covers whole groups.
     """
 
     def __init__(self) -> None:
@@ -74,12 +74,12 @@ def add_update(
         x: its input, (..., d_in).
         gate: omega, shape (1,), or one gate for each rank, shape (r,), or None for 1.
         p: dropout probability, 0 outside training.
-        base_layer: the layer `base` is the output of, if it is that and nothing was added to it yet.
-        shared: has one mask drawn for adapters that read the same `x`; without effect where ordinary operations
-            or PyTorch's own dropout drop, which draw a mask each.
+        base_layer: the layer whose output `base` is, if nothing was added to it yet.
+        shared: draws one mask for adapters that read the same `x`; without effect where ordinary operations
+            or PyTorch's own dropout are used, which draw a mask for each.
     """
     dtype = _dtype_of_products(base, x, lora_A, lora_B)
-    watched = base_layer is not None and _is_hooked(base_layer)  # whoever holds the base output must not see it change
+    watched = base_layer is not None and _is_hooked(base_layer)  # its holders must not see the base output change
     if dtype is None or watched or p >= 1 or not _can_fuse(base, lora_A, lora_B):
         return _ordinary(base, x, lora_A, lora_B, gate, scaling, p)
     A: Any = lora_A.weight
@@ -109,7 +109,7 @@ def _can_fuse(base: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> bool:
 
 
 def _dtype_of_products(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> torch.dtype | None:
-    """What PEFT's layers would multiply in: autocast's dtype, else the adapter's; None where they would raise."""
+    """The dtype PEFT's layers would multiply in: autocast's, else the adapter's; None where they would raise."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return dtype if base.dtype == (dtype := torch.get_autocast_dtype(device)) else None
@@ -119,7 +119,7 @@ def _dtype_of_products(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Mo
 def _products_for(
     base: Tensor, x: Tensor, A: Tensor, dtype: torch.dtype, shared: SharedDropout | None
 ) -> Products | None:
-    """Who multiplies; None where it is left to ordinary operations, since the adapter's dtype is not the layer's."""
+    """The products to use; None leaves them to ordinary operations, since the adapter's dtype is not the layer's."""
     if (triton := _triton()) is not None and triton.serves(x, dtype, A.shape[0]):
         return triton.Products
     if base.dtype != dtype or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
@@ -138,7 +138,7 @@ def _triton() -> Any:
 
 
 def _is_matrix(factor: nn.Module) -> bool:
-    """Whether what it computes is a product with its `weight`."""
+    """Whether its forward is a product with its `weight`."""
     return _is_plain(factor) or (type(factor).forward is Factor.forward and not _is_hooked(factor))
 
 
@@ -157,7 +157,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _frozen_weight(layer: nn.Module | None, base: Tensor) -> Tensor | None:
-    """W, where dL/dx through the base layer is dy W and nothing else wants to know about it."""
+    """W, where dL/dx through the base layer is dy W and nothing else observes it."""
     if layer is None or not _is_plain(layer):
         return None
     weight: Any = layer.weight
@@ -178,13 +178,13 @@ def _ordinary(
 
 
 class Products(Protocol):
-    """What `_LowRank` leaves to a device. Shapes with T tokens: x (T, d_in), dy and y (T, d_out), `scale` s / (1 - p).
+    """Work `_LowRank` leaves to a device. Shapes with T tokens: x (T, d_in), dy and y (T, d_out), `scale` s / (1 - p).
 
     `drop` is what a device needs to drop the same places again, or None. `dtype` is that of the multiplication.
     """
 
     def draws_on(self, device: torch.device) -> bool:
-        """Whether it can drop places of its own there, which it draws again in backward."""
+        """Whether it can draw its own dropout there, and draw it again in backward."""
         ...
 
     def add_(
@@ -197,7 +197,7 @@ class Products(Protocol):
         self, dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, W: Tensor | None,
         scale: float, drop: Any, dtype: Any, *, need: tuple[bool, bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """Gradients of x, A, B and the gate, None where not needed; with W that of x has dy W in it."""
+        """Gradients of x, A, B and the gate, None where not needed; with W that of x includes dy W."""
         ...
 
     def keep(self, x: Tensor, drop: Any) -> Tensor | None:
@@ -233,7 +233,7 @@ class _LowRank(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, gate: Any):
-    """The same gradients through ordinary operations, for whoever differentiates them again."""
+    """The same gradients through ordinary operations, for code that differentiates them again."""
     with torch.enable_grad():
         rows = _rows(x).to(ctx.dtype)
         kept = ctx.products.keep(rows, ctx.drop)
@@ -302,7 +302,7 @@ class TorchProducts:
 
 
 def _gain(gate: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | float:
-    """What h (r, T) is multiplied by."""
+    """The factor of h (r, T)."""
     if gate is None:
         return scale
     gain = (gate * scale).to(dtype)
@@ -318,7 +318,7 @@ def _zero_(rows: Tensor, dropped: np.ndarray | None) -> Tensor:
     """`rows` with zeros at flat places, in place; through NumPy, which needs no tensor of the places."""
     if dropped is None:
         return rows
-    if rows.dtype == torch.bfloat16:  # unknown to NumPy, of which only the size matters here
+    if rows.dtype == torch.bfloat16:  # unknown to NumPy; only its size matters here
         rows.view(torch.int16).numpy().reshape(-1)[dropped] = 0
     else:
         rows.numpy().reshape(-1)[dropped] = 0

@@ -35,7 +35,7 @@ _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.
 
 Drop = tuple[int, float] | None  # seed and probability
 
-# Rows and places of a tile, warps, and tiles on their way at once, for the smallest ranks: the best of those that
+# Rows and places of a tile, warps, and tiles in flight at once, for the smallest ranks: the best of those that
 # benchmarks/gpu.py tried on an H200.
 TILES = {"down": (16, 128, 2, 4), "update": (32, 128, 4, 1), "columns": (128, 64, 8, 3)}
 _SPLIT_BELOW = 96  # programs; fewer do not fill a GPU, so each part of the rows gets programs of its own
@@ -108,7 +108,7 @@ class Products:
 #
 # With a rank of 8 the launches of small layers cost more than their work, and Triton's own way to launch looks at every
 # argument. Here all that can change between two calls of one `_Form` are addresses, which `_aligned` keeps divisible by
-# 16, and numbers that are not specialised on. What follows is written for few steps of Python a launch.
+# 16, and numbers that are not specialised on. The code below keeps the steps of Python per launch few.
 
 
 class _Form:
@@ -177,14 +177,14 @@ def _columns_form(
     threshold: int,
     dtype: torch.dtype,
 ) -> tuple[_Form, int]:
-    """And how many programs there are for dA and dB, one for each block of columns."""
+    """The form, and the number of programs for dA and dB, one for each block of columns."""
     places = _tile("columns", _padded(r), dtype)[1]
     blocks = [-(-width // places) if wanted else 0 for width, wanted in zip(d, found, strict=True)]
     return _Form(_columns_kernel, "columns", (*d, r, *rows, *blocks, gates, threshold), dtype, r), sum(blocks)
 
 
 def _on(device: torch.device) -> Any:
-    """Triton launches on the current device, which where a model is spread over several is not always x's."""
+    """Triton launches on the current device, which is not always x's where a model is spread over several."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOWHERE_ELSE
     return torch.cuda.device(device)
@@ -201,7 +201,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _threshold(drop: Drop) -> int:
-    """Of 2^32 numbers those below it are dropped; 0 where none is."""
+    """Of 2^32 numbers, those below this one are dropped; 0 drops none."""
     return 0 if drop is None else max(1, min(round(drop[1] * 2**32), 2**32 - 1))
 
 
@@ -264,7 +264,7 @@ def _columns(
 
 @triton.jit
 def _mixed(u):
-    """All 32 bits depend on all: the finalizer `lowbias32`."""
+    """Every output bit depends on all 32 input bits: the finalizer `lowbias32`."""
     u = (u ^ (u >> 16)) * 0x7FEB352D
     u = (u ^ (u >> 15)) * 0x846CA68B
     return u ^ (u >> 16)
@@ -288,7 +288,7 @@ def _kept(seed, first, second, cols, THRESHOLD: tl.constexpr):
 
 @triton.jit
 def _gain(gate, scale, ranks, R: tl.constexpr, GATES: tl.constexpr):
-    """What the r numbers of a row are multiplied by, 0 at padded ranks."""
+    """The factors of the r numbers of a row, 0 at padded ranks."""
     gain = tl.where(ranks < R, scale, 0.0)
     if GATES == 1:
         gain = gain * tl.load(gate).to(tl.float32)

@@ -15,10 +15,10 @@ from weightlora.adapters.blocks import Stack, find_stacks
 
 
 class Lower:
-    """What lies below a module in its list of blocks, computed once for all passes that change nothing there.
+    """The blocks below a module in its list, computed once for all passes that change nothing there.
 
-    A pass above replayed blocks is tried first. In a model whose upper blocks read more than what the block below hands
-    on its loss would be another one, and nothing is skipped.
+    A pass above replayed blocks is tried first. If upper blocks read more than the output of the block below, the
+    loss would differ, and nothing is skipped.
 
     Args:
         run: one forward pass, returning its loss. The model must be in its reference state here and whenever `skipped`
@@ -64,12 +64,12 @@ class Lower:
         try:
             with self.skipped(f"{stack.name}.{len(stack.blocks) - 1}"):
                 return math.isclose(self._run(), expected, rel_tol=1e-4, abs_tol=1e-6)
-        except Exception:  # the whole pass has just run, so it is the short one that this model cannot do
+        except Exception:  # the whole pass has just run, so only the short one fails on this model
             return False
 
 
 class _Reached(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
+    """Ends a forward pass whose rest is not needed."""
 
 
 def _output_of(block: nn.Module, run: Callable[[], float]) -> Any:
@@ -91,7 +91,7 @@ def _output_of(block: nn.Module, run: Callable[[], float]) -> Any:
 
 @contextmanager
 def _answering(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Blocks that return `output` whatever they are given."""
+    """Make blocks return `output` whatever their input."""
     own = [block.__dict__.get("forward") for block in blocks]  # another library's wrapper, such as Accelerate's
     for block in blocks:
         block.forward = partial(_answer, output)

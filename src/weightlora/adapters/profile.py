@@ -1,12 +1,12 @@
-"""What a training step keeps in memory and computes, in parts, each with the adapters it is there for.
+"""Memory and operations of a training step, in parts, each with the adapters that need it.
 
 One forward pass of its own, with a mark in the place of every adapter, gives the autograd graph of the frozen model. A
 part of the graph is there in training if gradients pass it on their way to some adapter:
 
     cost(kept) = sum of the costs of those parts that lead to a kept adapter, or to a trained head
 
-What an adapter itself keeps and computes is one part more; q, k and v share the part that is their input. So only the
-adapters say what a part is there for, and an encoder is left out where only the decoder's are kept. The pass lets go of
+An adapter's own memory and operations are one more part; q, k and v share the part that is their input. So the adapters
+alone decide which parts are needed, and an encoder is left out where only the decoder's are kept. The pass frees
 every activation at once and moves no random generator.
 """
 
@@ -39,7 +39,7 @@ _PRODUCTS = {
 }
 _OPERANDS = {**_PRODUCTS, "MulBackward0": ("self", "other")}
 
-# What may stand between the product of a base layer and its output.
+# Nodes that may stand between the product of a base layer and its output.
 _PASSING = ("ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AddBackward0", "CloneBackward0")
 
 
@@ -50,7 +50,7 @@ class Part(NamedTuple):
         runs: (start, end, start, end, ...) of places in the order of execution; empty for what is always there.
         bytes: kept from forward to backward.
         flops: of one step, forward and backward.
-        only: place of an adapter that has to be there as well, or None. On its way to the adapters before it a gradient
+        only: place of an adapter that has to be there as well, or None. To reach the adapters before it, a gradient
             needs what dropped out of the input of this one.
     """
 
@@ -130,13 +130,13 @@ class _Segment:
 
 
 class _Record:
-    """One forward pass as it is noted. Sets of adapters are the bits of an integer, in the order of execution."""
+    """The record of one forward pass. Sets of adapters are bits of an integer, in the order of execution."""
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter]) -> None:
         self.model = model
         self.names = {id(a.A): a.name for a in adapters}
         self.bits: dict[str, int] = {}
-        self.always = 1 << len(adapters)  # the bit of whatever else is trained
+        self.always = 1 << len(adapters)  # the bit of everything else that is trained
         self.reentrant = bool(surgery.reentrant_checkpointing(model))
         self.marks: dict[int, tuple[Tensor, int]] = {}
         self.counter = measure.flop_counter()
@@ -215,7 +215,7 @@ class _Record:
 
     def _checkpoint(self, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
         self.segment, first = _Segment(self._frozen_flops()), len(self.bits)
-        # The reentrant kind takes gradients to the input of whatever holds an adapter.
+        # The reentrant kind takes gradients to the input of any module that holds an adapter.
         mark = torch.zeros((), dtype=hidden.dtype, device=hidden.device, requires_grad=self.reentrant)
         output = function(hidden + mark, *args)
         self.marks[id(mark)] = mark, sum(1 << place for place in range(first, len(self.bits)))
@@ -299,7 +299,7 @@ class _Record:
             self._add(adapters, flops=flops)
 
     def _read_saved(self, node: Any, adapters: int, leads_to: Mapping[Any, int]) -> Iterator[tuple[_Saved, int]]:
-        """What a node saved, each with the adapters whose gradients need it."""
+        """The tensors a node saved, each with the adapters whose gradients need it."""
         operands = _OPERANDS.get(node.name(), ())
         edges = [leads_to.get(child, 0) for child, _ in node.next_functions][::-1]
         for attribute in _saved_attributes(type(node)):
@@ -330,7 +330,7 @@ def _is_foreign(node: Any) -> bool:
 
 @functools.cache
 def _saved_attributes(node: type) -> list[str]:
-    """Of C++ nodes `_saved_...`, one for each tensor that is saved; of Python nodes the tuple of all."""
+    """For C++ nodes `_saved_...`, one for each saved tensor; for Python nodes the tuple of all."""
     names = [n for n in dir(node) if n.startswith("_saved_") and "_sym_" not in n]
     return ["saved_tensors"] if issubclass(node, BackwardCFunction) else names
 

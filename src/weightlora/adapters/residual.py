@@ -2,8 +2,8 @@
 
     W_0 = (W_0 - s B_0 A_0) + s B_0 A_0         the first is frozen in the place of W_0, B and A start as B_0 and A_0
 
-Whoever asks the model for its `state_dict`, PEFT's own saving included, gets the difference to W_0, which is a LoRA of
-twice the rank at the same scaling, so that everything on a disk is an ordinary adapter of the original base model:
+The model's `state_dict`, and so PEFT's own saving, holds the difference to W_0, which is a LoRA of
+twice the rank at the same scaling, so that everything on disk is an ordinary adapter of the original base model:
 
     s (B A - B_0 A_0) = s [B, -B_0] [A; A_0]
 
@@ -27,7 +27,7 @@ START_A, START_B, START_OF = "weightlora_start_A", "weightlora_start_B", "weight
 
 
 def check(model: PeftModel) -> list[Adapter]:
-    """The adapters of a fresh LoRA model whose base weights can give up a part of themselves.
+    """The adapters of a fresh LoRA model from whose base weights a part can be taken out.
 
     Raises:
         UnsupportedError: a base weight is quantised, not a matrix, or shared with another module; or
@@ -84,9 +84,9 @@ def base_weight(adapter: Adapter) -> Tensor:
 
 
 def save_difference(model: PeftModel) -> None:
-    """From now on the model's adapter is saved, and loaded, as the difference to the original base weights.
+    """Make the model save and load its adapter as the difference to the original base weights.
 
-    To be called while A and B are what was taken out of the base weights.
+    Call it while A and B are still what was taken out of the base weights.
     """
     key = active_adapter(model)
     config: Any = model.peft_config[key]
@@ -134,7 +134,7 @@ def _split_start(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
     state[names[0]], state[names[1]] = A[:r], B[:, :r]
     start_A, start_B = getattr(layer, START_A), getattr(layer, START_B)
     if not (torch.equal(A[r:].to(start_A), start_A) and torch.equal(-B[:, r:].to(start_B), start_B)):
-        # Another machine's singular vectors: what is saved says which part of W_0 is missing in the base weight.
+        # Another machine's singular vectors: the saved ones say which part of W_0 the base weight lacks.
         _add_to_base(layer, layer.scaling[adapter] * (start_B.float() @ start_A.float()))
         start_A.copy_(A[r:])
         start_B.copy_(-B[:, r:])

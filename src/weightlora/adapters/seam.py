@@ -6,8 +6,8 @@ instance by instance, and its gate next to `lora_A` and `lora_B` in a `Parameter
     h = W_0 x + b + scaling * omega B A dropout(x)                one omega for the adapter (WeightLoRA, section 3.1)
     h = W_0 x + b + scaling * B diag(g) A dropout(x)              or one gate for each rank
 
-Whoever asks the model for its `state_dict`, PEFT's own saving included, gets B already multiplied by the gate and no
-gate. So everything that reaches a disk is an ordinary LoRA, and loading such weights back sets the gate to 1.
+The model's `state_dict`, and so PEFT's own saving, holds B already multiplied by the gate and no
+gate. So everything written to disk is an ordinary LoRA, and loading such weights back sets the gate to 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class KernelVariant(LoraVariant):
     """Forward, merge and unmerge of an adapter whose update is multiplied by its gate, or by 1 where it has none.
 
     Attributes:
-        per_rank: the gate holds a number for each rank, which for a single rank its shape does not tell.
+        per_rank: the gate holds a number for each rank; at rank 1 its shape does not tell.
     """
 
     def __init__(self, shared: kernel.SharedDropout | None = None, *, per_rank: bool = False) -> None:
@@ -142,7 +142,7 @@ def use_kernel(layer: Any, adapter: str, shared: kernel.SharedDropout | None = N
     """Compute one adapter of a layer with our kernel; numbers and saved form stay those of a stock LoRA.
 
     Args:
-        shared: given to several layers, those that read the same tensor drop the same of it.
+        shared: passed to several layers; those that read the same tensor drop the same entries.
     """
     layer.lora_variant[adapter] = KernelVariant(shared, per_rank=has_rank_gate(layer, adapter))
     layer._cast_input_dtype = MethodType(_cast_input_dtype, layer)
@@ -204,7 +204,7 @@ def freeze_gate(layer: Any, adapter: str) -> None:
 
 
 def remove_gate(layer: Any, adapter: str) -> None:
-    """Take the gate away: a plain LoRA is left, without omega in its output."""
+    """Remove the gate: a plain LoRA is left, without omega in its output."""
     del getattr(layer, GATES)[adapter]
 
 

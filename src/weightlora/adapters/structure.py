@@ -1,4 +1,4 @@
-"""Writing what is attached into the `LoraConfig`, so that stock PEFT rebuilds exactly that, and reading it back."""
+"""Writing the attached adapters into the `LoraConfig`, so that stock PEFT rebuilds just those, and reading them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightlora.adapters.attach import list_adapters, peft_model
 from weightlora.adapters.surgery import alpha_for
 from weightlora.errors import CheckpointError
 
-# From this many names on PEFT replaces a list of target modules by suffixes of its own finding, which can match
+# From this many names on PEFT replaces a list of target modules by suffixes it finds itself, which can match
 # modules that were dropped; a regular expression is taken as it is.
 LONGEST_LIST = 19
 
@@ -57,7 +57,7 @@ def _inside_adapter(name: str) -> bool:
     return ".base_layer" in name or ".lora_" in name
 
 
-# What PEFT puts behind a module's name for the weights of an adapter on it.
+# Suffixes PEFT adds to a module's name for the weights of an adapter on it.
 _PARTS = re.compile(r"^base_model\.model\.(.+?)\.(?:lora_|vera_lambda_|vblora_logits_)")
 
 

@@ -1,4 +1,4 @@
-"""Changing adapters of a model in place: disconnect, fold, resize. What the layer computes stays as each one says."""
+"""Changing adapters of a model in place: disconnect, fold, resize. Each says what happens to the layer's output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Paramet
     return removed
 
 
-# How transformers and PEFT call the hook that makes the embeddings' output require a gradient.
+# Names transformers and PEFT give the hook that makes the embeddings' output require a gradient.
 _INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
@@ -40,7 +40,7 @@ def release_inputs(model: nn.Module) -> None:
     """Let backward end at the lowest adapter under gradient checkpointing too, after a cut.
 
     For checkpointing, transformers makes the embeddings' output require a gradient, so that backward runs through every
-    block, adapters or not. That hook goes, and so do the checkpoints of the frozen blocks at the bottom. The reentrant
+    block, adapters or not. That hook is removed with the checkpoints of the frozen blocks at the bottom. The reentrant
     kind of checkpointing needs an input that requires a gradient: the lowest block that trains makes its own.
     """
     base: Any = peft_model(model).get_base_model()
@@ -79,7 +79,7 @@ def reentrant_checkpointing(model: nn.Module) -> bool | None:
 
 @torch.no_grad()
 def fold(adapter: Adapter) -> nn.Parameter:
-    """B <- B times the gate, which goes: the layer computes what it did and is a plain LoRA layer again.
+    """B <- B times the gate, which is removed: the layer computes the same and is a plain LoRA layer again.
 
     Returns:
         The gate that was removed.
@@ -191,5 +191,5 @@ def start_as_authors(adapter: Adapter, seed: int) -> None:
 
 
 def name_seed(seed: int, *names: object) -> int:
-    """A seed of its own for everything that is named, the same on every process."""
+    """A separate seed for each set of names, the same on every process."""
     return zlib.crc32("/".join(map(str, (seed, *names))).encode())

@@ -1,4 +1,4 @@
-"""EXPERIMENTS: a suite of runs, methods by tasks by seeds, that can be interrupted, and the table they come to."""
+"""EXPERIMENTS: a suite of runs, methods by tasks by seeds, that can be interrupted, and the table of its results."""
 
 from weightlora.bench.runner import run_suite
 from weightlora.bench.suite import Suite, load_suite

@@ -1,7 +1,7 @@
 """One run of a suite.
 
-A run is done when its folder holds result.json, which is written last and by rename. What a killed run left behind is
-thrown away and made again.
+A run is done when its folder holds result.json, which is written last and by rename. The remains of a killed run are
+thrown away and the run is made again.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _WEIGHTS = ("adapter", "model")
 
 
 def result(folder: Path) -> dict[str, Any] | None:
-    """What a finished run came to; None if it is not finished."""
+    """The result of a finished run; None if it is not finished."""
     file = folder / RESULT_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[str, Any]:
-    """Trains one run and writes its result, unless that is there already.
+    """Trains one run and writes its result, unless that exists already.
 
     Args:
-        recipe: what `parse_recipe` takes, without `output_dir`.
-        keep_weights: whether adapter and tokenizer stay in the folder.
+        recipe: a mapping for `parse_recipe`, without `output_dir`.
+        keep_weights: whether to leave adapter and tokenizer in the folder.
 
     Returns:
         `recipe`, `metrics` as in metrics.json, and `costs`.
 
     Raises:
-        ConfigError: there is a result of another recipe, or something that no run has written.
+        ConfigError: the folder holds a result of another recipe, or something that no run has written.
     """
     done = result(folder)
     if done is not None:
@@ -53,14 +53,14 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
     if not keep_weights:
         for name in (*_WEIGHTS, *(path.name for path in folder.glob("checkpoint-*"))):
             shutil.rmtree(folder / name, ignore_errors=True)
-    gc.collect()  # models are parts of cycles, and large ones, not many ones, fill the memory of a process that goes on
+    gc.collect()  # models are in reference cycles; a few large ones fill the memory of a process that goes on
     found = {"recipe": recipe, "metrics": metrics, "costs": meter.costs()}
     write_whole(folder / RESULT_FILE, json.dumps(found, ensure_ascii=False) + "\n")
     return found
 
 
 def _clear(folder: Path) -> None:
-    """Throw away what a killed run left behind, which is told by the recipe that a run writes first."""
+    """Throw away the remains of a killed run, recognised by the recipe that a run writes first."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE_FILE).is_file():
         raise ConfigError(
             f"{str(folder)!r} holds files and no {RECIPE_FILE}, so no run has written them; move them away, or choose "
@@ -70,7 +70,7 @@ def _clear(folder: Path) -> None:
 
 
 def check_same(folder: Path, made: dict[str, Any], wanted: dict[str, Any], but: Collection[str] = ()) -> None:
-    """Whether a finished run is the one that is wanted, whatever it has for the keys of `but`.
+    """Whether a finished run is the wanted one; the keys in `but` may differ.
 
     Raises:
         ConfigError: it names a key in which the recipes differ.

@@ -1,4 +1,4 @@
-"""What a run costs, measured while it runs."""
+"""The cost of a run, measured while it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weightlora import measure
 
 
 class Meter(TrainerCallback):
-    """Times every optimizer step and, in the end, counts what a forward pass in training keeps for backward."""
+    """Times every optimizer step and, at the end, counts the bytes a training forward pass keeps for backward."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -32,7 +32,7 @@ class Meter(TrainerCallback):
         self.saved_bytes = measure.saved_bytes(lambda: model(**batch).loss, exclude=model)
 
     def costs(self) -> dict[str, float]:
-        """Medians over the first half of the steps and over the second, behind every cut, and the saved bytes."""
+        """Median over the first half of the steps, median over the second (after every cut), and the saved bytes."""
         half = len(self.seconds) // 2
         return {
             "first_half_step_s": statistics.median(self.seconds[:half] or self.seconds),

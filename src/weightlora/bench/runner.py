@@ -1,10 +1,10 @@
-"""Running a suite: what is finished stays, what is half done is made again, what fails does not stop the rest.
+"""Running a suite: finished runs stay, half-done ones are made again, and a failure does not stop the rest.
 
 OUT/suite.yaml       the suite as it was run, every default filled in
-OUT/runs/...         a folder for each run, with result.json once it is finished; OUT/tune/... those of the search
+OUT/runs/...         a folder for each run, with result.json once it is finished; OUT/tune/... for the search
 OUT/studies.db       Optuna's studies
 OUT/results.jsonl    one line for each finished run
-OUT/table.md         what they come to
+OUT/table.md         their results
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Outcome(NamedTuple):
     error: str | None = None
 
 
-# (what ended, the how manieth it is, of how many): of the trials to choose by, and then of the runs
+# (outcome, its number, out of how many): first for the tuning trials, then for the runs
 Report = Callable[[Outcome, int, int], None]
 
 
 def run_suite(suite: Suite, *, jobs: int = 0, report: Report | None = None) -> list[Outcome]:
-    """Makes all runs of a suite that are not finished, and writes results and table before the first and after each.
+    """Makes all unfinished runs of a suite, and writes results and table before the first and after each.
 
     Args:
         jobs: how many processes make runs, each with its share of the cores; 0 makes them in this one.
-        report: called when a run has ended, and for each that was there.
+        report: called when a run has ended, and for each that was finished already.
 
     Raises:
-        ConfigError: the folder belongs to something else, another process works in it, or a recipe cannot work; before
-            anything is trained.
+        ConfigError: the folder belongs to something else, another process works in it, or a recipe cannot work; raised
+            before anything is trained.
     """
     folder = Path(suite.output_dir)
     check(suite)
@@ -73,7 +73,7 @@ def run_suite(suite: Suite, *, jobs: int = 0, report: Report | None = None) -> l
 
 
 def check(suite: Suite) -> None:
-    """Everything that can be found out before training, for the runs that are not finished.
+    """Makes every check that is possible before training, for the unfinished runs.
 
     Loads model and data of every task with the first method, and of the first task with every method.
 
@@ -109,7 +109,7 @@ def read_results(suite: Suite) -> list[tuple[Cell, dict[str, Any]]]:
 
 
 def write_results(suite: Suite, folder: Path) -> None:
-    """results.jsonl and table.md, from what is finished."""
+    """results.jsonl and table.md, from the finished runs."""
     from weightlora.training.run import write_whole
 
     found = read_results(suite)
@@ -130,7 +130,7 @@ def _check_folder(folder: Path) -> None:
 
 @contextmanager
 def _claimed(folder: Path, suite: Suite) -> Iterator[None]:
-    """Nobody else works in the folder meanwhile; the lock of a killed process is gone with it."""
+    """Keeps other processes out of the folder; a killed process releases its lock."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _claimed(folder: Path, suite: Suite) -> Iterator[None]:
 
 @contextmanager
 def _logged(file: Path) -> Iterator[None]:
-    """What the library says, of every run made here, goes to a file."""
+    """Sends the library's log of every run made here to a file."""
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     library = logging.getLogger("weightlora")
@@ -174,7 +174,7 @@ Run = Callable[[Sequence[Cell]], Iterable[Outcome]]
 
 @contextmanager
 def _executor(suite: Suite, folder: Path, processes: int) -> Iterator[Run]:
-    """What makes the runs of a list and gives each outcome when it is there."""
+    """Yields a function that makes the runs of a list and gives each outcome as it arrives."""
 
     def jobs(cells: Sequence[Cell]) -> list[Job]:
         return [Job(place(folder, cell), cell.recipe, suite.keep_weights) for cell in cells]

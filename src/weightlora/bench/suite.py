@@ -1,7 +1,7 @@
-"""A suite as data: one YAML file that says which runs a comparison is made of.
+"""A suite as data: one YAML file that lists the runs of a comparison.
 
-    base: {model: path-or-hub-id, training: {num_train_epochs: 3}}      # what all runs have in common: a recipe
-    tasks: {cola: glue/cola, rte: {task: glue/rte, data.limit: 500}}     # each axis: names, and what they change
+    base: {model: path-or-hub-id, training: {num_train_epochs: 3}}      # a recipe that all runs share
+    tasks: {cola: glue/cola, rte: {task: glue/rte, data.limit: 500}}     # each axis: names and their changes
     methods: {lora: lora, weightlora-5: {method: {name: weightlora, keep: 5}}}
     seeds: [0, 1, 2]
     tune: {grid: {training.learning_rate: [5e-4, 2e-3]}, validation: 0.2}
@@ -50,10 +50,10 @@ def _spelled_out(key: str) -> BeforeValidator:
 
 
 class TuneSpec(Section):
-    """Choosing by a part of the training data: every method, on every task, gets its own best point of `grid`.
+    """Tuning on a part of the training data: every method gets its own best point of `grid` on every task.
 
-    `grid` is {recipe key: values}; `validation` the share, or the number, of training rows that are held out to choose
-    by. `trials` is how many points are tried, in the order of Optuna's TPE; without it, all of them.
+    `grid` is {recipe key: values}; `validation` is the share, or the number, of training rows held out to choose
+    by. `trials` is the number of points tried, in the order of Optuna's TPE; without it, all are tried.
     """
 
     grid: dict[str, list[Any]] = Field(min_length=1)
@@ -70,7 +70,7 @@ class TuneSpec(Section):
         return grid
 
     def points(self) -> list[Patch]:
-        """All of the grid; the first key changes slowest."""
+        """All points of the grid; the first key changes slowest."""
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
@@ -78,7 +78,7 @@ class Suite(Section):
     """Which runs to make, and what to compare them with.
 
     `data` is a folder that holds one folder for each task, such as `FOLDER/cola` for `glue/cola`; without it tasks take
-    theirs from the hub or from their entry. Differences are to the method `reference`.
+    their data from the hub or from their entry. Differences are from the method `reference`.
     """
 
     what: ClassVar[str] = "suite"
@@ -143,10 +143,10 @@ class Cell:
     """One run.
 
     Attributes:
-        group: what is run. seed: of the run.
-        folder: in the suite's folder.
-        recipe: what `parse_recipe` takes, without `output_dir`.
-        changed: the point of the tuning grid among it.
+        group: task, setting and method. seed: its seed.
+        folder: inside the suite's folder.
+        recipe: a mapping for `parse_recipe`, without `output_dir`.
+        changed: the part of it that is a point of the tuning grid.
     """
 
     group: Group
@@ -186,7 +186,7 @@ def groups(suite: Suite) -> list[Group]:
 
 
 def recipe(suite: Suite, group: Group, point: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a group, without seed and `output_dir`: each axis changes what stands before it."""
+    """The recipe of a group, without seed and `output_dir`: each axis changes the ones before it."""
     task = suite.tasks[group.task]
     raw = copy.deepcopy(suite.base)
     if suite.data is not None:
@@ -197,7 +197,7 @@ def recipe(suite: Suite, group: Group, point: Mapping[str, Any]) -> dict[str, An
 
 
 def runs(suite: Suite, chosen: Mapping[Group, Patch]) -> list[Cell]:
-    """The runs that are reported, with what tuning chose; one seed after the other, so that a part is a fair part."""
+    """The reported runs, with the tuned points; seed by seed, so that a partial suite compares fairly."""
     return [
         Cell(group, seed, f"runs/{group.folder}/seed-{seed}", {**recipe(suite, group, point), "seed": seed}, point)
         for seed in suite.seeds
@@ -207,7 +207,7 @@ def runs(suite: Suite, chosen: Mapping[Group, Patch]) -> list[Cell]:
 
 
 def trial(suite: Suite, group: Group, point: Patch) -> Cell:
-    """A run that is only there to choose by: rows of train are its validation, and what is reported is not loaded."""
+    """A run for tuning only: it validates on rows of train, and the reported split is not loaded."""
     assert suite.tune is not None
     raw = {**recipe(suite, group, point), "seed": suite.tune.seed}
     _patch(raw, {"data.validation": suite.tune.validation, "data.test": False})
@@ -216,10 +216,10 @@ def trial(suite: Suite, group: Group, point: Patch) -> Cell:
 
 
 def place(root: Path, cell: Cell) -> Path:
-    """The folder of a run, which is made, emptied and filled, so it must lie in the suite's own.
+    """The folder of a run. It is created, emptied and filled, so it must lie inside the suite's own.
 
     Raises:
-        ConfigError: it does not, by its name or by a link on the way.
+        ConfigError: its name or a link on its path leads outside.
     """
     folder = root / cell.folder
     if not folder.resolve().is_relative_to(root.resolve()):
@@ -231,7 +231,7 @@ def place(root: Path, cell: Cell) -> Path:
 
 
 def _as_folder(name: str, point: Patch) -> str:
-    """A point as the name of one folder; where it cannot be one as it is, cut short and told apart by a hash."""
+    """A point as a folder name; one that is unsuitable as it is gets cut short and a hash added."""
     plain = all(isinstance(value, bool | int | float) or _is_plain(value) for value in point.values())
     if plain and _FOLDER.fullmatch(name):
         return name
@@ -240,7 +240,7 @@ def _as_folder(name: str, point: Patch) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """A text that no number, truth value or null is written like."""
+    """A text that YAML cannot read as a number, boolean or null."""
     try:
         json.loads(value)
     except ValueError:

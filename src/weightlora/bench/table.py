@@ -1,6 +1,6 @@
-"""What the runs of a suite come to: scores with their spread, paired differences with an interval, and costs.
+"""The results of a suite: scores with their spread, paired differences with an interval, and costs.
 
-A difference is between two runs with the same task and seed, so with the same rows and the same start. Its interval is
+A difference is between two runs with the same task and seed, hence the same rows and the same start. Its interval is
 a percentile bootstrap over seeds, within each task; with few seeds it is rough, and it says nothing about other rows.
 """
 
@@ -41,12 +41,12 @@ class Row:
 
     Attributes:
         scores: {task: the primary metric of every seed that is finished}.
-        differences: {task: to the reference}; None where no pair is finished.
-        overall: the same over all tasks; None where there are not pairs on each.
-        trainable: parameters in the end without those of the head, the mean over runs.
+        differences: {task: difference from the reference}; None where no pair is finished.
+        overall: the same over all tasks; None where a task has no pair.
+        trainable: parameters at the end without those of the head, the mean over runs.
         step: the median step after the cut, as a ratio to the reference's in the same task and seed.
-        saved: what a step keeps for backward in the end, as such a ratio.
-        points: {task: what tuning chose}.
+        saved: bytes a step keeps for backward at the end, as such a ratio.
+        points: {task: the tuned point}.
     """
 
     setting: str
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def average(self) -> float | None:
-        """The mean over tasks, None as long as one of them has no run."""
+        """The mean over tasks, None while one of them has no run."""
         if not self.scores or not all(self.scores.values()):
             return None
         return statistics.fmean(statistics.fmean(values) for values in self.scores.values())
@@ -155,7 +155,7 @@ def _ratio(
 
 
 def _point(suite: Suite, result: Result) -> dict[str, Any]:
-    """What the recipe of a run has at the keys of the tuning grid."""
+    """The values in a run's recipe at the keys of the tuning grid."""
     keys = suite.tune.grid if suite.tune else {}
     return {key: _at(result["recipe"], key) for key in keys}
 
@@ -170,7 +170,7 @@ def _at(values: Any, key: str) -> Any:
 
 
 def scores_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: scores by task, their mean, the difference to the reference and what it costs."""
+    """Header and cells: scores by task, their mean, the difference from the reference, and the costs."""
     to = f"Δ {suite.reference}" if suite.reference else None
     header = [
         "method",
@@ -195,7 +195,7 @@ def _scores(suite: Suite, row: Row) -> list[str]:
 
 
 def differences_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: the paired differences task by task, where there is a reference."""
+    """Header and cells: the paired differences task by task, if the suite has a reference."""
     shown = [row for row in rows if any(row.differences.values())]
     cells = [
         [f"{row.setting} {row.method}".strip(), *(str(row.differences[task] or "") for task in suite.tasks)]
@@ -205,7 +205,7 @@ def differences_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], lis
 
 
 def chosen_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: what tuning chose for each method and task."""
+    """Header and cells: the tuned point of each method and task."""
     named = [key.rpartition(".")[2] for key in (suite.tune.grid if suite.tune else {})]
     cells = [
         [
@@ -238,7 +238,7 @@ def _metric(suite: Suite, task: str) -> str:
 
 
 def _with_spread(values: Sequence[float], wanted: int) -> str:
-    """`.812 ± .011`; says how many runs there are as long as some are missing."""
+    """`.812 ± .011`; gives the number of runs while some are missing."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -1,7 +1,7 @@
-"""Each method at its own best: a study of Optuna's for every task and method, in one SQLite file.
+"""Each method at its own best: an Optuna study for every task and method, in one SQLite file.
 
-What is tried is scored on rows held out of the training data. The order does not depend on when a search was
-interrupted, so that one that was killed and started again chooses what it would have chosen.
+Points are scored on rows held out of the training data. Their order does not depend on interruptions: a search that
+was killed and restarted makes the choice it would have made anyway.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class Search:
             direction="maximize" if maximize else "minimize",
             load_if_exists=True,
         )
-        # Values may be of any kind; Optuna stores their places in the grid.
+        # Values may be of any kind; Optuna stores their indices in the grid.
         self._space = {
             key: optuna.distributions.CategoricalDistribution(list(range(len(values))))
             for key, values in tune.grid.items()
         }
 
     def points(self) -> list[Patch]:
-        """What to try next: all that is left of a grid, or one point in the order of TPE; empty when done."""
+        """The points to try next: the rest of the grid, or the next point of TPE; empty when done."""
         tried = self._tried()
         if self._tune.trials is None:
             return [point for point in self._tune.points() if _key(point) not in tried]
         return [self._suggestion()] if len(self._complete()) < self._tune.trials else []
 
     def tell(self, point: Patch, score: float) -> None:
-        """Notes what a point scored."""
+        """Records the score of a point."""
         import optuna
 
         places = {key: self._tune.grid[key].index(value) for key, value in point.items()}
@@ -53,7 +53,7 @@ class Search:
         )
 
     def best(self) -> Patch:
-        """The point with the best score; among equals the first of the grid. Empty if nothing could be tried."""
+        """The point with the best score; ties go to the first in the grid. Empty if nothing could be tried."""
         tried = self._tried()
         points = [point for point in self._tune.points() if _key(point) in tried]
         scores = [tried[_key(point)] for point in points]

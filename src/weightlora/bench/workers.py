@@ -20,7 +20,7 @@ from weightlora.errors import ConfigError
 
 
 class Job(NamedTuple):
-    """What `execute` takes."""
+    """The arguments of `execute`."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -28,10 +28,10 @@ class Job(NamedTuple):
 
 
 class Workers:
-    """Some processes, each with its share of this one's threads; they end when this one does, however that ends.
+    """Some processes, each with its share of this one's threads; they end with this one, however it ends.
 
     Args:
-        log: a folder for what they say, worker-0.log and so on.
+        log: a folder for their output, worker-0.log and so on.
     """
 
     def __init__(self, number: int, log: Path) -> None:
@@ -57,7 +57,7 @@ class Workers:
             worker.close()
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
-        """Makes the runs and gives the place in `jobs` and the result, or what stopped it, of each when it ends."""
+        """Makes the runs; as each ends, yields its index in `jobs` and its result, or the error that stopped it."""
         futures = {self._pool.submit(self._run, job): place for place, job in enumerate(jobs)}
         for future in as_completed(futures):
             yield futures[future], future.exception() or future.result()  # pyright: ignore[reportReturnType]
@@ -149,12 +149,12 @@ def _serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
 def _receive(jobs: IO[bytes], waiting: queue.SimpleQueue[bytes]) -> None:
     for line in jobs:
         waiting.put(line)
-    os._exit(0)  # whoever wanted the runs is gone; a half run is made again
+    os._exit(0)  # the parent is gone; a half-finished run is made again
 
 
 def _main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     _serve(sys.stdin.buffer, answers)
 
 

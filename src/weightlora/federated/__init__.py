@@ -5,7 +5,7 @@ Not to be confused with Flexora, which chooses layers (`weightlora.Flexora`).
     aggregate.py   the server's step, a pure function
     client.py      what a client sends and gets, and how it trains
     rounds.py      rounds in one process
-    flower.py      the same on Flower (`pip install 'weightlora[federated]'`); imported by who uses it
+    flower.py      the same on Flower (`pip install 'weightlora[federated]'`); imported only by its users
 """
 
 from weightlora.federated.aggregate import Factors, LowRank, aggregate, weighted_mean

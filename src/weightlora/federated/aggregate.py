@@ -1,9 +1,9 @@
-"""The server's step of FlexLoRA as a pure function: average full updates, hand out their best part of each rank.
+"""The server's step of FlexLoRA as a pure function: average full updates, hand out the best approximation of each rank.
 
     W_bar = sum_k p_k (alpha / r_k) B_k A_k = U diag(S) V^T            p_k: share of client k's rows
     client of rank r gets A = V_r^T, B = U_r S_r r / alpha             so that (alpha / r) B A is the best of rank r
 
-W_bar is never built. With the B_k beside each other = Q_B R_B and the A_k below each other = (Q_A R_A)^T, its singular
+W_bar is never built. With the B_k side by side = Q_B R_B and the A_k stacked = (Q_A R_A)^T, its singular
 values are those of R_B R_A^T, a matrix of size sum_k r_k at most. Everything is computed in float64.
 """
 
@@ -22,7 +22,7 @@ from weightlora.errors import ConfigError, DivergedError
 # {module: (A of shape (r, d_in), B of shape (d_out, r))}; the rank may differ between modules
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
-AUTHORS_ALPHA = 16  # what the authors' aggregator multiplies by, whatever alpha is configured
+AUTHORS_ALPHA = 16  # the factor in the authors' aggregator, whatever alpha is configured
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +64,15 @@ def aggregate(
     """W_bar of every module, in factors.
 
     Args:
-        clients: what each sends, in terms of which its update is (alpha / r_k) B_k A_k.
+        clients: the factors each sends; its update is (alpha / r_k) B_k A_k.
         weights: p_k up to a common factor, such as numbers of rows.
         alpha: `lora_alpha` of all clients.
-        max_rank: drop what no client can use, beyond this rank.
+        max_rank: drop everything beyond this rank, which no client can use.
         compat: multiply by 16 / r_k whatever alpha is, as the authors' aggregator does. It changes the update by
             16 / alpha in every round.
 
     Raises:
-        ConfigError: no clients, weights that are no shares, or modules and shapes that do not match.
+        ConfigError: no clients, weights that are not shares, or modules and shapes that do not match.
         DivergedError: factors that are NaN or infinite.
     """
     shares = _shares(weights, len(clients))
@@ -85,7 +85,7 @@ def aggregate(
 
 
 def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The plain average (FedAvg) of what clients train beside LoRA, such as a head; dtypes of the first client.
+    """The plain average (FedAvg) of what clients train besides LoRA, such as a head; dtypes of the first client.
 
     Raises:
         ConfigError, DivergedError: as `aggregate`.

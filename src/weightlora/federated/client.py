@@ -1,4 +1,4 @@
-"""A client of FlexLoRA: ordinary LoRA of its own rank, and what it exchanges with the server."""
+"""A client of FlexLoRA: ordinary LoRA of its own rank, and its exchange with the server."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from weightlora.federated.aggregate import Factors, to_rank
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What goes over the wire, in both directions.
+    """The message that goes over the wire, in both directions.
 
     Attributes:
         factors: A and B of every adapter; none before the first round.
-        others: what trains beside them, such as a head, by parameter name.
+        others: parameters trained besides them, such as a head, by name.
     """
 
     factors: Factors
@@ -35,14 +35,14 @@ class Update:
 class LocalTraining:
     """One client's part of a round: plain AdamW on everything that trains, its state fresh in every round.
 
-    The server re-factorises, which turns and mirrors the directions of A and B, so moments of the last round would
-    belong to other directions. Any function of the same signature may take its place.
+    The server re-factorises, which turns and mirrors the directions of A and B, so moments from the last round would
+    belong to other directions. Any function with the same signature may take its place.
 
     Attributes:
         lr: learning rate; `halve_after` rounds it is halved once, as in the authors' code (15), or never (None).
         epochs: passes over the client's rows. batch_size: rows.
         weight_decay: as AdamW's.
-        collate: rows to a batch as the model takes it, labels included.
+        collate: turns rows into a batch for the model, labels included.
 
     Raises:
         ConfigError: a number that cannot work.
@@ -93,7 +93,7 @@ class LocalTraining:
 
 
 def read(model: PeftModel) -> Update:
-    """What the client sends: copies, on the CPU.
+    """The client's message: copies, on the CPU.
 
     Raises:
         UnsupportedError, ConfigError: not a LoRA whose update is (alpha / r) B A.
@@ -110,7 +110,7 @@ def load(model: PeftModel, update: Update) -> None:
     """Put what the server sent into a client's model, at the client's own rank; without factors its LoRA stays.
 
     Raises:
-        ConfigError: other modules, shapes or parameters than the model has.
+        ConfigError: modules, shapes or parameters that differ from the model's.
     """
     adapters = adapters_of(model)
     others = _others(model, adapters)
@@ -138,7 +138,7 @@ def alpha_of(model: PeftModel) -> float:
 
 
 def adapters_of(model: PeftModel) -> list[Adapter]:
-    """The adapters of a model, checked to be what the server's step assumes.
+    """The adapters of a model, checked against what the server's step assumes.
 
     Raises:
         UnsupportedError, ConfigError: not a LoRA whose update is (alpha / r) B A.

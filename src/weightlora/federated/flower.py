@@ -10,8 +10,8 @@ Client:
 
     app = client_app(lambda context: Client(model_fn(4), rows, name=context.node_config["partition-id"]))
 
-A node tells its rank by what it sends; until then it is sent the whole average and takes its own part, which is the
-same. Arrays travel in Flower's numpy serialisation, written and read with `allow_pickle=False`.
+The server learns a node's rank from its replies; until then it sends the whole average and the node takes its own
+part, with the same result. Arrays travel in Flower's numpy serialisation, written and read with `allow_pickle=False`.
 """
 
 # pyright: reportMissingImports=false
@@ -56,8 +56,8 @@ class FlexLoRA(FedAvg):
         alpha: `lora_alpha` of all clients; a client with another one refuses to train.
         max_rank: the highest rank of any client, if known: the server then keeps no more than it needs.
         compat: aggregate as the authors' code does.
-        seed: of the clients' order of rows and of their dropout.
-        fraction_evaluate: share of the nodes that score the average after a round with `Client.evaluate`. Default none.
+        seed: for the clients' order of rows and their dropout.
+        fraction_evaluate: share of the nodes that score the average after a round with `Client.evaluate`; default none.
         sampling: other arguments of `FedAvg`: `fraction_train`, `min_train_nodes`, `min_available_nodes`, ...
     """
 
@@ -76,7 +76,7 @@ class FlexLoRA(FedAvg):
                 raise ConfigError(f"`{key}={sampling[key]!r}` cannot be changed here; it is {fixed!r}.")
         super().__init__(fraction_evaluate=fraction_evaluate, **sampling)
         self.alpha, self.max_rank, self.compat, self.seed = alpha, max_rank, compat, seed
-        self._ranks: dict[int, dict[str, int]] = {}  # {node: {module: rank}}, of nodes that have sent something
+        self._ranks: dict[int, dict[str, int]] = {}  # {node: {module: rank}}, for nodes that have replied
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -89,7 +89,7 @@ class FlexLoRA(FedAvg):
         return self._addressed(super().configure_evaluate(server_round, arrays, config, grid), arrays)
 
     def _addressed(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
-        """The same messages with what each node's rank asks for."""
+        """The same messages, each with the factors for its node's rank."""
         state = _state(arrays, self.alpha)
         whole = {name: low.r for name, low in state.average.items()}
         messages = list(messages)
@@ -128,12 +128,12 @@ class FlexLoRA(FedAvg):
 
 @dataclass(frozen=True, eq=False)
 class Client:
-    """What a node trains, and on what.
+    """A node's model, data and training.
 
     Attributes:
         model: LoRA of the client's rank on the base weights that all clients share.
         rows: its data. train: its local training.
-        name: its name in the seed of its training, for example the number of its partition.
+        name: identifies the node in the seed of its training, for example the number of its partition.
         evaluate: scores the model with the server's average, where the strategy asks for it.
     """
 
@@ -174,7 +174,7 @@ def client_app(client_fn: Callable[[Context], Client]) -> ClientApp:
 
 
 def initial_arrays(model: PeftModel) -> ArrayRecord:
-    """What the server starts from: what trains beside LoRA. In the first round every client has fresh LoRA."""
+    """The server's start: the parameters trained besides LoRA. In the first round every client has fresh LoRA."""
     return _update_record(Update({}, exchange.read(model).others))
 
 
@@ -195,7 +195,7 @@ def _at_full_rank(state: Global) -> Update:
     return state.at_rank({name: low.r for name, low in state.average.items()})
 
 
-# -- arrays by name: "A/module", "B/module" on the way, "U/", "S/" and "Vt/module" at the server, "other/parameter" --
+# -- arrays by name: "A/module", "B/module" on the wire, "U/", "S/", "Vt/module" at the server, "other/parameter" ----
 
 
 def _update_record(update: Update) -> ArrayRecord:

@@ -3,8 +3,8 @@
     result = run_rounds(model_fn, data=[rows_0, rows_1, rows_2], ranks=[2, 4, 8], rounds=10)
     result.model(8).save_pretrained("adapter")
 
-In a round some clients are drawn. Each gets the best part of its rank of what there is, trains it on its own rows and
-sends it back; the server averages what came back, weighted by rows. Nobody else's state changes.
+In a round some clients are drawn. Each gets the best approximation of the average at its rank, trains it on its own
+rows and sends it back; the server averages the replies, weighted by rows. The other clients' state does not change.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Ranks = int | Mapping[str, int]  # one for all modules, or one for each
 
 @dataclass(frozen=True, eq=False)
 class Global:
-    """What the server holds between rounds.
+    """The server's state between rounds.
 
     Attributes:
         average: W_bar of every module; empty before the first round.
-        others: the average of what trains beside LoRA.
+        others: the average of what trains besides LoRA.
         alpha: `lora_alpha` of all clients.
     """
 
@@ -42,7 +42,7 @@ class Global:
     alpha: float
 
     def at_rank(self, ranks: Ranks) -> Update:
-        """What a client of this rank is sent, in float32."""
+        """The message for a client of this rank, in float32."""
         return Update(
             {
                 name: tuple(
@@ -62,19 +62,19 @@ def server_step(
     max_rank: int | None = None,
     compat: bool = False,
 ) -> Global:
-    """What the server makes of a round; arguments as in `aggregate`."""
+    """The server's state after a round; arguments as in `aggregate`."""
     average = aggregate([u.factors for u in updates], rows, alpha=alpha, max_rank=max_rank, compat=compat)
     return Global(average, weighted_mean([u.others for u in updates], rows), alpha)
 
 
 @dataclass(frozen=True)
 class Round:
-    """What happened in a round, counted from 1.
+    """The record of a round, counted from 1.
 
     Attributes:
-        clients: indices of those that trained.
+        clients: indices of the clients that trained.
         losses: mean training loss of each.
-        score: what `evaluate` returned.
+        score: the return value of `evaluate`.
     """
 
     number: int
@@ -85,14 +85,14 @@ class Round:
 
 @dataclass(eq=False)
 class Rounds:
-    """The outcome: history, what the server holds, and models with it."""
+    """The outcome: history, the server's state, and models built from it."""
 
     state: Global
     model_fn: Callable[[int], PeftModel]
     history: list[Round] = field(default_factory=list)
 
     def model(self, r: int) -> PeftModel:
-        """A fresh model of rank r with the best part of that rank of the average: an ordinary PEFT LoRA."""
+        """A fresh model with the best rank-r approximation of the average: an ordinary PEFT LoRA."""
         model = self.model_fn(r)
         client.load(model, self.state.at_rank(r))
         return model
@@ -113,14 +113,14 @@ def run_rounds(
     """Federated fine-tuning with a rank for every client.
 
     Args:
-        model_fn: makes a model with LoRA of a rank, from the same base weights and with the same `lora_alpha`; called
-            with the random state set from `seed`, once for every rank in use.
+        model_fn: makes a model with LoRA of a given rank, from the same base weights and with the same `lora_alpha`;
+            called with the random state set from `seed`, once for every rank in use.
         data: the rows of each client.
         ranks: the rank of each client.
-        rounds: how many.
+        rounds: the number of rounds.
         train: local training. Default: `LocalTraining()`.
         fraction: share of the clients drawn in a round, at least one.
-        seed: of the draws, of every client's order of rows and of dropout.
+        seed: for the draws, every client's order of rows, and dropout.
         evaluate: scores a model with the average at the highest rank, after every round.
         compat: aggregate as the authors' code does, see `aggregate`.
 
@@ -161,7 +161,7 @@ def draw(clients: int, fraction: float, seed: int, number: int) -> list[int]:
 
 
 def client_seed(seed: int, name: object, number: int) -> int:
-    """What a client's order of rows and its dropout follow from in a round."""
+    """The seed of a client's order of rows and dropout in a round."""
     return name_seed(seed, "client", name, number)
 
 

@@ -1,7 +1,7 @@
 """Named recipes over the same few parts.
 
 `prepare(name, model, lora)` gets a model ready for a method, `create(name, options)` builds what the method does while
-the model trains, `list_methods()` says what there is.
+the model trains, `list_methods()` lists them all.
 """
 
 # The order in which methods are listed:

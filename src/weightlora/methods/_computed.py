@@ -1,4 +1,4 @@
-"""What methods on computed factors have in common: the exact parameters in a checkpoint, and back from one."""
+"""Shared by methods on computed factors: writing the exact parameters to a checkpoint and restoring them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weightlora.selection.engine import Engine
 class ComputedEngine(Engine):
     """Adapters whose factors are computed from other parameters, in training.
 
-    As it is, it does nothing during training: the shape was given before.
+    By itself it does nothing during training: the shape is fixed beforehand.
     """
 
     def __init__(self, model: PeftModel, method: str, adapters: list[Adapter], seed: int = 0) -> None:
@@ -31,18 +31,18 @@ class ComputedEngine(Engine):
 
     @property
     def parameters(self) -> int:
-        """Trained numbers in the adapters; what they share counts once."""
+        """Number of trained values in the adapters; shared ones count once."""
         return sum(p.numel() for p in {id(p): p for a in self.adapters for p in a.weights}.values())
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
         return ()
 
     def exact(self) -> dict[str, Tensor]:
-        """What a stock checkpoint does not hold as it is: the parameters that its factors are computed from."""
+        """The parameters that factors are computed from, which a stock checkpoint does not hold as they are."""
         return computed.exact(self.adapters)
 
     def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Bring the factors to a checkpoint, before the weights that they show are loaded."""
+        """Restore the factors from a checkpoint, before the weights that they show are loaded."""
         computed.load_exact(self.adapters, tensors)
 
     def bring_back_exact(self, tensors: Mapping[str, Tensor]) -> None:
@@ -53,7 +53,7 @@ C = TypeVar("C", bound=ComputedEngine)
 
 
 class ComputedMethod(Method[C]):
-    """A method whose exact parameters are beside the stock adapter in a checkpoint."""
+    """A method that saves its exact parameters beside the stock adapter in a checkpoint."""
 
     def progress(self) -> dict[str, float]:
         return {}

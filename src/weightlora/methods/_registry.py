@@ -1,4 +1,4 @@
-"""Every method as one frozen record: what the command line lists, recipes name and tests run through.
+"""Every method as one frozen record; the command line lists them, recipes name them and tests cover them all.
 
 A method is a way to get a model ready (`attach` or `prepare`) and, where there is something to do while it trains, a
 `callback`. Both take options by name; a recipe writes them in one list:
@@ -35,9 +35,9 @@ class Attach:
 
     Attributes:
         config: PEFT's config.
-        names: {key of `LoraConfig`: what it is called in `config`}.
-        sets: what the method itself is about.
-        without: keys of `LoraConfig` that mean nothing here, or something else, though `config` has them.
+        names: {key of `LoraConfig`: its name in `config`}.
+        sets: fields of `config` that define the method.
+        without: keys of `LoraConfig` that `config` has too, but that mean nothing or something else here.
     """
 
     config: type[PeftConfig] = LoraConfig
@@ -75,19 +75,19 @@ class Attach:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What a method is.
+    """One method.
 
     Attributes:
         name: as recipes write it.
-        title, paper: for people.
-        scores: what is scored. action: what is done with the score.
-        parameters: how many are trained.
+        title, paper: for human readers.
+        scores: the quantity scored. action: how the score is used.
+        parameters: the number trained, as text.
         source: where the code is: "weightlora", "peft" or "transformers".
         attach: the PEFT adapter it trains; None where it trains the model's own weights.
-        prepare: gets a model ready: `prepare(model, lora, **options)`, its options keyword-only. Default: `attach`. One
-            that has a keyword `batches` is given some of the training data.
-        callback: what it does while the model trains; None where there is nothing to do.
-        rates: {part of parameters' names: multiple of the learning rate}, for those that want another.
+        prepare: gets a model ready: `prepare(model, lora, **options)`, its options keyword-only. Default: `attach`. If
+            it has a keyword `batches`, it receives some of the training data.
+        callback: acts while the model trains; None where there is nothing to do.
+        rates: {part of a parameter's name: multiple of the learning rate}, where another rate is needed.
     """
 
     name: str
@@ -104,7 +104,7 @@ class MethodInfo:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What may be set, with defaults."""
+        """The options, with defaults."""
         return {**self._own_options(), **_signature(self.callback)}
 
     @property
@@ -178,8 +178,8 @@ def prepare(
     Args:
         name: of the method.
         model: the base model; PEFT changes it in place.
-        lora: a `LoraConfig`, or its fields by name, whatever the method attaches. Those it has no use for are ignored,
-            with a warning; of a config, those that are not as `LoraConfig()` has them count as given.
+        lora: a `LoraConfig`, or its fields by name, whatever the method attaches. Fields it cannot use are ignored,
+            with a warning; in a config, those that differ from `LoraConfig()` count as given.
         batches: batches of training data, of which EVA needs a few, for example a `DataLoader`.
         options: of the method.
 
@@ -205,7 +205,7 @@ def prepare(
 
 
 def _fields(config: PeftConfig) -> dict[str, Any]:
-    """What a `LoraConfig` says, by name; its object is never used, so it stays as it is."""
+    """The fields of a `LoraConfig` by name; the object itself is never used, so it stays unchanged."""
     if type(config) is not LoraConfig:
         raise ConfigError(
             f"`lora` is a {type(config).__name__}; give a LoraConfig, or its fields by name: the method knows what it "
@@ -249,7 +249,7 @@ def _checked(name: str, options: Mapping[str, Any]) -> MethodInfo:
 
 
 def _signature(function: Callable[..., Any] | None) -> dict[str, Any]:
-    """What may be given by name, with defaults; for a `prepare` function what comes after `*`."""
+    """The keyword arguments, with defaults; for a `prepare` function those after `*`."""
     if function is None:
         return {}
     parameters = inspect.signature(function).parameters.values()

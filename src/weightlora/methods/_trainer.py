@@ -1,4 +1,4 @@
-"""What callbacks have to know of the Trainer that it does not tell them."""
+"""Facts about the Trainer that it does not pass to callbacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def steps_per_epoch(state: TrainerState) -> int | None:
 
 
 def calling_trainer() -> Trainer | None:
-    """The Trainer whose event we are in. Callbacks are not given it, and only it can log and knows its DDP wrapper."""
+    """The Trainer whose event is running. Callbacks do not get it, and only it can log and knows its DDP wrapper."""
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(owner := frame.f_locals.get("self"), Trainer):

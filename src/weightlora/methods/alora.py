@@ -12,7 +12,7 @@ After a warm-up there are rounds at equal distances:
              higher mean score; A is random and B is 0, so that the output stays. Where every module lost one, none is
              added, and a module that lost its last one is disconnected
 
-Gates are not trained and 1 where a rank is there, so there are gates only while ranks are scored.
+Gates are not trained, and a rank that is present has a gate of 1, so gates exist only while ranks are scored.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class ALoRA(RankMethod["MovingRanks"]):
         rounds: N_A.
         warmup: K_1, optimizer steps or a share of the run before the first round.
         interval: K_2, between two rounds. The defaults are the paper's one epoch and quarter of an epoch in three.
-        batch: what ranks are scored on, with labels, as the model takes it. As a callback it is found by itself: the
+        batch: the data ranks are scored on, with labels, as the model takes it. A callback finds it by itself: the
             first rows of the Trainer's evaluation data, or of its training data where it has no other.
-        batch_size: how many rows that are.
+        batch_size: number of those rows.
         seed: of new ranks; default the Trainer's.
 
     Raises:
@@ -97,7 +97,7 @@ class ALoRA(RankMethod["MovingRanks"]):
 
 
 def _first_rows(trainer: Trainer, size: int) -> Any:
-    """A batch of evaluation or training data as the Trainer makes one, the same whenever it is asked for."""
+    """A batch of evaluation or training data as the Trainer builds one, the same at every call."""
     data: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     if isinstance(data, dict):
         data = next(iter(data.values()))
@@ -110,7 +110,7 @@ def _first_rows(trainer: Trainer, size: int) -> Any:
 def hand_out(count: int, means: Sequence[float]) -> list[int]:
     """How many of `count` ranks each module gets: as evenly as possible, the remainder by mean score.
 
-    8 over three modules are 3, 3, 2, where the last has the lowest mean.
+    8 over three modules gives 3, 3, 2, where the last has the lowest mean.
     """
     each, remainder = divmod(count, len(means))
     order = sorted(range(len(means)), key=lambda i: -means[i])
@@ -124,7 +124,7 @@ class MovingRanks(RankEngine):
     """ALoRA at work on a model.
 
     Attributes:
-        batch: what ranks are scored on.
+        batch: the data ranks are scored on.
         quiet: show no progress; None shows it in a terminal.
     """
 
@@ -160,7 +160,7 @@ class MovingRanks(RankEngine):
         return cuts
 
     def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:
-        if self.global_step == 0:  # said before anything is trained
+        if self.global_step == 0:  # errors show before anything is trained
             with evaluating(self.model):
                 self._loss()
 
@@ -172,7 +172,7 @@ class MovingRanks(RankEngine):
         return True
 
     def conclude(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """The run stopped before the last round: what is there stays."""
+        """The run stopped before the last round: the ranks stay as they are."""
         self.close([torch.ones(a.r) > 0 for a in self.adapters], [torch.zeros(a.r) for a in self.adapters], optimizer)
 
     # -- a round -------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class MovingRanks(RankEngine):
     # -- the score -----------------------------------------------------------------------------------------------
 
     def scores(self) -> list[Tensor]:
-        """IS of every rank without S(M), (r,) for every adapter: the first process's, on all of them."""
+        """IS of every rank without S(M), (r,) for every adapter; every process gets those of the first."""
         sizes = [a.r for a in self.adapters]
         found = torch.zeros(sum(sizes), dtype=torch.float64, device=self.adapters[0].A.weight.device)
         if distributed.is_first():

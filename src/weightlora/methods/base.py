@@ -1,6 +1,6 @@
-"""What every method that acts during training is to its user: one object for HF `Trainer`, TRL, or a loop of one's own.
+"""The user's side of every method that acts during training: one object for HF `Trainer`, TRL, or your own loop.
 
-As a callback, the one added line; the rest of the script stays as it is:
+As a callback it is the one line added; the rest of the script stays as it is:
 
     trainer = Trainer(peft_model, args, ..., callbacks=[WeightLoRA(keep=10)])
 
@@ -55,9 +55,9 @@ E = TypeVar("E", bound=Engine)
 
 
 class Method(TrainerCallback, ABC, Generic[E]):
-    """A method with something to do while a model trains: select adapters, allocate ranks.
+    """A method that acts while a model trains: it selects adapters or allocates ranks.
 
-    A subclass says what with `start`, and what to log with `progress`.
+    A subclass defines its work in `start`, and the numbers it logs in `progress`.
     """
 
     acts_after_cut = False  # whether `observe` and `step` have work to do once the structure is final
@@ -74,24 +74,24 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
     @abstractmethod
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> E:
-        """Check the model and go to work on it; `seed` serves whatever is drawn at random."""
+        """Check the model and start work on it; `seed` is for everything drawn at random."""
 
     def save_state(self, folder: str | Path) -> None:
-        """Write what resuming needs beside an adapter that `model.save_pretrained(folder)` wrote."""
+        """Write the state needed to resume beside an adapter that `model.save_pretrained(folder)` wrote."""
         self.engine.save(Path(folder))
 
     def held_out(self, rows: int) -> int:
-        """How many of `rows` rows of training data it takes for itself when a Trainer is built."""
+        """How many of `rows` rows of training data it holds out when a Trainer is built."""
         return 0
 
     @abstractmethod
     def progress(self) -> dict[str, float]:
-        """What is logged with the Trainer's own numbers until the last cut."""
+        """Numbers logged with the Trainer's own until the last cut."""
 
     # -- in any loop ---------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, *, adapter_name: str | None = None, seed: int | None = None) -> Self:
-        """Go to work on a model's adapters. Make the optimizer afterwards.
+        """Start work on a model's adapters. Create the optimizer afterwards.
 
         Args:
             model: a `PeftModel`, bare or inside DDP.
@@ -119,7 +119,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         return self
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
-        """Tell the length of the run in optimizer steps; returns the steps after which adapters are cut.
+        """Set the length of the run in optimizer steps; returns the steps after which adapters are cut.
 
         Raises:
             ConfigError: a cut lies beyond the run or before anything is known.
@@ -179,12 +179,12 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._hooks = []
 
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """After backward and before `optimizer.step()`; nothing while `accelerator.accumulate` only accumulates."""
+        """Call after backward, before `optimizer.step()`; idle while `accelerator.accumulate` only accumulates."""
         if optim.is_at_boundary(optimizer):
             self.engine.observe(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """After `optimizer.step()`; returns whether adapters were cut."""
+        """Call after `optimizer.step()`; returns whether adapters were cut."""
         cut = optim.is_at_boundary(optimizer) and self.engine.step(optimizer)
         if cut:
             self._rewrap()
@@ -192,7 +192,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         return cut
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Training has ended, early perhaps: cut now what was to be cut later, with what is known. Says so.
+        """Training has ended, perhaps early: make the remaining cuts now, with what is known, and log a warning.
 
         The Trainer calls it; in a loop of your own call it where you leave early. After the last cut it does nothing.
         """
@@ -218,7 +218,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._finish_if_done()
 
     def _look_for_ddp(self, *_: Any) -> None:
-        """A DDP wrapper that was made after `attach` shows itself when it runs the model."""
+        """Find a DDP wrapper made after `attach`, once it runs the model."""
         if self._ddp is None and not torch.compiler.is_compiling():
             running = getattr(DistributedDataParallel, "_active_ddp_module", None)
             if isinstance(running, DistributedDataParallel):
@@ -230,10 +230,10 @@ class Method(TrainerCallback, ABC, Generic[E]):
             self._looking = None
 
     def check(self) -> None:
-        """Called before a checkpoint is written: raises if the training has diverged and nobody was told yet."""
+        """Called before a checkpoint is written: raises if training has diverged and this was not reported yet."""
 
     def _finish_if_done(self) -> None:
-        """What follows the last cut, wherever it came about: in a step, in `attach`, or in a checkpoint."""
+        """Clean up after the last cut, whether it was made in a step, in `attach`, or in a checkpoint."""
         if self.engine.done:
             self._stop_looking()
             if not self.acts_after_cut:
@@ -252,7 +252,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
     @property
     def engine(self) -> E:
-        """What is at work on the model; raises ConfigError before `attach`."""
+        """The engine at work on the model; raises ConfigError before `attach`."""
         if self._engine is None:
             raise ConfigError(f"{type(self).__name__} is attached to no model yet; call `attach(model)` first.")
         return self._engine
@@ -287,7 +287,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Everything that can be wrong about the schedule is said here, before the first step."""
+        """Report every problem with the schedule here, before the first step."""
         trainer = calling_trainer()
         refuse_sharding(trainer)
         if self._engine is None or attach.peft_model(kwargs["model"]) is not self._engine.model:
@@ -305,7 +305,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             goes_on = state.global_step if state.global_step > 0 else None
             self.engine.events.open(_folder(args) / EVENTS_FILE, resume_at=goes_on)
         if self._resumed:
-            self._reported = len(self.events)  # a cut before the checkpoint is no news, and its best model still is
+            self._reported = len(self.events)  # a cut before the checkpoint is old news; its best model stands
         wrapped = getattr(trainer, "model_wrapped", None)
         self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
         self._finish_if_done()  # the Trainer has switched checkpointing on since
@@ -345,12 +345,12 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
 
 class SelectionMethod(Method[Selector]):
-    """A method that selects among LoRA adapters. Subclasses are final and only say which `Strategy` they are.
+    """A method that selects among LoRA adapters. Subclasses are final and only define their `Strategy`.
 
     Args:
         seed: of the whole method; default the Trainer's.
         share_dropout: adapters on layers of one module that read the same tensor, such as query, key and value, drop
-            the same places of it. On a CPU a little faster; without Triton each draws its own mask on a GPU.
+            the same entries of it. Slightly faster on a CPU; without Triton each draws its own mask on a GPU.
 
     Raises:
         ConfigError: an argument that cannot work.
@@ -365,7 +365,7 @@ class SelectionMethod(Method[Selector]):
 
     @abstractmethod
     def strategy(self, seed: int) -> Strategy:
-        """The method as data; `seed` serves whatever it draws at random."""
+        """The method as data; `seed` is for everything it draws at random."""
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Selector:
         strategy = self.strategy(seed)
@@ -385,7 +385,7 @@ class SelectionMethod(Method[Selector]):
 
 
 def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """`PeftModel.load_adapter`, which for a checkpoint of this run lets the structure follow first."""
+    """`PeftModel.load_adapter`, which for a checkpoint of this run first restores the structure."""
 
     def load() -> Any:
         return PeftModel.load_adapter(model, model_id, adapter_name, *args, **kwargs)

@@ -3,8 +3,8 @@
     h = W_0 x + alpha / r_0 * sum_k c_k B_:k A_k: x,    loss + eta / (2 n r_0) * sum over m, k of Var(A_k:) + Var(B_:k)
     s_k = ||c_k B_:k A_k:||_F / ||B diag(c) A||_F,      s-bar <- 0.9 s-bar + 0.1 s
 
-c starts at 0 and is trained with A and B. Over a window of the run more and more of the lowest s-bar of the whole model
-have their c set to 0, until as many components are left as the target says. In the order of one step:
+c starts at 0 and is trained with A and B. Over a window of the run, more and more of the components with the lowest
+s-bar of the whole model have c set to 0, until the target number is left. In the order of one step:
 
     observe           the regulariser's gradient is added, until the window ends
     optimizer.step()  A, B, head and c
@@ -37,15 +37,15 @@ SMOOTHING = 0.9
 
 
 class DynamicLoRA(RankMethod["Components"]):
-    """Start with a rank above the target and let the components with the smallest share of their module's update go.
+    """Start with a rank above the target and drop the components with the smallest share of their module's update.
 
     The adapter starts at a rank above `target_r` (the authors: one and a half times it); at the end of the window there
     are `target_r` ranks for every module on average, exactly.
 
     Args:
         target_r: ranks for each module at the end, on average.
-        tinit: where the window starts, in optimizer steps or as a share of the run.
-        tfinal: what is left of the run when it ends.
+        tinit: start of the window, in optimizer steps or as a share of the run.
+        tfinal: the rest of the run after the window.
         interval: optimizer steps between two prunings. Default: 100, or a tenth of the window where that is less.
         eta: weight of the variance regulariser; 0.1 to 0.5 by task.
         beta: smoothing of the score.
@@ -81,7 +81,7 @@ def pruned(tau: int, window: int, excess: int) -> int:
 
     Args:
         window: its length, tau_max.
-        excess: n (r_0 - r-bar), what is closed at its end.
+        excess: n (r_0 - r-bar), the number closed at its end.
     """
     return max(1, excess * tau**3 // window**3)
 
@@ -206,7 +206,7 @@ _attach = Attach(without=("r", "rank_pattern", "init_lora_weights", "use_dora", 
 
 
 def _prepare(model: nn.Module, lora: Mapping[str, Any], *, target_r: int = 8, init_r: int | None = None) -> PeftModel:
-    """A LoRA with rank to prune from.
+    """A LoRA with spare rank to prune.
 
     Args:
         target_r: as in `DynamicLoRA`.

@@ -1,4 +1,4 @@
-"""EVA (Paischer et al. 2024, arXiv 2410.07170): PEFT's, given the rows it needs and an end.
+"""EVA (Paischer et al. 2024, arXiv 2410.07170): PEFT's EVA, with the rows it needs and a stopping point.
 
 A starts as the principal directions of each layer's inputs, B at 0; the ranks go where they explain most variance.
 """
@@ -61,11 +61,11 @@ def _prepare(
 class _Rows:
     """The rows of a layer's input that are not padding; a pooler's input has one row per example.
 
-    PEFT goes through the batches until all directions stand still, which need not happen; this counts and ends it.
+    PEFT reads batches until all directions have converged, which may never happen; this counts and stops it.
 
     Args:
         least: directions to find in the inputs of a layer.
-        batches: how many there are.
+        batches: number of batches.
     """
 
     MOST_PASSES = 50

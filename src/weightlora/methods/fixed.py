@@ -1,4 +1,4 @@
-"""LoRA on a fixed set of modules: nothing is learnt about where, and often nothing needs to be (docs/study.md)."""
+"""LoRA on a fixed set of modules: the placement is not learnt, and often need not be (docs/study.md)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Fixed(SelectionMethod):
         Fixed(keep="50% memory", where="last", after=1)          the last ones that keep half the activations
 
     Args:
-        keep: how much stays, as in `WeightLoRA`; a share is one of all adapters. None: every module in question. A
+        keep: how much stays, as in `WeightLoRA`; a share is one of all adapters. None: every candidate module. A
             budget in memory or time is filled from one end or at random, and needs `after` of at least 1.
         where: "spread" (default) at equal distances from the first block to the last; "first", "middle" or "last";
             "random"; or "stratified", random with a module of every block in turn.
-        modules: which are in question: "feed-forward", "attention", "all", or endings of module names. Default: the
-            feed-forward ones, or all where there is no adapter on any.
+        modules: the candidates: "feed-forward", "attention", "all", or endings of module names. Default: the
+            feed-forward ones, or all if none of those has an adapter.
         after: the optimizer step of the cut.
-        seed: of what is drawn; default the Trainer's.
+        seed: of the random draws; default the Trainer's.
         share_dropout: as in `WeightLoRA`.
 
     Raises:
-        ConfigError: an argument that cannot work. What does not fit the model is said when the method is attached.
+        ConfigError: an argument that cannot work. A misfit with the model is reported when the method is attached.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """FlexLoRA (Bai et al. 2024, arXiv 2402.11505) is federated, so a single run has nothing to do: `weightlora.federated`.
 
-It is listed with the other methods because it stands in the same tables. Each of its clients trains an ordinary LoRA.
+It is listed with the other methods because it appears in the same tables. Each of its clients trains an ordinary LoRA.
 """
 
 from __future__ import annotations

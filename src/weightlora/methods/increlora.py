@@ -53,11 +53,11 @@ class IncreLoRA(RankMethod["GrowingRanks"]):
         add_r: ranks a module gains at once. Default: half of `target_r`.
         top_h: modules that gain ranks at once. Default: an eighth of them, as in the authors' script for RTE.
         init_warmup, incre_interval: ranks are added at every multiple of `incre_interval` steps after `init_warmup`.
-            Default: 100 each, or less where half of the run would not do; `init_warmup` as `incre_interval`.
+            Default: 100 each, or less where half of the run is too short; `init_warmup` as `incre_interval`.
         advance_learn: keep ranks in reserve that learn in advance.
         orth_reg_weight: gamma.
         beta1, beta2: smoothing of scores and of their uncertainty.
-        compat: divide alpha by the rank of the moment as the authors' code does, so that the output jumps whenever a
+        compat: divide alpha by the current rank as the authors' code does, so that the output jumps whenever a
             module grows. Default: s = alpha / target_r throughout, and growing changes no output.
         seed: of A and B; default the Trainer's.
 
@@ -103,7 +103,7 @@ class IncreLoRA(RankMethod["GrowingRanks"]):
 
 
 def increments(missing: int, top_h: int, add_r: int) -> int:
-    """How many times `top_h` modules gain `add_r` ranks until `missing` ranks are there; the last time maybe fewer."""
+    """How often `top_h` modules must gain `add_r` ranks to add `missing` ranks; the last time may add fewer."""
     return math.ceil(missing / (top_h * add_r))
 
 
@@ -111,7 +111,7 @@ class GrowingRanks(RankEngine):
     """IncreLoRA at work on a model.
 
     Attributes:
-        effective: ranks of every module, without those in reserve, which come behind them.
+        effective: ranks of every module, without those in reserve, which come after them.
     """
 
     method = "increlora"
@@ -165,7 +165,7 @@ class GrowingRanks(RankEngine):
     def _refill(
         self, adapter: Adapter, effective: int, optimizer: torch.optim.Optimizer | None, trained: int = 0
     ) -> None:
-        """Add what is missing: ranks that are effective now, and the reserve behind them."""
+        """Add the missing ranks: those that are effective now, and the reserve after them."""
         reserve = self.options.add_r if self.options.advance_learn else 0
         k = min(effective + reserve, _most(adapter)) - adapter.r
         if k > 0:
@@ -220,7 +220,7 @@ class GrowingRanks(RankEngine):
             if name not in self._dense:
                 self._dense[name] = dy.new_zeros(dy.shape[1], rows.shape[1])
             G = self._dense[name]
-            torch.addmm(G, dy.T, rows, out=G)  # `addmm_` is not seen by FLOP counters
+            torch.addmm(G, dy.T, rows, out=G)  # FLOP counters do not see `addmm_`
 
         output.register_hook(add)
 
@@ -250,7 +250,7 @@ class GrowingRanks(RankEngine):
 
     def act(self, optimizer: torch.optim.Optimizer | None) -> bool:
         for gate, r in zip(self.gates, self.effective, strict=True):
-            gate[r:] = RESERVE  # whatever weight decay made of it
+            gate[r:] = RESERVE  # undoes weight decay
         warmup, interval = self._steps
         if self.global_step <= warmup or self.global_step % interval:
             return False
@@ -281,7 +281,7 @@ class GrowingRanks(RankEngine):
         )
 
     def conclude(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """The reserves go."""
+        """Remove the reserves."""
         if (ranks := sum(self.effective)) < self._target:
             logger.warning("the run ended at step %d with %d of %d ranks", self.global_step, ranks, self._target)
         live = [torch.arange(a.r) < r for a, r in zip(self.adapters, self.effective, strict=True)]

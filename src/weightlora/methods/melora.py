@@ -4,7 +4,7 @@
 
 x_i is the i-th of N equal chunks of x, so dW is block diagonal and of rank up to N r, for the parameters of a LoRA of
 rank r. Nothing is scored and nothing happens during training. It is saved as what it is, a LoRA of rank N r with two
-block diagonal factors and `lora_alpha` N alpha. That file holds the zeros too, N times the numbers that are trained.
+block diagonal factors and `lora_alpha` N alpha. That file also holds the zeros: N times the numbers trained.
 
 The N minis are one batched product. Dropout on x before it is cut into chunks is one dropout for each mini.
 """

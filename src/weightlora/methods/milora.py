@@ -2,7 +2,7 @@
 
     W_0 = U S V^T;  B_0 = U_r sqrt(S_r / s),  A_0 = sqrt(S_r / s) V_r^T  of the r smallest triplets
 
-A and B start there and s B_0 A_0 leaves the frozen weight, so that nothing changes until the first step. The authors
+A and B start there and s B_0 A_0 is taken out of the frozen weight: nothing changes until the first step. The authors
 use alpha = r, that is s = 1.
 """
 

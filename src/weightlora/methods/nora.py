@@ -3,12 +3,12 @@
     W_0 = U S V^T;   dW = s B (B' A') A,     A = V_r^T: (r, d_in),   B = U_r S_r or U_r sqrt(S_r): (d_out, r)  frozen
                                              A': (r', r) random,     B': (r, r') zero at the start             trained
 
-The r largest triplets are taken. Unverified, since the authors' code was not to be had: which of the two B is, the
-scaling (here alpha / r'), both ranks, and whether the base weight gives up B A; here it stays as it is, and B' = 0
+The r largest triplets are taken. Unverified, since the authors' code was not available: which of the two B is, the
+scaling (here alpha / r'), both ranks, and whether the base weight loses B A; here it stays as it is, and B' = 0
 leaves the model unchanged. The later version's SVD that takes activations into account is left out.
 
 A step multiplies A' A and B B' first, r' r (d_in + d_out) products a module, so that every token costs what a LoRA of
-rank r' costs and not the outer rank. Saved as that LoRA. Getting ready takes an SVD of every module's weight.
+rank r' costs and not the outer rank. Saved as that LoRA. Preparation takes an SVD of every module's weight.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class NestedB(_Nested):
 
 
 class NoRA(ComputedMethod[ComputedEngine]):
-    """Keeps the four factors beside the stock adapter in a checkpoint, without which no run can be resumed."""
+    """Keeps the four factors beside the stock adapter in a checkpoint; no run can be resumed without them."""
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> ComputedEngine:
         return ComputedEngine(model, "nora", prepared(model, adapter_name, "nora"))

@@ -1,4 +1,4 @@
-"""What the methods share that decide about single ranks: a gate on each, and ranks that leave or join a live model.
+"""Shared by the methods that decide about single ranks: a gate on each, and ranks that leave or join a live model.
 
     h = W_0 x + b + scaling * B diag(g) A dropout(x)
 
@@ -44,7 +44,7 @@ class RankEngine(Engine):
         gated: whether every rank has a gate while the model trains.
         adapters: those still attached.
         global_step: optimizer steps done.
-        ends: the step after which gates are folded; None where whoever trains calls `finish`.
+        ends: the step after which gates are folded; None where the training loop calls `finish`.
         done: the structure is final. settled: the gates are folded as well.
         kept, dropped: module names, once ranks were removed; the kept ones with the best first.
     """
@@ -85,7 +85,7 @@ class RankEngine(Engine):
         """The steps after which ranks leave, in a run of `total`; raises ConfigError where they do not fit."""
 
     def penalty(self) -> None:
-        """Add the gradients of what the authors add to the loss."""
+        """Add the gradients of the terms that the authors add to the loss."""
 
     def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:
         """After backward and before the optimizer's step."""
@@ -95,7 +95,7 @@ class RankEngine(Engine):
         """After the optimizer's step, while ranks are being allocated; returns whether the structure changed."""
 
     def conclude(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """What is left to decide when training ends; default: remove the ranks whose gate is 0."""
+        """Make the decisions left when training ends; default: remove the ranks whose gate is 0."""
         self.close([gate != 0 for gate in self.gates], [gate.abs() for gate in self.gates], optimizer)
 
     # -- in any loop ---------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class RankEngine(Engine):
 
     @torch.no_grad()
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Training is over: decide what is open and fold the gates into B. Outputs stay as they are."""
+        """Training is over: make the open decisions and fold the gates into B. Outputs stay as they are."""
         if self.settled:
             return False
         if not self.done:
@@ -162,11 +162,11 @@ class RankEngine(Engine):
     # -- changing the structure ----------------------------------------------------------------------------------
 
     def list_gates(self) -> None:
-        """Looked up once, and again when the structure has changed."""
+        """Look the gates up: once, and again when the structure has changed."""
         self.gates: list[Tensor] = [gate for a in self.adapters if (gate := a.gate) is not None]
 
     def set_gates(self, values: Tensor) -> None:
-        """All gates of the model from one vector."""
+        """Set all gates of the model from one vector."""
         torch._foreach_copy_(self.gates, list(values.split([len(g) for g in self.gates])))  # pyright: ignore[reportPrivateImportUsage]
 
     def live(self) -> int:
@@ -178,10 +178,10 @@ class RankEngine(Engine):
         return sum(a.r for a in self.adapters)
 
     def close(self, live: Sequence[Tensor], scores: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-        """The last cut: what is not live leaves for good, and the events say so.
+        """The last cut: remove all ranks that are not live, and record it in the events.
 
         Args:
-            live: a mask (r,) for every adapter; where nothing is live anywhere, the best rank is kept all the same.
+            live: a mask (r,) for every adapter; if none is live anywhere, the best rank is still kept.
             scores: (r,) for every adapter.
         """
         live = list(live)
@@ -199,7 +199,7 @@ class RankEngine(Engine):
         logger.info("step %d: kept %d of %d ranks", self.global_step, self.ranks, ranks)
 
     def record_ranks(self) -> None:
-        """Every module's rank, as an event."""
+        """Record every module's rank as an event."""
         ranks = {a.name: a.r for a in self.adapters}
         self.events.add("ranks", self.global_step, ranks=ranks, parameters_after=self.parameters)
 
@@ -227,7 +227,7 @@ class RankEngine(Engine):
         return optimizer
 
     def settle(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """B <- B diag(g), AdamW's moments to match, and the gates go."""
+        """B <- B diag(g), AdamW's moments to match, and the gates are removed."""
         values = {a.name: gate.tolist() for a, gate in zip(self.adapters, self.gates, strict=bool(self.gates))}
         for adapter in self.adapters if self.gates else ():
             gate = surgery.fold(adapter)
@@ -260,7 +260,7 @@ class RankEngine(Engine):
             )
 
     def generator(self, adapter: Adapter, *names: object) -> torch.Generator:
-        """A generator of its own for what is named, the same on every process."""
+        """A separate generator for each set of names, the same on every process."""
         return torch.Generator().manual_seed(surgery.name_seed(self.seed, self.method, adapter.name, *names))
 
 
@@ -284,7 +284,7 @@ def reindex(
 ) -> None:
     """Give an adapter the ranks `index` of its own, followed by `new` ones. Its scaling is held.
 
-    Moments go along. Those of new ranks start at 0, with the scale of the last of the old ranks.
+    Moments move along. Those of new ranks start at 0, with the scale of the last of the old ranks.
 
     Args:
         index: (r',), in order.
@@ -312,7 +312,7 @@ R = TypeVar("R", bound=RankEngine)
 
 
 class RankMethod(Method[R]):
-    """A method that allocates ranks. Subclasses are final; `start` says which `RankEngine` they are."""
+    """A method that allocates ranks. Subclasses are final; `start` returns their `RankEngine`."""
 
     acts_after_cut = True  # gates are folded when training ends
 
@@ -338,5 +338,5 @@ class RankMethod(Method[R]):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the first micro-batch, so that the Trainer clips the sum."""
-        if not args.fp16:  # there gradients are scaled now, and no longer in `observe`
+        if not args.fp16:  # with it gradients are scaled here, but not in `observe`
             self.engine.regularise()

@@ -9,7 +9,7 @@ In the order of one optimizer step:
     step       with `proximal=True` e <- sign(e) max(|e| - eta lambda, 0), eta the learning rate of e
                at the end: ranks with |e| <= threshold leave their module, and its optimizer state
 
-A gradient alone hardly makes an e exactly 0, so the proximal step is the default. Start, penalty weight and the rule
+A gradient alone rarely makes an e exactly 0, so the proximal step is the default. Start, penalty weight and the rule
 for what is pruned are unverified. An e that is 0 may return until the end. A rank that no module has kept leaves A and
 B too; a module without a rank is disconnected. Saved, for every module, as the stock LoRA of A and B diag(e), at its
 own rank.
@@ -41,7 +41,7 @@ _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias"
 
 
 class SharedA(Factor):
-    """Some rows of a matrix that others use too.
+    """Some rows of a matrix that other factors share.
 
     Args:
         matrix: (r, d_in).
@@ -61,7 +61,7 @@ class SharedA(Factor):
 
 
 class SharedB(Factor):
-    """Some columns of a matrix that others use too, each times a coefficient.
+    """Some columns of a matrix that other factors share, each times a coefficient.
 
     Args:
         matrix: (d_out, r).
@@ -83,7 +83,7 @@ class SharedB(Factor):
 
 
 class S2LoRA(ComputedMethod["Coefficients"]):
-    """The penalty on e while a model from `weightlora.prepare("s2_lora", ...)` trains, and what becomes of zeros.
+    """The penalty on e while a model from `weightlora.prepare("s2_lora", ...)` trains, and the removal of zeros.
 
     Args:
         penalty: lambda.
@@ -118,7 +118,7 @@ class Coefficients(ComputedEngine):
     """S2-LoRA at work on a model.
 
     Attributes:
-        waits: nothing is dropped at the last step.
+        waits: drop nothing at the last step.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Coefficients(ComputedEngine):
         return [a.B.e for a in self.adapters]  # type: ignore[misc]
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
-        """The last step is the one after which zeros are dropped."""
+        """Zeros are dropped after the last step."""
         self._total = total_steps
         return (total_steps,)
 
@@ -170,7 +170,7 @@ class Coefficients(ComputedEngine):
         return True
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Drop the zeros there are. Returns whether it did."""
+        """Drop the current zeros. Returns whether it did."""
         if self.done:
             return False
         self.prune(optimizer)
@@ -180,7 +180,7 @@ class Coefficients(ComputedEngine):
 
     @torch.no_grad()
     def prune(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Take ranks whose e is 0 out of their modules, and out of A and B where no module has them."""
+        """Remove ranks whose e is 0 from their modules, and from A and B where no module has them."""
         kept = {a.name: a.B.index[a.B.e.abs() > self.threshold] for a in self.adapters}  # type: ignore[index]
         if not any(len(index) for index in kept.values()):
             logger.warning("every e is 0; one rank is kept all the same, since a LoRA needs one. Lower `penalty`.")
@@ -212,7 +212,7 @@ class Coefficients(ComputedEngine):
 
 
 def _groups(adapters: list[Adapter]) -> list[list[Adapter]]:
-    """Adapters by the A that they share."""
+    """Adapters grouped by the A that they share."""
     found: dict[int, list[Adapter]] = {}
     for adapter in adapters:
         found.setdefault(id(adapter.A.matrix), []).append(adapter)
@@ -220,7 +220,7 @@ def _groups(adapters: list[Adapter]) -> list[list[Adapter]]:
 
 
 def _narrow(group: list[Adapter], kept: list[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-    """Leave each adapter its ranks, and in A and B those that any of them has; moments follow."""
+    """Leave each adapter its kept ranks, and A and B those that any adapter keeps; moments follow."""
     union = torch.cat(kept).unique()  # sorted
     A: Any = group[0].A
     B: Any = group[0].B
@@ -245,7 +245,7 @@ def _part(old: nn.Parameter, index: Tensor, dim: int, optimizer: torch.optim.Opt
 
 
 def _s2(model: nn.Module, lora: Mapping[str, Any], *, init: Literal["ones", "normal"] = "ones") -> PeftModel:
-    """S2-LoRA of rank `lora.r` before anything is dropped. A starts random, as LoRA's, and B at 0.
+    """S2-LoRA of rank `lora.r` before anything is dropped. A starts random, as in LoRA, and B at 0.
 
     Args:
         init: start of e, ones or standard normal.

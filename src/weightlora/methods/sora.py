@@ -3,7 +3,7 @@
     h = W_0 x + alpha / r * B (g o A x),      g <- T_xi(g - eta dL/dg),      T_xi(x) = sign(x) max(|x| - xi, 0)
 
 A gate per rank, g ~ N(0, 1) at the start, is trained with A and B and shrunk towards 0 after every step. A gate at 0
-still has a gradient and may come back, so ranks are removed for good only when it is over. In the order of one step:
+still has a gradient and may come back, so ranks are removed for good only at the end. In the order of one step:
 
     observe           the gradient of lambda_1 * mean |g| is added; weight decay is kept off the gates
     optimizer.step()  A, B, head and g, at the learning rate of their group
@@ -34,7 +34,7 @@ def soft_threshold(x: Tensor, xi: float) -> Tensor:
 
 
 def double_shrink(x: Tensor, xi: float) -> Tensor:
-    """What the authors' code computes in its place: T_xi, and then everything below xi is 0 as well."""
+    """The authors' code in place of T_xi: T_xi, and then everything below xi becomes 0 as well."""
     shrunk = soft_threshold(x, xi)
     return torch.where(shrunk.abs() < xi, torch.zeros_like(x), shrunk)
 
@@ -42,14 +42,14 @@ def double_shrink(x: Tensor, xi: float) -> Tensor:
 class SoRA(RankMethod["SparseRanks"]):
     """Train a gate for every rank under a soft threshold; ranks whose gate ends at 0 are removed.
 
-    How many ranks stay follows from `lambda2` and the length of the run: a gate of 1 that no gradient holds is at 0
+    The ranks that stay follow from `lambda2` and the length of the run: a gate of 1 that no gradient holds is at 0
     after 1 / lambda2 steps.
 
     Args:
         lambda2: lambda, how far the gates shrink in a step. Several increasing values are the paper's sparsifying
-            schedule (Algorithm 1) in one run, an equal number of steps each; the events say how many ranks each left.
-        scale_by_lr: xi = eta * lambda2 with eta the learning rate of the moment, as the paper writes it. Default: xi =
-            lambda2, as the authors' experiments have it. With AdamW and `scale_by_lr`, 0.1 to 0.5 is what shrinks.
+            schedule (Algorithm 1) in one run, an equal number of steps each; the events record the ranks each left.
+        scale_by_lr: xi = eta * lambda2 with eta the current learning rate, as the paper writes it. Default: xi =
+            lambda2, as the authors' experiments have it. With AdamW and `scale_by_lr`, values of 0.1 to 0.5 shrink.
         lambda1: weight of mean |g| in the loss, added as a gradient. The authors' code: 1e-3 by default, 10 on STS-B.
         after: optimizer steps, or a share of the run, after which ranks at 0 are removed, the gates folded and an
             ordinary LoRA trains on. Default: when training ends.
@@ -124,7 +124,7 @@ class SparseRanks(RankEngine):
             gate.grad = gradient if gate.grad is None else gate.grad.add_(gradient)
 
     def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Have the optimizer step from 0, where weight decay finds nothing, whichever way it is built in."""
+        """Have the optimizer step from 0, where weight decay has no effect, however it is implemented."""
         if self.options.decay_gates or optimizer is None or not self._group(optimizer).get("weight_decay"):
             return
         self._held = torch.cat(self.gates)
@@ -150,7 +150,7 @@ class SparseRanks(RankEngine):
         return optim.group_of(optimizer, self.gates[0])
 
     def _stage(self, step: int) -> int:
-        """Which of the values of lambda2 counts in a step, from 1 on."""
+        """The number, from 1 on, of the lambda2 value that applies in a step."""
         assert self.cuts is not None
         return min(len(self.options.lambda2) - 1, (step - 1) * len(self.options.lambda2) // self.cuts[0])
 

@@ -46,7 +46,7 @@ Scope = Literal["global", "tensor"]
 
 
 class Sparse(Factor):
-    """A factor of which only some elements are there.
+    """A factor that holds only some elements.
 
     Args:
         values: (k,), the elements.
@@ -101,7 +101,7 @@ class Rule:
         return max(final, int(n * self.density ** (rounds_done / self.rounds)))
 
     def sizes(self, capacities: list[int]) -> list[int]:
-        """How many elements there were under each threshold, from those in each A and B."""
+        """Number of elements under each threshold at the start, from those in each A and B."""
         return [sum(capacities)] if self.scope == "global" else capacities
 
 
@@ -115,7 +115,7 @@ class SparseAdapter(ComputedMethod["Sparsifier"]):
             Scoring waits further while B is still 0, as under a learning rate that starts at 0.
         score_steps: n, optimizer steps over which SNIP's scores are summed; between the rounds of "magnitude".
         scope: "global", one threshold over all adapters, or "tensor", the same share of each A and B.
-        rounds: E, in how many rounds the density is reached.
+        rounds: E, the number of rounds that reach the density.
         seed: of "random"; default the Trainer's.
 
     Raises:
@@ -155,7 +155,7 @@ class Sparsifier(ComputedEngine):
     """SparseAdapter at work on a model.
 
     Attributes:
-        capacity: elements there were.
+        capacity: number of elements at the start.
     """
 
     def __init__(self, model: PeftModel, adapter_name: str | None, rule: Rule, seed: int) -> None:
@@ -225,7 +225,7 @@ class Sparsifier(ComputedEngine):
         if self.done:
             return False
         self.global_step += 1
-        last = self.global_step == self._total  # whatever has kept B at 0 until now
+        last = self.global_step == self._total  # even if B was at 0 until now
         due = self.global_step >= self.rule.cuts[self.rounds_done]
         if self.rule.score == "snip":
             due = due and self._scored >= self.rule.score_steps
@@ -243,7 +243,7 @@ class Sparsifier(ComputedEngine):
 
     @property
     def can_cut(self) -> bool:
-        """Whether anything is known to choose by."""
+        """Whether there is anything to choose by."""
         return {"snip": self._scored > 0, "magnitude": self._b_has_moved(), "random": True}[self.rule.score]
 
     # -- the cut -------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class Sparsifier(ComputedEngine):
         """Remove all but the best elements, the earlier of two equals, from adapters and optimizer.
 
         Args:
-            last: to the final density at once.
+            last: cut to the final density at once.
         """
         if optimizer is None and self.global_step > 0:
             raise ConfigError("elements that go also leave the optimizer; give it: `step(optimizer)`.")
@@ -318,7 +318,7 @@ class Sparsifier(ComputedEngine):
 
 
 def _narrow(factor: nn.Module, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> Sparse:
-    """The factor with only the elements of `mask`, of those it has; with their moments."""
+    """The factor reduced to those of its elements that `mask` selects, with their moments."""
     (old,) = factor.parameters()
     kept = mask.nonzero().flatten().to(old.device)
     index = factor.index[kept] if isinstance(factor, Sparse) else kept
@@ -330,7 +330,7 @@ def _narrow(factor: nn.Module, mask: Tensor, optimizer: torch.optim.Optimizer | 
 
 
 def _nothing_of(weight: Tensor) -> Sparse:
-    """A factor without an element yet."""
+    """A factor with no elements yet."""
     return Sparse(weight.detach().new_empty(0), torch.empty(0, dtype=torch.int64, device=weight.device), weight.shape)
 
 

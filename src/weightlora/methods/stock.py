@@ -24,7 +24,7 @@ _LORA_PARAMETERS = "sum of r (d_in + d_out)"
 
 
 def head_modules(model: Any) -> list[str]:
-    """The children outside the pretrained body that have parameters: what a new task must train whole."""
+    """The children outside the pretrained body that have parameters; a new task must train them whole."""
     return [
         name
         for name, child in model.named_children()
@@ -74,7 +74,7 @@ def _pissa(model: nn.Module, lora: Mapping[str, Any], *, niter: int | None = Non
 
 
 def _checked_split(attach: Attach, model: nn.Module, lora: Mapping[str, Any], **own: Any) -> PeftModel:
-    """The checks need PEFT's choice of modules, and PEFT's start changes the weights: choose first, then start."""
+    """The checks need PEFT's choice of modules, and PEFT's init changes the weights: choose first, then start."""
     plain = attach(model, lora, init_lora_weights=True)
     residual.check(plain)
     base: Any = plain.unload()
@@ -129,7 +129,7 @@ def _vblora(
 ) -> PeftModel:
     """PEFT's VB-LoRA: factors put together from one bank of vectors.
 
-    The authors train the logits with ten times the rate of the bank; a run of the command does, and in your own script
+    The authors train the logits with ten times the rate of the bank; the command does so too, and in your own script
     `methods.parameter_groups("vblora", model, lr=...)` makes such groups.
 
     Args:

@@ -4,7 +4,7 @@
 
 VeRA with trained matrices. A projection's type is the last part of its name and its shape; each type has its A and B.
 The paper compares which of A, B, u and v are trained and which are tied; the names of its variants and its start are
-unverified, so `train` and `tie` say it and A is random, B zero, u and v one. Where B is frozen it is random, as A is,
+unverified, so `train` and `tie` set them and A is random, B zero, u and v one. Where B is frozen it is random, as A is,
 and v (else u) starts at 0 in its place, so that the model starts unchanged.
 
 Saved, for every layer, as the stock LoRA of A and diag(v) B diag(u). The file is as large as a LoRA's.
@@ -31,7 +31,7 @@ _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias"
 
 
 class TiedLoRA(ComputedMethod[ComputedEngine]):
-    """Keeps the exact A, B, u and v beside the stock adapter in a checkpoint, without which no run can be resumed."""
+    """Keeps the exact A, B, u and v beside the stock adapter in a checkpoint; no run can be resumed without them."""
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> ComputedEngine:
         return ComputedEngine(model, "tied_lora", prepared(model, adapter_name, "tied_lora"))
@@ -61,7 +61,7 @@ def _tied(
 
 
 class _Parts:
-    """Makes every matrix and vector once for all that share it."""
+    """Makes every matrix and vector once for all modules that share it."""
 
     def __init__(self, train: str, tie: str, fused: bool) -> None:
         self.train, self.tie, self.fused = train, tie, fused
@@ -83,11 +83,11 @@ class _Parts:
         return self._made[key]
 
     def _vector(self, part: str, adapter: Adapter, make: Callable[[], Tensor]) -> Tensor | None:
-        """None where it is one for good."""
+        """None where it stays fixed at one."""
         return self._part(part, adapter, make) if part in self.train else None
 
     def _owner(self, part: str, adapter: Adapter) -> tuple[Any, ...]:
-        """What is equal for modules that share this part."""
+        """A key that is equal for modules that share this part."""
         parent, _, kind = adapter.name.rpartition(".")
         shape = (adapter.r, adapter.in_features)
         if part in self.tie:

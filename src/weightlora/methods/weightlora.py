@@ -3,7 +3,7 @@
     h = W_0 x + omega_i s B_i A_i x,      min over omega, A, B of the loss subject to ||omega||_0 <= K
 
 omega is trained by stochastic hard thresholding; after T steps the adapters with omega = 0 are disconnected.
-WeightLoRA+ then raises the rank of the others to the parameters there were before. RLoRA draws the K at random.
+WeightLoRA+ then raises the rank of the others up to the earlier parameter count. RLoRA draws the K at random.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class WeightLoRA(SelectionMethod):
     """Learn one weight omega per adapter, keep the best, disconnect the rest.
 
     Args:
-        keep: how much stays: a number of adapters (10), a share (0.25), '61440 parameters' or '2 MB'; or what a step
-            may take of what it takes with all adapters: '40% memory' (activations) or '50% time' (operations).
+        keep: how much stays: a number of adapters (10), a share (0.25), '61440 parameters' or '2 MB'; or a share of
+            the cost of a step with all adapters: '40% memory' (activations) or '50% time' (operations).
         after: T, the optimizer step of the cut, or a share of the run (0.1). Default: a tenth of the run and at most
             one epoch.
         mode: "default" or "paper". "paper" is the paper to the letter: plain SGD on omega at 5.0, top-K after every
             step, omega <= 0 gated off, and omega held fixed in the forward after T.
-        threshold: which omega is large: "positive" (by value, above 0), "signed" (by value) or "magnitude".
+        threshold: which omegas count as large: "positive" (by value, above 0), "signed" (by value) or "magnitude".
         gate_lr: eta of omega's own step; follows the schedule of the main learning rate. Default 5.0.
         gate_optimizer: "stoiht" or "stogradmp".
         project_from, project_every: when StoIHT thresholds, in optimizer steps.
-        gate: what becomes of omega after T: "fold" (into B) or "keep" (held fixed). Default: fold, in paper mode keep.
+        gate: treatment of omega after T: "fold" (into B) or "keep" (held fixed). Default: fold, in paper mode keep.
         compat: reproduce what only the authors' code does, see `AUTHORS_CODE`. Implies the signed threshold.
         seed: of the whole method; default the Trainer's.
         share_dropout: layers of one module that read the same tensor (query, key and value) share a dropout mask.
@@ -87,7 +87,7 @@ class WeightLoRA(SelectionMethod):
 
 
 class WeightLoRAPlus(SelectionMethod):
-    """WeightLoRA whose survivors grow: their rank rises until the trainable parameters are as many as before.
+    """WeightLoRA whose survivors grow: their rank rises until there are as many trainable parameters as before.
 
     Args:
         keep: as in `WeightLoRA`; None halves the number of adapters at each of `rounds` cuts, as the authors do. Memory
@@ -146,7 +146,7 @@ class RLoRA(SelectionMethod):
     """The random ablation: K adapters drawn uniformly, the rest disconnected, no omega.
 
     Args:
-        keep: as in `WeightLoRA`; for memory or time give `after` too, since only a training step tells what it takes.
+        keep: as in `WeightLoRA`; for memory or time give `after` too, since only a training step can measure them.
         after: 0 (default) draws before the first step, as in the paper; a later step first trains all adapters.
         seed: of the draw; default the Trainer's.
         share_dropout: as in `WeightLoRA`.
@@ -175,7 +175,7 @@ class RLoRA(SelectionMethod):
         )
 
 
-# What `compat=True` reproduces of the authors' code and nothing in the paper asks for.
+# Behaviour of the authors' code that `compat=True` reproduces and nothing in the paper asks for.
 AUTHORS_CODE = {
     "initialisation": "A is uniform in +-1/sqrt(r), about sqrt(d/r) larger than LoRA's +-1/sqrt(d_in)",
     "signed top-K": "plain WeightLoRA keeps the K largest signed omega, negative ones too, and multiplies by them",

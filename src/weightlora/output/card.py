@@ -18,7 +18,7 @@ def model_card(run: Path, adapter: Path, *, merged: bool = False, metrics: dict[
         run: folder with `events.jsonl` and `metrics.json`, as far as there are any.
         adapter: folder with `adapter_config.json`; without one the card is for a plain model.
         merged: the card is for the model with the adapter in its weights.
-        metrics: what `metrics.json` will hold, while the run has not written it.
+        metrics: the later content of `metrics.json`, while the run has not written it.
     """
     config = _json(adapter / "adapter_config.json")
     metrics = _json(run / METRICS_FILE) if metrics is None else metrics

@@ -1,4 +1,4 @@
-"""Does what was written compute what the run's model does?"""
+"""Checks that a written model computes what the run's model does."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TOLERANCE = 1e-5  # of the largest number; in half precision four roundings
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> dict[str, Tensor]:
-    """What a model computes on fixed small inputs: its first output and, one by one, the update of every adapter.
+    """A model's results on fixed small inputs: its first output and, one by one, the update of every adapter.
 
-    The updates are looked at apart because an adapter that hardly moves the output could be wrong unnoticed.
+    The updates are compared separately because an adapter that hardly moves the output could be wrong unnoticed.
     """
     if not isinstance(model, PeftModel):
         return {"output": outputs(model)}

@@ -1,4 +1,4 @@
-"""From a run to what other programs load: a stock adapter, a portable one, or a merged model; checked before it counts.
+"""From a run to files that others load: a stock adapter, a portable one, or a merged model; checked before it counts.
 
 stock      ranks and alphas as they are, exceptions as anchored patterns; PEFT loads it. AdaLoRA becomes a LoRA; what is
            no LoRA (DoRA's magnitudes, VeRA, VB-LoRA) stays in PEFT's own form, a plain model is a plain model

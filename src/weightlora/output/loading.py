@@ -1,4 +1,4 @@
-"""Finding what a run has trained and loading it: an adapter on its base model with stock PEFT, or a plain model."""
+"""Finding and loading what a run has trained: an adapter on its base model with stock PEFT, or a plain model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def load_adapter(folder: Path, base_model: str | Path | nn.Module | None = None)
 
 
 def gguf_options(file: str | None) -> dict[str, Any]:
-    """What `from_pretrained` needs for the weights of a GGUF file, if there is one: all of them unpacked.
+    """Arguments of `from_pretrained` for the weights of a GGUF file, if there is one: all of them unpacked.
 
     Newer transformers may leave them packed, in layers that no adapter fits, unless told not to.
     """
@@ -157,7 +157,7 @@ def run_folder(adapter: Path) -> Path:
 
 
 def _model_class(task: str, recorded: str | None) -> Any:
-    """The class for a task, or the one PEFT recorded; what a file names is taken only if it is a model class."""
+    """The class for a task, or the one PEFT recorded; a name in a file is accepted only if it is a model class."""
     import transformers
 
     if task in _AUTO_CLASSES:
@@ -168,7 +168,7 @@ def _model_class(task: str, recorded: str | None) -> Any:
 
 
 def _head_options(folder: Path) -> dict[str, Any]:
-    """What the base model's fresh head must look like: as many labels as the saved one has, named as in the run."""
+    """The shape of the base model's fresh head: as many labels as the saved one has, named as in the run."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
         heads = [k for k in tensors.keys() if k.endswith(".weight") and ".lora_" not in k]
         labels = tensors.get_slice(heads[-1]).get_shape()[0] if heads else None

@@ -1,4 +1,4 @@
-"""What the freed resources buy after the cut: frozen blocks that run once, and larger batches."""
+"""Uses of the resources freed by the cut: frozen blocks that run once, and larger batches."""
 
 from weightlora.savings.batch import GrowBatch
 from weightlora.savings.reuse import ReusePrefix

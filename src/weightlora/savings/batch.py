@@ -3,7 +3,7 @@
     args = TrainingArguments(..., per_device_train_batch_size=4, gradient_accumulation_steps=8)
     trainer = Trainer(peft_model, args, ..., callbacks=[WeightLoRA(keep=10), GrowBatch()])
 
-What the dropped adapters no longer keep for backward has room for more rows at a time. The Trainer goes on counting the
+The memory that dropped adapters no longer need makes room for more rows at a time. The Trainer goes on counting the
 micro-batches it was set up with; several of them are merged into one forward and backward pass.
 """
 
@@ -37,7 +37,7 @@ class GrowBatch(TrainerCallback):
     Gradients stay those of the whole effective batch, up to rounding and to dropout masks.
 
     Args:
-        factor: how many micro-batches make one at most. Default: as many as fit into the memory that activations took
+        factor: most micro-batches to merge into one. Default: as many as fit into the memory that activations took
             before the cut; the forward pass of one batch is measured before and after it.
 
     Raises:
@@ -48,14 +48,14 @@ class GrowBatch(TrainerCallback):
         if factor is not None:
             options.whole("factor", factor, 2, of="micro-batches")
         self.wanted = factor
-        self.factor = 1  # what is merged now
+        self.factor = 1  # micro-batches merged now
         self._before: float | None = None  # bytes kept for backward per row, with all adapters
         self._waiting: list[Mapping[str, Any]] = []
         self._seen = 0  # micro-batches of the present optimizer step
         self._decided = self._adds_up = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """What cannot work is said when the Trainer is built."""
+        """Refuse a run without accumulation when the Trainer is built."""
         if args.gradient_accumulation_steps == 1:
             raise ConfigError(
                 "`GrowBatch` merges the micro-batches of one optimizer step, and `gradient_accumulation_steps` is 1; "
@@ -135,7 +135,7 @@ class GrowBatch(TrainerCallback):
         logger.info("%d of %d accumulated micro-batches run as one from here on", self.factor, accumulated)
 
     def _bytes_per_token(self, model: Any, inputs: Mapping[str, Any]) -> float:
-        """What a forward pass keeps for backward, for each entry of the largest input."""
+        """Bytes a forward pass keeps for backward, per entry of the largest input."""
         kept = saved_bytes(lambda: self._loss(model, inputs, None), exclude=peft_model(model))
         return kept / max(value.numel() for value in inputs.values() if torch.is_tensor(value))
 
@@ -153,7 +153,7 @@ class GrowBatch(TrainerCallback):
         return bool(takes and torch.allclose(first, second))
 
     def _loss(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Tensor:
-        """Of a forward pass that leaves no trace: DDP is passed by, the random state is put back."""
+        """The loss of a forward pass that leaves no trace: it bypasses DDP and restores the random state."""
         bare = peft_model(model)
         bare.train()
         with torch.random.fork_rng(), self._trainer.compute_loss_context_manager():
@@ -180,7 +180,7 @@ def merge(batches: Sequence[Mapping[str, Any]], pad_token: int, *, left: bool = 
         left: pad on the left.
 
     Returns:
-        The batch, or None where its loss could be another: unequal numbers of rows, or lengths without a mask.
+        The batch, or None where its loss could differ: unequal numbers of rows, or lengths without a mask.
     """
     merged: dict[str, Any] = {}
     for name, first in batches[0].items():

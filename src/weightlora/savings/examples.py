@@ -1,4 +1,4 @@
-"""A batch as examples: for each one a name that its content decides, and its length without padding on the right."""
+"""A batch as examples: each with a name that its content decides, and its length without padding on the right."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Side:
 
 
 class Examples:
-    """What a model is given for a batch, example by example.
+    """The model's inputs for a batch, example by example.
 
     Attributes:
         size: number of examples.
-        names: one for each, equal where everything the model is given for it is equal.
+        names: one for each, equal where all of their inputs are equal.
     """
 
     def __init__(self, inputs: Mapping[str, Any], *, encoder_decoder: bool = False) -> None:
@@ -52,7 +52,7 @@ class Examples:
         self.names = self._named()
 
     def side(self, *, decoder: bool) -> Side:
-        """Of a stack in the decoder of an encoder-decoder, or of any other stack."""
+        """The side of a stack in the decoder of an encoder-decoder, or of any other stack."""
         return self._decoder if decoder else self._encoder
 
     def rows(self, chosen: Sequence[int]) -> dict[str, Any]:

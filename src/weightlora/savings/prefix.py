@@ -1,7 +1,7 @@
-"""The frozen blocks at the bottom of a model: what leaves them is computed once and handed in without running them.
+"""The frozen blocks at the bottom of a model: their output is computed once and handed in without running them.
 
 Every stack of blocks (one in BERT and Llama, two in BART) whose first blocks are frozen has one place where hidden
-states are caught, the output of its last frozen block. Serving them, that block answers with what was caught and the
+states are caught, the output of its last frozen block. To serve them, that block returns the caught states and the
 blocks before it pass their input on.
 """
 
@@ -24,7 +24,7 @@ class Prefix:
     """The frozen blocks of a model as it is now.
 
     Args:
-        inputs: of an example or more, to try it with.
+        inputs: of one or more examples, for a trial run.
 
     Attributes:
         stacks: those with frozen blocks at the bottom, in the order they run.
@@ -126,7 +126,7 @@ class Prefix:
 
 
 class _Reached(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
+    """Ends a forward pass whose rest is not needed."""
 
 
 def _prefix(stack: Stack) -> list[nn.Module]:
@@ -147,6 +147,6 @@ def _answer(states: Tensor, width: int, *args: Any, **kwargs: Any) -> Any:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """Tensors of a model's output, those in tuples too; caches of keys and values are no result."""
+    """Tensors of a model's output, those in tuples too; caches of keys and values do not count."""
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
     return [t for value in values for t in (value if isinstance(value, tuple) else [value]) if torch.is_tensor(t)]

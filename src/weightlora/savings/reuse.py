@@ -2,12 +2,12 @@
 
     trainer = Trainer(peft_model, args, ..., callbacks=[WeightLoRA(keep=10), ReusePrefix()])
 
-In a loop of one's own:
+In a loop of your own:
 
     with ReusePrefix().attach(model, examples=len(dataset)):
         for batch in loader: ...
 
-The hidden states that enter the lowest block that trains are kept on disk, keyed by what the model is given for an
+The hidden states that enter the lowest block that trains are kept on disk, keyed by the model's inputs for an
 example without its padding, so shuffling, dynamic padding, accumulation and data parallelism need nothing more. These
 blocks then run without dropout. Evaluation is left as it is.
 """
@@ -51,7 +51,7 @@ class ReusePrefix(TrainerCallback):
     It starts by itself when the selection is done, or at once where none is at work.
 
     Args:
-        folder: where the hidden states are kept, in a folder of their own that is removed in the end. Default: the
+        folder: where the hidden states are kept, in a folder of their own that is removed at the end. Default: the
             Trainer's `output_dir`, or the system's temporary folder.
         dtype: "float32" or "bfloat16", how they are kept. Default: as the model computes them.
 
@@ -81,7 +81,7 @@ class ReusePrefix(TrainerCallback):
         Args:
             model: a `PeftModel`, bare or inside DDP.
             folder: used where none was given to the object itself.
-            examples: how many different ones there are; more than that means that they change from epoch to epoch.
+            examples: number of distinct ones; seeing more means that they change from epoch to epoch.
 
         Raises:
             UnsupportedError: a model without a list of blocks, with trainable embeddings, or compiled.
@@ -118,7 +118,7 @@ class ReusePrefix(TrainerCallback):
     # -- as a callback of HF Trainer -----------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A model that it cannot work with is refused when the Trainer is built."""
+        """Refuse an unsuitable model when the Trainer is built."""
         if args.torch_compile:
             raise UnsupportedError(f"{_CANNOT} a compiled model runs as one piece; leave `torch_compile` out.")
         _check_model(kwargs["model"], peft_model(kwargs["model"]))
@@ -126,7 +126,7 @@ class ReusePrefix(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Data that it cannot work with is refused before the first step; says how much will be kept."""
+        """Refuse unsuitable data before the first step, and say how much will be kept."""
         self.on_init_end(args, state, control, model=kwargs["model"])  # it may have been added since
         output_dir, loader = Path(str(args.output_dir)), kwargs["train_dataloader"]
         for stale in output_dir.glob(f"{FOLDER_PREFIX}*") if state.is_world_process_zero else ():
@@ -139,7 +139,7 @@ class ReusePrefix(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What waits in memory goes to disk, where other processes find it in the next epoch."""
+        """Write waiting rows to disk, where other processes find them in the next epoch."""
         with self._turning_off():
             if self._store is not None:
                 self._store.flush()
@@ -170,7 +170,7 @@ class ReusePrefix(TrainerCallback):
 
     @contextmanager
     def _turning_off(self) -> Iterator[None]:
-        """Nothing that goes wrong here may cost the run: it goes on as it would have without us."""
+        """No failure here may stop the run: it goes on as it would without this callback."""
         try:
             yield
         except (UnsupportedError, OSError) as error:
@@ -178,7 +178,7 @@ class ReusePrefix(TrainerCallback):
             self.close()
 
     def _find_prefix(self, model: PeftModel, batch: Examples) -> None:
-        surgery.release_inputs(model)  # a method does so at its last cut, and here may be none
+        surgery.release_inputs(model)  # a method does so at its last cut, but there may be none
         self._prefix = prefix = Prefix(model, batch.rows([0]))
         if prefix.stacks:
             logger.info("frozen now: %s; they run once for each example from here on, without dropout", prefix)
@@ -186,7 +186,7 @@ class ReusePrefix(TrainerCallback):
             logger.info("the lowest block trains, so no block can be left out")
 
     def _hidden(self, prefix: Prefix, batch: Examples) -> list[Tensor]:
-        """What leaves the frozen blocks for a batch; (batch, length, d) for each stack, zeros where it is padded."""
+        """Output of the frozen blocks for a batch; (batch, length, d) for each stack, zeros at padding."""
         store = self._store
         assert store is not None
         if any(_row(name) not in store for name in batch.names):
@@ -222,7 +222,7 @@ class ReusePrefix(TrainerCallback):
     # -- beforehand ----------------------------------------------------------------------------------------------
 
     def _make_home(self, parent: Path) -> Path:
-        """A folder of our own, the same on every process; it goes with the object, or when the program ends."""
+        """A folder of our own, the same on every process; it is removed with the object, or when the program ends."""
         parent.mkdir(parents=True, exist_ok=True)
         shared: list[str] = [""]
         if _rank() == 0:
@@ -239,7 +239,7 @@ _CANNOT = "`reuse_prefix` cannot work here:"
 
 
 def _row(name: str, place: int = 0) -> str:
-    """The store's key of what leaves the stack at `place` for an example."""
+    """The store's key for the output of the stack at `place` for an example."""
     return f"{name}.{place}"
 
 

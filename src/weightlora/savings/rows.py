@@ -16,7 +16,7 @@ SHARD_BYTES = 64 * 2**20
 
 
 class RowStore:
-    """A mapping from text keys to tensors of any shape; what was put in once is never changed.
+    """A mapping from text keys to tensors of any shape; entries never change.
 
     Args:
         folder: exists, and holds nothing but rows.
@@ -52,7 +52,7 @@ class RowStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits in memory, so that other processes find it."""
+        """Write the rows that wait in memory, so that other processes find them."""
         from safetensors.torch import save_file
 
         if not self._waiting:
@@ -72,7 +72,7 @@ class RowStore:
                 self._open(file)
 
     def close(self) -> None:
-        """Let go of every file, so that the folder can be removed."""
+        """Release every file, so that the folder can be removed."""
         self._homes, self._waiting = {}, {}
 
     def _open(self, file: Path) -> None:

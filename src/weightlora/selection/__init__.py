@@ -1,4 +1,4 @@
-"""What is kept, and when: scores, budgets, schedules and actions, which a `Strategy` combines and a `Selector` runs."""
+"""Choice of adapters: scores, budgets, schedules and actions, which a `Strategy` combines and a `Selector` runs."""
 
 from weightlora.selection.actions import Action, Cut, Disconnect, Expand, Settle
 from weightlora.selection.budgets import Budget

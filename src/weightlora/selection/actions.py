@@ -1,4 +1,4 @@
-"""What is done about a choice, in place, on the model and on the optimizer of the run."""
+"""Actions that carry out a choice, in place, on the model and on the optimizer of the run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Disconnect:
 
 @dataclass(frozen=True)
 class Expand:
-    """Raise the survivors' rank to the parameters there were before, never above (WeightLoRA+, section 3.3).
+    """Raise the survivors' rank up to the earlier parameter count, never above (WeightLoRA+, section 3.3).
 
     No layer's output changes: `scaling` is held and B A is unchanged. The moments of the grown factors start afresh.
 

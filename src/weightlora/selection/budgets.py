@@ -1,4 +1,4 @@
-"""How much may be kept. One mechanism: take adapters from the best down while their costs fit a limit.
+"""Limits on what is kept. One mechanism: take adapters from the best down while their costs fit a limit.
 
 keep=10                  ten adapters                 keep={"adapters": 10}
 keep=0.25                a quarter of them            keep={"share": 0.25}
@@ -7,7 +7,7 @@ keep="2 MB"              their size as stored         keep={"bytes": 2_000_000}
 keep="40% memory"        activations of a step        keep={"memory": 0.4}
 keep="50% time"          operations of a step         keep={"time": 0.5}
 
-The last two are shares of what a step with all adapters takes, and no sum over adapters; `costs` is about them.
+The last two are shares of the cost of a step with all adapters, not sums over adapters; see `costs`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Budget:
 
     @property
     def in_cost(self) -> bool:
-        """Whether it limits what a training step takes, which the first one tells."""
+        """Whether it limits the cost of a training step, which the first one shows."""
         return self.unit in COSTS
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Budget:
         return f"{self.limit:.4g} of all adapters" if self.unit == "share" else f"{int(self.limit):,} {self.unit}"
 
     def cost(self, adapter: Adapter) -> int:
-        """What one adapter takes from the budget."""
+        """The amount one adapter takes from the budget."""
         return {"parameters": adapter.parameters, "bytes": adapter.bytes}.get(self.unit, 1)
 
     def resolve(self, adapters: Sequence[Adapter]) -> Limit:
@@ -119,7 +119,7 @@ class Limit:
 
     @functools.cached_property
     def _rounds(self) -> int:
-        """Each takes all of one cost at least; counted beforehand, so that a GPU need not be asked what is left."""
+        """Each takes at least all adapters of one cost; counted beforehand, so no GPU has to be asked what is left."""
         return len(set(self.costs))
 
     def _on(self, device: torch.device) -> Tensor:

@@ -5,8 +5,8 @@ keep="50% time"       floating point operations of a step, forward and backward
 
 Backward runs down to the lowest kept adapter, so a cost is no sum over adapters: it is what that one makes necessary
 plus what the others add to it (`adapters.profile`). Both are known exactly for the first batch, and as shares they
-hold for others. Chosen is, for each place the lowest adapter can have, from the best score down what still fits; then
-the place with the largest sum of scores, the latest among equals. So a late adapter wins against an equal early one.
+hold for others. For each place the lowest adapter can have, it takes what still fits from the best score down; then it
+picks the place with the largest sum of scores, the latest among equals. So a late adapter beats an equal early one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from weightlora.adapters.profile import Profile, take_profile
 from weightlora.errors import ConfigError
 from weightlora.selection.budgets import Budget
 
-# So many places of the lowest adapter are tried; where there are more, these are spread evenly over them.
+# Number of places tried for the lowest adapter; where there are more, these are spread evenly over them.
 MOST_DEPTHS = 128
 
 
 class Costs:
-    """What the adapters of a model cost, which the first training forward pass after `attach` tells.
+    """Costs of a model's adapters, known from the first training forward pass after `attach`.
 
     Attributes:
         profile: None until then. In several processes that of the first, so that all make the same choice.
@@ -64,7 +64,7 @@ class Costs:
         return CostTable(self.profile, self.keep.unit)
 
     def limits(self, rounds: int) -> list[CostLimit]:
-        """The limit at each cut: a straight way down on a logarithmic scale from all adapters to the budget."""
+        """The limit at each cut: a straight line down on a logarithmic scale from all adapters to the budget."""
         names = tuple(a.name for a in self._adapters)
         return [CostLimit(self, self.keep.limit ** ((i + 1) / rounds), names) for i in range(rounds)]
 
@@ -84,7 +84,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class CostLimit:
-    """A share of the cost of all adapters; stands where `budgets.Limit` does."""
+    """A share of the cost of all adapters; takes the place of `budgets.Limit`."""
 
     costs: Costs
     share: float
@@ -114,8 +114,8 @@ class _Depths(NamedTuple):
 
     Attributes:
         lowest: (D,) the places.
-        room: (D,) what is left of the limit when backward runs down to there.
-        due: (shared parts, D) what each costs there unless it is paid for; 0 where backward needs it anyway.
+        room: (D,) the rest of the limit when backward runs down to there.
+        due: (shared parts, D) the cost of each there unless already paid; 0 where backward needs it anyway.
     """
 
     lowest: np.ndarray
@@ -127,7 +127,7 @@ class CostTable:
     """A profile in one unit, as arrays over the n places in the order of execution.
 
     Attributes:
-        own: (n,) what only this adapter costs.
+        own: (n,) costs that only this adapter causes.
         alone: (n,) the cost of a step with this adapter and no other.
         total: the cost of a step with all of them.
     """
@@ -156,14 +156,14 @@ class CostTable:
         self._share()
 
     def cost(self, kept: np.ndarray) -> float:
-        """Of a step with the adapters of a mask (n,)."""
+        """Cost of a step with the adapters of a mask (n,)."""
         before = np.concatenate([[0], np.cumsum(kept)])
         there = np.unique(self._part[before[self._end] > before[self._start]])
         there = there[(self._only[there] < 0) | kept[self._only[there]]]
         return float(self._always + self._cost[there].sum())
 
     def _share(self) -> None:
-        """For each place what it costs beside its own and what not every lower adapter brings along.
+        """For each place, its costs beside its own that not every lower adapter brings along.
 
         Most parts lie above all adapters up to some place: whichever comes before the last of these brings them along.
         """
@@ -200,7 +200,7 @@ class CostTable:
     def choose(self, worth: np.ndarray, allowed: np.ndarray, limit: float) -> np.ndarray:
         """Mask (n,) of the allowed places with the largest sum of worth that was found within the limit.
 
-        Places are taken by worth, and again by worth for cost; the second is better where costs differ much.
+        Places are taken by worth, and again by worth per cost; the second is better where costs differ much.
         """
         limit *= 1 + 1e-9  # sums are rounded
         if self.cost(allowed) <= limit:

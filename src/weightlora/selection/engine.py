@@ -1,11 +1,11 @@
-"""A method at work on a model: what all of them have, record and bring back from a checkpoint in the same way.
+"""A method at work on a model: the state, records and checkpoint loading that all of them share.
 
-`Selector` drops adapters, `RankEngine` single ranks, and so on; each says only what is its own. In any loop:
+`Selector` drops adapters, `RankEngine` single ranks, and so on; each defines only its own part. In any loop:
 
     plan(total)    the length of the run is known; returns the steps after which something is cut
     observe        after backward and before `optimizer.step()`
     step           after `optimizer.step()`; returns whether the structure changed
-    finish         training has ended, early perhaps
+    finish         training has ended, perhaps early
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Engine(ABC):
         global_step: optimizer steps done.
         done: the structure is final; nothing will be cut any more.
         kept, dropped: module names, once something was cut; the kept ones with the best first.
-        events: what was decided so far.
+        events: the decisions so far.
     """
 
     method: str
@@ -63,7 +63,7 @@ class Engine(ABC):
         return False
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Training has ended: decide what is open by what is known. Returns whether the structure changed."""
+        """Training has ended: make open decisions with what is known. Returns whether the structure changed."""
         return False
 
     def facts(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Engine(ABC):
         return {}
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Take back `facts` and `tensors`; the model already has the structure and the weights of then."""
+        """Restore `facts` and `tensors`; the model already has the structure and weights of that time."""
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Engine(ABC):
         return sum(a.parameters for a in self.adapters)
 
     def record_attach(self) -> None:
-        """Which adapters there are, as the first event."""
+        """Record which adapters there are, as the first event."""
         self.events.add(
             "attach",
             0,
@@ -105,7 +105,7 @@ class Engine(ABC):
         gates: Mapping[str, float] | None = None,
         **facts: Any,
     ) -> None:
-        """What a cut kept, `self.kept`, and why.
+        """Record what a cut kept, `self.kept`, and why.
 
         Args:
             scores: by module.
@@ -127,7 +127,7 @@ class Engine(ABC):
     # -- resuming ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on beside the weights, as plain JSON data."""
+        """The state beside the weights, as plain JSON data."""
         return {
             "method": self.method,
             "global_step": self.global_step,
@@ -140,7 +140,7 @@ class Engine(ABC):
         }
 
     def save(self, folder: Path) -> None:
-        """Write what resuming needs beside a stock adapter, whole or not at all."""
+        """Write the state needed to resume beside a stock adapter, whole or not at all."""
         state = self.state_dict()
         checkpoint.write_state(folder, {**self.exact(), **self.tensors()}, state)
 
@@ -148,7 +148,7 @@ class Engine(ABC):
         """Bring a freshly attached model to a checkpoint: structure, then weights by `load`, then everything else.
 
         Returns:
-            What `load` returned.
+            The result of `load`.
 
         Raises:
             CheckpointError: the state cannot be read, or is of another model. ConfigError: it is of another method. In
@@ -175,7 +175,7 @@ class Engine(ABC):
         return loaded
 
     def exact(self) -> dict[str, Tensor]:
-        """What the stock adapter in a checkpoint does not hold as it is: gates, and B without them."""
+        """Tensors that a stock checkpoint does not hold as they are: gates, and B without them."""
         return checkpoint.exact(self.adapters)
 
     def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -183,6 +183,6 @@ class Engine(ABC):
         checkpoint.match_structure(self.model, self.key, structure.saved_ranks(folder))
 
     def bring_back_exact(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `exact` gave."""
+        """Restore what `exact` returned."""
         checkpoint.load_exact(attach.list_adapters(self.model, self.key), tensors)
         structure.sync_config(self.model, self.key)

@@ -1,13 +1,13 @@
-"""`events.jsonl`: one JSON line for everything that was decided, written as it happens and read by everything else.
+"""`events.jsonl`: one JSON line for every decision, written as it happens and read by everything else.
 
     attach   which adapters there are             method, adapters: {name: {r, parameters}}
-    gates    omega on the way                     gates: {name: value}
+    gates    omega while it is trained            gates: {name: value}
     cut      what was kept and why                kept, dropped, scores, parameters_before, parameters_after;
                                                where `keep` is a cost: predicted, shares of memory and time
     expand   new ranks of the survivors           ranks: {name: r}
     importance  what LoRA-drop compares       importance: {name: I}, energy: {name: g}, rows,
                                               types: {type: {modules, importance, kept}}, in module order
-    share    who holds one adapter together   shared: {type: [name, ...]}
+    share    modules that hold one adapter    shared: {type: [name, ...]}
     restart  the survivors start afresh           adapters: names
     ranks    ranks that left or joined            ranks: {name: r}, parameters_after
     round    ALoRA: ranks moved                   scores, closed: {name: ranks}, dropped
@@ -52,14 +52,14 @@ class EventLog:
 
     @property
     def decisions(self) -> list[Event]:
-        """The events a run cannot do without: all but omega on the way."""
+        """The events a run cannot do without: all but omega while it is trained."""
         return [e for e in self.events if e["event"] != "gates"]
 
     def open(self, path: Path, *, resume_at: int | None = None) -> None:
         """Start writing to `path`. The record of an earlier run there is kept under another name.
 
         Args:
-            resume_at: the file belongs to this run, which goes on after this step; later lines are taken back.
+            resume_at: the file belongs to this run, which goes on after this step; later lines are removed.
         """
         if path == self._path:
             return

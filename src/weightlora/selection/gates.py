@@ -11,8 +11,8 @@ from torch import Tensor
 class GateVector:
     """The gates, each a parameter of shape (1,), seen as omega of shape (n,).
 
-    They become slices of one tensor: their memory moves, the parameters stay the objects they were. Whoever gives a
-    gate memory of its own again (`model.to`, a deep copy) is noticed at the next `read`. Where the gates differ in
+    They become slices of one tensor: their memory moves, the parameters stay the objects they were. Giving a gate
+    its own memory again (`model.to`, a deep copy) is noticed at the next `read`. Where the gates differ in
     dtype they stay apart, and are gathered and written one by one.
     """
 
@@ -41,7 +41,7 @@ class GateVector:
             torch._foreach_copy_(list(self.gates), list(values.split(1)))  # pyright: ignore[reportPrivateImportUsage]
 
     def take_gradients(self) -> Tensor:
-        """The gates' gradients, (n,), 0 where there is none, which are then no longer on the gates."""
+        """Take the gradients, (n,), off the gates; 0 where a gate has none."""
         found = torch.cat([torch.zeros_like(g) if (grad := g.grad) is None else grad for g in self.gates])
         for gate in self.gates:
             gate.grad = None
@@ -54,9 +54,9 @@ class GateVector:
 
 
 class Reading:
-    """A small tensor on its way to the host.
+    """A small tensor being copied to the host.
 
-    A GPU is several operations behind the program, and whoever asks it for a number waits for all of them. This asks
+    A GPU is several operations behind the program, and asking it for a number waits for all of them. This asks
     and goes on; `get` waits only for what was queued before, which one step later is long done.
     """
 

@@ -28,14 +28,14 @@ _BLOCK = re.compile(r"^.*?\.?\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Placement:
-    """A pattern over the depth as the `Score` of a cut: what comes first in it is kept first, -inf is never kept.
+    """A pattern over the depth as the `Score` of a cut: the first adapters in it are kept first, -inf is never kept.
 
     Attributes:
         where: "spread" at equal distances; from the "first", the "middle" or the "last" on; "random"; or "stratified",
             random with a module of every block in turn.
-        modules: which are in question: "all", "attention", "feed-forward", or endings of names such as ("v_proj",
-            "o_proj"). None: the feed-forward ones, or all where there is no adapter on any.
-        keep: the budget, which an even spread has to know.
+        modules: the candidates: "all", "attention", "feed-forward", or endings of names such as ("v_proj",
+            "o_proj"). None: the feed-forward ones, or all if none of those has an adapter.
+        keep: the budget, which an even spread needs.
         seed: of the random ones.
     """
 
@@ -51,7 +51,7 @@ class Placement:
         return scores
 
     def _matching(self, adapters: Sequence[Adapter]) -> list[int]:
-        """Places of the modules in question.
+        """Places of the candidate modules.
 
         Raises:
             ConfigError: there are none, or fewer than are to be kept.

@@ -11,7 +11,7 @@ from weightlora.errors import ConfigError
 
 @dataclass(frozen=True)
 class After:
-    """At step T, or in `rounds` equal parts of the way to T.
+    """At step T, or in `rounds` equal parts up to T.
 
     Attributes:
         after: T as optimizer steps (int), as a share of the run (float below 1), or None for a tenth of the run and at

@@ -1,4 +1,4 @@
-"""What an adapter is worth at a cut: (adapters) -> one number each; higher is kept, -inf never."""
+"""The worth of an adapter at a cut: (adapters) -> one number each; higher is kept, -inf never."""
 
 from __future__ import annotations
 

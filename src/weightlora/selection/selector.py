@@ -1,9 +1,9 @@
-"""Running a selection in any training loop: a frozen `Strategy` says what, the `Selector` does it.
+"""Running a selection in any training loop: a frozen `Strategy` describes it, the `Selector` carries it out.
 
 In the order of one optimizer step:
 
     loss.backward()
-    selector.observe(optimizer)    the gates' gradients are read and taken away, so that the optimizer passes them by
+    selector.observe(optimizer)    the gates' gradients are read and taken away, so that the optimizer skips them
     optimizer.step()
     selector.step(optimizer)       the gates take their own step; at a cut: score -> keep -> actions -> events
 """
@@ -45,10 +45,10 @@ class Strategy:
     Attributes:
         method: its name.
         gates: how omega is trained, or None where the method trains none.
-        score: what an adapter is worth at a cut.
+        score: the worth of an adapter at a cut.
         keep: the budget after the last cut; None halves the number of adapters at every cut.
         when: the cuts.
-        then: what is done about each, in order.
+        then: the actions at each, in order.
         reference_code: train as the authors' code does: their initialisation of A, no dropout, and momentum and weight
             decay go on moving adapters whose gate is 0.
     """
@@ -75,9 +75,9 @@ class Selector(Engine):
     Attributes:
         adapters: those still attached.
         global_step: optimizer steps done.
-        done: the last cut is behind us, the model is an ordinary LoRA.
+        done: the last cut is made, the model is an ordinary LoRA.
         kept, dropped: names, once something was cut.
-        events: what was decided so far.
+        events: the decisions so far.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Selector(Engine):
     # -- planning ------------------------------------------------------------------------------------------------
 
     def _plan_limits(self) -> Sequence[Limit | CostLimit]:
-        """The limit at each cut: a straight way down on a logarithmic scale from all adapters to the budget."""
+        """The limit at each cut: a straight line down on a logarithmic scale from all adapters to the budget."""
         n, rounds = len(self.adapters), self.strategy.when.rounds
         if self.strategy.keep is None:
             if n >> rounds < 1:
@@ -174,7 +174,7 @@ class Selector(Engine):
                 parameter.grad = None
 
     def _catch_up(self) -> None:
-        """Look at what a GPU was asked for a step ago."""
+        """Read the answer that a GPU was asked for a step ago."""
         self.check()
         self._record_gates()
 
@@ -236,7 +236,7 @@ class Selector(Engine):
         return (omega == 0).nonzero().flatten().tolist()
 
     def _list_parameters(self) -> None:
-        """Looked up once, since with thousands of adapters the way through their modules is felt at every step."""
+        """Look them up once, since walking the modules of thousands of adapters slows every step."""
         self._gates = GateVector([gate for a in self.adapters if (gate := a.gate) is not None])
         self._weights = [a.weights for a in self.adapters]
         self._names = [a.name for a in self.adapters]
@@ -275,7 +275,7 @@ class Selector(Engine):
         return torch.ones_like(self._reached) if self.strategy.reference_code else self._reached
 
     def _group_of_gates(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Searched for once, and again when the optimizer was given other groups, as loading its state does."""
+        """Found once, and again when the optimizer gets other groups, as happens when its state is loaded."""
         if not any(group is self._group for group in optim.host(optimizer).param_groups):
             self._group = optim.group_of(optimizer, self._gates.gates[0])
         assert self._group is not None

@@ -1,4 +1,4 @@
-"""Tasks: what to predict, from which columns, and how to score it."""
+"""Tasks: their targets, columns and metrics."""
 
 # these register the tasks of this package, in this order
 from weightlora.tasks import classification as classification  # isort: skip

@@ -28,7 +28,7 @@ class Window:
     """A question with a stretch of its context.
 
     Attributes:
-        row: whose question it is.
+        row: the row of the question.
         null: the position that stands for "no answer here".
         offsets: (tokens, 2) first character and end of each token in the context; -1 for tokens outside it.
     """
@@ -43,9 +43,9 @@ class Answer:
     """The best span of a context over all its windows.
 
     Attributes:
-        text: of the span; "" if there is none.
+        text: the text of the span; "" if there is none.
         score: its start logit and end logit, added.
-        null_score: the same of the null position, the lowest over all windows.
+        null_score: the same sum for the null position, the lowest over all windows.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Answer:
 
     @property
     def null_margin(self) -> float:
-        """By how much "no answer" scores above the span."""
+        """The margin by which "no answer" scores above the span."""
         return self.null_score - self.score if self.text else math.inf
 
 
@@ -67,7 +67,7 @@ def find_answers(
     the `N_BEST` likeliest starts and ends are paired.
 
     Args:
-        starts, ends: (windows, tokens) logits, in the order of `windows`; what is behind a window's tokens is padding.
+        starts, ends: (windows, tokens) logits, in the order of `windows`; positions after its tokens are padding.
     """
     spans: list[list[tuple[float, int, int]]] = [[] for _ in contexts]
     null_scores = [math.inf] * len(contexts)
@@ -104,7 +104,7 @@ def _best(context: str, spans: list[tuple[float, int, int]], null_score: float) 
 
 
 def normalize(text: str) -> str:
-    """Lower case, without punctuation, articles and spare whitespace."""
+    """Lower case, without punctuation, articles or extra whitespace."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
@@ -121,12 +121,12 @@ def f1(prediction: str, reference: str) -> float:
 
 
 def f1_or_none(prediction: str, reference: str) -> float:
-    """`f1`, and 1 where both are without words, as SQuAD 2.0 has it."""
+    """`f1`, and 1 where neither has words, as in SQuAD 2.0."""
     return f1(prediction, reference) or float(normalize(prediction) == normalize(reference) == "")
 
 
 def squad_scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`exact_match` and `f1`, each with the best of a question's references, as evaluate-v1.1.py has them."""
+    """`exact_match` and `f1`, each with the best of a question's references, as in evaluate-v1.1.py."""
     texts = [answer.text for answer in answers]
     return {
         "exact_match": _percent(_over_references(exact_match, texts, references)),
@@ -135,10 +135,10 @@ def squad_scores(answers: Sequence[Answer], references: Sequence[Sequence[str]])
 
 
 def squad_v2_scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Scores as evaluate-v2.0.py has them; questions without references have no answer.
+    """Scores as in evaluate-v2.0.py; questions without references have no answer.
 
-    A question is left unanswered where "no answer" scores above the best span. `best_...` are the scores with the
-    margin `..._threshold` in place of that 0 which is best for these very questions, so they are upper bounds.
+    A question is left unanswered where "no answer" scores above the best span. `best_...` are the scores when
+    that margin of 0 is replaced by `..._threshold`, the best one for these very questions, so they are upper bounds.
     """
     spans = [answer.text for answer in answers]
     margins = [answer.null_margin for answer in answers]
@@ -165,8 +165,8 @@ def best_threshold(
     """The best mean score, in percent, over all thresholds for margins, and that threshold.
 
     Args:
-        scores: of the spans, each in [0, 1]; what has no answer scores 1 if it is left without.
-        margins: a question is left without answer where its margin exceeds the threshold.
+        scores: of the spans, each in [0, 1]; an unanswerable question scores 1 if left unanswered.
+        margins: a question is left unanswered where its margin exceeds the threshold.
     """
     reached = best = float(len(answerable) - sum(answerable))  # nothing is answered
     threshold = 0.0

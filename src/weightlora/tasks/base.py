@@ -1,4 +1,4 @@
-"""What a task is: the columns it reads, what its targets are, how rows become inputs, how predictions are scored.
+"""The definition of a task: its columns, its targets, how rows become inputs, and how predictions are scored.
 
 A new task is one frozen object with these members and one call of `register`.
 """
@@ -14,7 +14,7 @@ from weightlora.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# What sits on top of the model; `training.heads` has one way of loading and training for each.
+# The layer on top of the model; `training.heads` has one way of loading and training for each.
 Head = Literal["sequence-classification", "question-answering", "text-generation", "next-token"]
 
 MAX_LENGTH = 128  # tokens of an input, for a task without a `max_length` of its own
@@ -23,10 +23,10 @@ MAX_TARGET_LENGTH = 128  # and of a target
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where published rows are: a `datasets` id, its configuration, and what it calls its splits.
+    """The location of published rows: a `datasets` id, its configuration, and the names of its splits.
 
     A local folder with the same splits and columns can stand in for it (`data.path` of a recipe). `test` is a second
-    split that is scored at the end; benchmarks with hidden test labels have none. Without a `validation` split a share
+    split that is scored at the end; benchmarks with hidden test labels have none. Without a `validation` split, a share
     of train is held out.
     """
 
@@ -50,24 +50,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Format:
-    """What inputs look like, beside the tokenizer: lengths in tokens, the kind of model that reads them, a prompt."""
+    """The format of inputs, apart from the tokenizer: lengths in tokens, the kind of model, a prompt."""
 
     max_length: int
     max_target_length: int | None = None
     is_encoder_decoder: bool = False
     doc_stride: int | None = None  # tokens that neighbouring windows of a long context share
-    prompt: str | None = None  # in place of the task's own
+    prompt: str | None = None  # replaces the task's own
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows as a Trainer takes them, and how to score what the model says about them.
+    """Rows as a Trainer takes them, and how to score the model's predictions.
 
     Attributes:
-        features: a `datasets.Dataset`, what the collator gets; it may have more rows than the part, in another order.
+        features: a `datasets.Dataset`, the collator's input; it may have more rows than the part, in another order.
         score: (predictions, label_ids) of the Trainer, NumPy arrays in the order of `features` -> metrics by name; None
             where the loss is all there is. Predictions of a model that writes text are its tokens, padded with -100.
-        records: predictions -> one record for each row that was scored, as people want to read them, for a file.
+        records: predictions -> one readable record for each scored row, for a file.
     """
 
     features: Any
@@ -80,19 +80,19 @@ class Task(Protocol):
     """One kind of problem, or one benchmark.
 
     Attributes:
-        name: what a recipe calls it.
-        title: one sentence on what it predicts.
-        head: what sits on the model.
+        name: its name in a recipe.
+        title: one sentence on its predictions.
+        head: the layer on top of the model.
         columns: {role: the column that has it, unless `data.columns` says otherwise}; None where a role may be missing.
-        inputs: the roles that must be text and that make up the input; a row is known by them.
+        inputs: the roles that must be text and make up the input; they identify a row.
         stratify: whether a validation share keeps the proportions of the targets.
         primary: the metric to look at first.
         maximize: whether more of it is better.
-        benchmark: where rows come from if a recipe names no data.
+        benchmark: the source of rows if a recipe names no data.
 
-    One that needs longer inputs than `MAX_LENGTH` has a default of its own in `max_length`; one that writes text may
+    A task that needs longer inputs than `MAX_LENGTH` sets its own default in `max_length`; one that writes text may
     have `max_target_length` and, for the recipe's section of that name, `generation`. One that reads rows in several
-    layouts has them in `layouts`, each {role: usual column}; the first whose columns are all there is read.
+    layouts lists them in `layouts`, each {role: usual column}; the first whose columns all exist is read.
     """
 
     @property
@@ -127,7 +127,7 @@ class Task(Protocol):
         ...
 
     def encode(self, part: Part, tokenizer: Any, form: Format, *, training: bool) -> Encoded:
-        """Rows as features; `training` tells rows to learn from and rows to score apart, where these differ."""
+        """Rows as features; `training` distinguishes rows to learn from and rows to score, where these differ."""
         ...
 
 
@@ -155,7 +155,7 @@ def get_task(name: str) -> Task:
 
 
 def in_chunks(length: int, encode: Callable[[int, int], Mapping[str, Sequence[Any]]], chunk: int = 10_000) -> Dataset:
-    """The columns that `encode(start, stop)` gives for each stretch of rows, as one dataset; for fast tokenizers."""
+    """The columns from `encode(start, stop)` for each slice of rows, as one dataset; for fast tokenizers."""
     from datasets import Dataset, concatenate_datasets
 
     starts = range(0, length, chunk)

@@ -1,7 +1,7 @@
 """Instruction tuning: conversations rendered by the tokenizer's chat template, loss on the assistant's answers only.
 
-What is learnt of an answer is what the model has to write itself: everything behind the prompt that the template puts
-before an answer, up to and with the token that ends the turn.
+The loss covers what the model has to write itself: everything after the prompt that the template puts before an
+answer, up to and including the token that ends the turn.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class InstructionTuning:
 
     @property
     def columns(self) -> Mapping[str, str | None]:
-        """Every role of every layout; none is needed in all of them."""
+        """Every role of every layout; no role is required by all of them."""
         return dict.fromkeys(role for layout in self.layouts for role in layout)
 
     def read_labels(self, rows: Dataset, where: str) -> list[Conversation]:
@@ -64,7 +64,7 @@ class InstructionTuning:
         return labels
 
     def encode(self, part: Part, tokenizer: Any, form: Format, *, training: bool) -> Encoded:
-        """Whole conversations, cut at `max_length` tokens; rows of which no answer is left are left out.
+        """Whole conversations, cut at `max_length` tokens; rows that lose all their answers are left out.
 
         Raises:
             ConfigError: an encoder-decoder, a tokenizer or template that cannot do it, or no row left.
@@ -100,13 +100,13 @@ def _labels(ids: Sequence[int], answered: Sequence[bool], max_length: int) -> li
 
 
 def _is_learnt(conversation: Conversation, labels: Sequence[int]) -> bool:
-    """Whether something is said in answer, and some of it not cut off; nothing predicts the first token."""
+    """Whether the row has an answer that is not cut off entirely; nothing predicts the first token."""
     answers = any(message.content.strip() for message in conversation if message.is_answer)
     return answers and any(label != IGNORED_LABEL for label in labels[1:])
 
 
 def _report(rows: int, left_out: int, cut: int, max_length: int) -> None:
-    """Logs what `max_length` costs, and refuses one that leaves nothing."""
+    """Logs the losses from `max_length`, and refuses one that leaves nothing."""
     why = f"their answers are empty or begin behind the {max_length} tokens of `data.max_length`"
     if left_out == rows:
         raise ConfigError(f"None of {rows} conversations can be learnt from: {why}; raise it, or look at the rows.")
@@ -117,10 +117,10 @@ def _report(rows: int, left_out: int, cut: int, max_length: int) -> None:
 
 
 def _score(predictions: np.ndarray, labels: Any) -> dict[str, float]:
-    """Perplexity and accuracy over all learnt tokens.
+    """Perplexity and accuracy over all tokens in the loss.
 
     Args:
-        predictions: (rows, 3), for each row the summed loss, the tokens predicted right and the tokens learnt.
+        predictions: (rows, 3), for each row the summed loss, the tokens predicted right and the tokens in the loss.
     """
     loss, right, tokens = predictions.sum(axis=0, dtype="float64").tolist()
     mean = loss / tokens

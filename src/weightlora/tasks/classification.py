@@ -29,9 +29,9 @@ Scorer = Callable[[Any, Any], dict[str, float]]
 
 @dataclass(frozen=True)
 class _Texts:
-    """What classification and regression have in common: one or two texts, one number or class, one output layer.
+    """The common part of classification and regression: one or two texts, one number or class, one output layer.
 
-    `scorer` replaces the metrics of the kind by those of a benchmark.
+    `scorer` replaces the usual metrics by those of a benchmark.
     """
 
     name: str
@@ -69,8 +69,8 @@ class _Texts:
 class Classification(_Texts):
     """One class out of several, from one text or from a pair; labels may be strings, integers or booleans.
 
-    `classes` are those of a benchmark in its own order; integer labels are positions in it, whatever the data declares
-    or leaves out.
+    `classes` are those of a benchmark in its own order; integer labels are positions in it, regardless of what the data
+    declares or leaves out.
     """
 
     classes: tuple[str, ...] = ()
@@ -227,7 +227,7 @@ def _as_number(value: Any) -> float:
 
 
 def _check_room(tokenizer: Any, max_length: int, texts: int) -> None:
-    """A token of each text must remain beside those that the tokenizer adds."""
+    """At least one token of each text must fit next to those that the tokenizer adds."""
     added = tokenizer.num_special_tokens_to_add(pair=texts == 2)
     if max_length < added + texts:
         raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from weightlora.errors import did_you_mean, short
 
-# {role of a task: usual column}, the fuller one of two alike first.
+# {role of a task: usual column}; of two similar layouts the one with more columns comes first.
 TURNS = (
     {"messages": "messages", "system": "system"},
     {"messages": "messages"},
@@ -37,7 +37,7 @@ _ROLES = {
 
 
 class Message(NamedTuple):
-    """What one side says; `role` is `system`, `user` or `assistant`."""
+    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
 
     role: str
     content: str
@@ -57,7 +57,7 @@ def read_conversation(row: Mapping[str, Any]) -> Conversation:
         row: {role of the task: value} of one of the layouts.
 
     Raises:
-        ValueError: what is wrong with the row, as the end of a sentence that names it.
+        ValueError: the fault of the row, as the end of a sentence that names it.
     """
     messages = _alpaca(row) if "instruction" in row else _turns(row)
     answers = [number for number, message in enumerate(messages) if message.is_answer]
@@ -94,7 +94,7 @@ def _turns(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _message(turn: Mapping[str, Any], which: str) -> Message:
-    """Files mix both spellings; a reader of JSON fills the keys that a row lacks with None."""
+    """Files mix both spellings; JSON readers fill a row's missing keys with None."""
     role, content = ("role", "content") if turn.get("role") is not None else ("from", "value")
     name = turn.get(role)
     if name not in _ROLES:

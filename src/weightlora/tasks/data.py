@@ -1,6 +1,6 @@
 """The rows of one run, with every check that can be made before a model is loaded.
 
-Whatever the source, rows leave here with their columns named after the task's roles.
+From any source, rows come out with their columns named after the task's roles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Splits:
-    """What to train on and what to score; `names` are the classes, None for numbers."""
+    """Rows to train on and rows to score; `names` are the classes, None for numbers."""
 
     train: Part
     validation: Part
@@ -40,14 +40,14 @@ def sources(
     test: Source | None,
     share: float = 0.1,
 ) -> tuple[Source, Source | float, Source | None]:
-    """Where the rows of one run are: as named, else in `place`, else where the task's benchmark is published.
+    """The sources of one run: as named, else in `place`, else where the task's benchmark is published.
 
     Args:
         place: a folder or a `datasets` id with the splits of the benchmark.
-        share: what is carved from train where nothing says what to validate with.
+        share: the share carved from train if no validation data is named.
 
     Raises:
-        ConfigError: nothing says what to train on.
+        ConfigError: no training data is named.
     """
     known = task.benchmark
     if known is None or (train is not None and place is None):
@@ -76,8 +76,8 @@ def load_splits(
     """Loads, checks and splits the data of one run.
 
     Args:
-        validation: a source, or what to carve off train, stratified by class for classification: a share, or from 1
-            on a number of rows.
+        validation: a source, or the amount to carve from train, stratified by class for classification: a share below
+            1, or a number of rows.
         columns: {role: its name in the data}, where that is not the task's own.
         limit: keep that many random training rows.
         eval_limit: keep the rows of that many random inputs of validation and of test.
@@ -109,7 +109,7 @@ def _load_part(task: Task, source: Source, columns: Mapping[str, str | None], na
 
 
 def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) -> Dataset:
-    """The rows of one source with standard column names, each text checked to be text."""
+    """The rows of one source with standard column names, text columns checked to be text."""
     rows = read_rows(source)
     wanted = _wanted_columns(task, columns, source, rows.column_names)
     for role, column in wanted.items():
@@ -133,7 +133,7 @@ def _renamed(rows: Dataset, wanted: dict[str, str]) -> Dataset:
 
 
 def _wanted_columns(task: Task, columns: Mapping[str, str | None], source: Source, there: list[str]) -> dict[str, str]:
-    """Where every role of the task is found."""
+    """The column of every role of the task."""
     columns = {role: column for role, column in columns.items() if column is not None or role in task.columns}
     for role in sorted(columns.keys() - task.columns.keys()):
         raise ConfigError(
@@ -159,7 +159,7 @@ def _wanted_columns(task: Task, columns: Mapping[str, str | None], source: Sourc
 def _layout(
     layouts: Sequence[Mapping[str, str]], columns: Mapping[str, str | None], source: Source, there: list[str]
 ) -> Mapping[str, str]:
-    """The first layout with the roles that the recipe names, without those it switches off, that is there."""
+    """The first layout in the data with the roles that the recipe names and without those it switches off."""
     named = {role for role, column in columns.items() if column is not None}
     possible = [layout for layout in layouts if named <= layout.keys() and not layout.keys() & (columns.keys() - named)]
     for layout in possible:
@@ -197,7 +197,7 @@ def _carve(targets: list[Any], share: float, seed: int, stratify: bool) -> tuple
 
 
 def _check_room(share: float, rows: int, free: int, held_out: int, needed: int) -> None:
-    """Both parts need a row, or one of every class; `free` is how many rows may go into either."""
+    """Both parts need a row, or one of every class; `free` is the number of rows that may go into either."""
     if needed <= held_out <= free - needed:
         return
     remedy = "raise it" if held_out < needed else "lower it"
@@ -243,13 +243,13 @@ def _drawn(count: int, limit: int, seed: int) -> list[int]:
 
 
 def _inputs(task: Task, part: Part) -> list[Any]:
-    """What each row is known by: its inputs, or its target where that is the whole row."""
+    """The key of each row: its inputs, or its target where that is the whole row."""
     roles = [role for role in task.inputs if role in part.rows.column_names]
     return list(zip(*(part.rows[role][:] for role in roles), strict=True)) if roles else part.targets
 
 
 def _warn_about_overlap(task: Task, train: Part, validation: Part) -> None:
-    """Logs how many validation rows have the same input as a training row: such a score is too good."""
+    """Logs how many validation rows share their input with a training row: they inflate the score."""
     seen = set(_inputs(task, train))
     shared = sum(row in seen for row in _inputs(task, validation))
     if shared:

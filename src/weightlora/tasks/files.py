@@ -1,4 +1,4 @@
-"""Rows from a file, a folder or the hub, as they are there."""
+"""Rows from a file, a folder or the hub, unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Suffix -> builder of `datasets` and its options. Empty cells stay empty text, so that "NA" and "null"
-# survive; a TSV file by convention quotes nothing: a stray quotation mark must not swallow lines.
+# survive; TSV files by convention have no quoting: a stray quotation mark must not swallow lines.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
@@ -40,7 +40,7 @@ def read_rows(source: Source) -> Dataset:
     """All rows of a source.
 
     Raises:
-        ConfigError: it is not there, cannot be read, or holds no rows.
+        ConfigError: it does not exist, cannot be read, or holds no rows.
     """
     rows = _open(source)
     if len(rows) == 0:
@@ -74,7 +74,7 @@ def _open_file(path: Path, source: Source) -> Dataset:
     builder, options = _BUILDERS[path.suffix.lower()]
     try:
         return load_dataset(builder, data_files=str(path), split="train", **options)  # pyright: ignore
-    except Exception as error:  # whatever the parsers under `datasets` raise
+    except Exception as error:  # the parsers under `datasets` may raise anything
         if _means_no_rows(error):
             raise ConfigError(f"Data file {source.path!r} has no rows; it needs at least one.") from None
         reason = _bad_line(path) if path.suffix.lower() == ".jsonl" else None
@@ -133,13 +133,13 @@ def _pick_split(loaded: Any, source: Source) -> Dataset:
 
 
 def _means_no_rows(error: BaseException) -> bool:
-    """How `datasets` fails on CSV and JSON without rows, on such parquet, and on such a split it has saved itself."""
+    """How `datasets` fails when there are no rows: in CSV and JSON, in parquet, and in a split it saved itself."""
     said = ("corresponds to no data", "BatchSize must be greater than 0")
     return isinstance(error, IndexError) or any(words in f"{error} {_cause(error)}" for words in said)
 
 
 def _bad_line(path: Path) -> str | None:
-    """The first line that is not a JSON object; the parsers under `datasets` count from wherever they have begun."""
+    """The first line that is not a JSON object; the parsers under `datasets` count from where they started reading."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:

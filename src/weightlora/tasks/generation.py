@@ -1,11 +1,11 @@
-"""Writing a text for an input: `text-generation`, and what the benchmarks of this kind have in common.
+"""Writing a text for an input: `text-generation`, and the common part of such benchmarks.
 
 {"input": "name[The Eagle], eatType[pub]", "target": "The Eagle is a pub."}
 {"input": [["Eagle", "eatType", "pub"]], "target": ["The Eagle is a pub.", "A pub: the Eagle."]}
 
 A target may be several references, a list or a dictionary with a list under `text`, and several rows may have the same
-input. To learn from, each reference is an example; to be scored, each input is written for once, and compared with all
-its references. The loss of held-out rows is that of the first reference.
+input. In training, each reference is an example; in scoring, the model writes once for each input, and its text is
+compared with all the references. The loss of held-out rows is that of the first reference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TextGeneration:
     """A text for each input.
 
     Attributes:
-        prompt: what a decoder reads, with the input in place of `{input}`; an encoder-decoder reads the input alone.
+        prompt: text for a decoder, with the input in place of `{input}`; an encoder-decoder reads the input alone.
         scorer: metrics of the texts written.
         check: raises ValueError for a reference that cannot be scored.
         max_length: tokens of an encoder-decoder's input, or of a decoder's prompt and target together.
@@ -83,7 +83,7 @@ class TextGeneration:
         return labels
 
     def encode(self, part: Part, tokenizer: Any, form: Format, *, training: bool) -> Encoded:
-        """To learn from: an example for each reference. To score: one for each input, the longest last."""
+        """In training, an example for each reference; in scoring, one for each input, the longest last."""
         prompt = form.prompt or ("{input}" if form.is_encoder_decoder else self.prompt)
         texts = [as_text(value, number) for number, value in enumerate(part.rows["input"][:], start=1)]
         if training:
@@ -111,7 +111,7 @@ class TextGeneration:
 
 
 def grouped(texts: Sequence[str], targets: Sequence[Target]) -> list[tuple[str, Target]]:
-    """Each input once, where it came first, with the references of all its rows."""
+    """Each input once, in order of first appearance, with the references of all its rows."""
     references: dict[str, list[str]] = {}
     for text, target in zip(texts, targets, strict=True):
         references.setdefault(text, []).extend(target)
@@ -119,14 +119,14 @@ def grouped(texts: Sequence[str], targets: Sequence[Target]) -> list[tuple[str, 
 
 
 def decoded(predictions: np.ndarray, rows: int, tokenizer: Any) -> list[str]:
-    """Texts of tokens (rows, length) padded with -100; processes that were given more rows to be even repeat some."""
+    """Texts of tokens (rows, length) padded with -100; processes padded to an equal number of rows repeat some."""
     ids = predictions[:rows].copy()
     ids[ids == IGNORED_LABEL] = tokenizer.pad_token_id
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def as_text(value: Any, number: int = 1) -> str:
-    """A text as it is; triples one after the other as `subject : relation : object | ...`, as is usual for DART."""
+    """A text unchanged; triples joined as `subject : relation : object | ...`, as is usual for DART."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(_is_triple(triple) for triple in value):

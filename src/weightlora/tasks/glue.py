@@ -1,7 +1,7 @@
 """GLUE (Wang et al. 2019): nine benchmarks with the columns, the class order and the splits of `nyu-mll/glue`.
 
-The labels of most test splits are secret, so scores are those of the validation split, as in the papers; for MNLI that
-is the matched one, and the mismatched one takes the place of the test.
+The labels of most test splits are secret, so scores are on the validation split, as in the papers; for MNLI that
+is the matched one, and the mismatched one serves as the test split.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from weightlora.errors import ConfigError, did_you_mean
 from weightlora.tasks.base import Benchmark, register
 from weightlora.tasks.classification import Classification, Regression, Scorer, correlations
 
-# Which metric the papers report for each benchmark, for `average`.
+# The metric that the papers report for each benchmark, for `average`.
 # WeightLoRA (Veprikov et al. 2025, Table 1): "ALL" is over seven tasks, taken to be GLUE without STS-B and WNLI, with
 # the mean of the two metrics of MRPC and QQP.
 WEIGHTLORA: Mapping[str, str] = {
@@ -35,7 +35,7 @@ LORA_DROP: Mapping[str, str] = {
 
 
 def average(scores: Mapping[str, Mapping[str, float]], reported: Mapping[str, str] = WEIGHTLORA) -> float:
-    """The mean over benchmarks of the metric that is reported for each.
+    """The mean over benchmarks of the metric reported for each.
 
     Args:
         scores: {task: its metrics}, such as `after` of each run's metrics.json; the mean is over these tasks, so
@@ -79,7 +79,7 @@ def _matthews(targets: Any, chosen: Any) -> dict[str, float]:
 
 
 def _accuracy_and_f1(targets: Any, chosen: Any) -> dict[str, float]:
-    """Accuracy, F1 of class 1 (0 where it is neither there nor chosen), and their mean."""
+    """Accuracy, F1 of class 1 (0 where it is neither present nor chosen), and their mean."""
     from sklearn.metrics import f1_score
 
     f1: Any = f1_score(targets, chosen, zero_division=0)  # pyright: ignore[reportArgumentType]

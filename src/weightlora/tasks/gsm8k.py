@@ -1,11 +1,11 @@
-"""GSM8K (Cobbe et al. 2021): word problems, solved step by step, with the answer behind `####`.
+"""GSM8K (Cobbe et al. 2021): word problems, solved step by step, with the answer after `####`.
 
 {"question": "Ann has 4 hens, Bo half as many. How many are there?",
  "answer": "Bo has 4/2 = <<4/2=2>>2 hens.\\nThere are 4+2 = <<4+2=6>>6.\\n#### 6"}
 
 Solutions are learnt as published, calculator annotations included, but no calculator helps when the model writes. An
-answer is right if it is, as a text without commas, the one published; that is the published rule, except that a full
-stop behind it is forgiven.
+answer is right if, without commas, its text equals the published one; that is the published rule, except that a full
+stop after it is forgiven.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 def final_answer(text: str) -> str | None:
-    """The first number behind `####`, without commas; None if there is none."""
+    """The first number after `####`, without commas; None if there is none."""
     found = _ANSWER.search(text)
     return found[1].replace(",", "").rstrip(".") or None if found else None
 

@@ -1,8 +1,8 @@
 """Summaries and data-to-text: XSum, CNN/DailyMail, DialogSum, E2E NLG and DART.
 
-How text is written follows, where it is known, what the benchmarks' usual baselines publish: BART's settings for XSum
+Generation settings follow, where known, those published for the benchmarks' usual baselines: BART's for XSum
 and CNN/DailyMail (Lewis et al. 2020, with its code), LoRA's for E2E and DART (Hu et al. 2022, appendix D). DialogSum's
-four beams, all prompts and all lengths are choices.
+four beams, all prompts and all lengths are our choices.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ DART = register(
         Benchmark("Yale-LILY/dart", test="test"),
         scorer=data_to_text,
         primary="bleu",
-        inputs=(),  # triples are no text
+        inputs=(),  # triples are not text
         max_length=384,
         max_target_length=128,
         generation={"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4},

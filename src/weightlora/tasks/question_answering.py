@@ -3,7 +3,7 @@
 {"context": "Bach was born in Eisenach.", "question": "Where was Bach born?",
  "answers": {"text": ["Eisenach"], "answer_start": [17]}}
 
-Long contexts are read through windows that overlap. In a window without the answer the target is the null position.
+Long contexts are read through overlapping windows. In a window without the answer the target is the null position.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class QuestionAnswering:
     max_length: int = 384
 
     def read_labels(self, rows: Dataset, where: str) -> list[Target]:
-        """The references of each row, found at their places in its context."""
+        """The references of each row, located in its context."""
         names = rows["id"] if "id" in rows.column_names else None
         targets = []
         for number, (answers, context) in enumerate(zip(rows["answers"][:], rows["context"][:], strict=True)):
@@ -80,7 +80,7 @@ class QuestionAnswering:
         return tuple(zip(starts, texts, strict=True))
 
     def label_names(self, labels: list[Target], rows: Dataset, where: str) -> list[str] | None:
-        """None: there are no classes. But there must be something to find."""
+        """None: there are no classes. But at least one question needs an answer."""
         if not any(labels):
             raise ConfigError(f"No question of {where} has an answer; give rows that have one.")
         return None
@@ -90,7 +90,7 @@ class QuestionAnswering:
         return labels
 
     def encode(self, part: Part, tokenizer: Any, form: Format, *, training: bool) -> Encoded:
-        """Windows of `max_length` tokens, one or more for each row; the first reference is what is learnt.
+        """Windows of `max_length` tokens, one or more for each row; the first reference is the target.
 
         Raises:
             ConfigError: a tokenizer without offsets or without a null position, or a question that leaves no room.
@@ -138,7 +138,7 @@ class QuestionAnswering:
 
 
 def find_target(window: Window, target: Target) -> tuple[int, int]:
-    """First and last token of the first reference in a window, or the null position twice if it is not all there."""
+    """First and last token of the first reference in a window, or the null position twice if it is not complete."""
     import numpy as np
 
     null = (window.null, window.null)
@@ -179,7 +179,7 @@ def _check_room(questions: Sequence[str], tokenizer: Any, max_length: int, strid
 
 
 def _null_position(ids: Sequence[int], tokenizer: Any) -> int:
-    """Where "no answer" is: at [CLS], or at the token for the beginning."""
+    """The position of "no answer": [CLS], or the beginning-of-text token."""
     for token in (tokenizer.cls_token_id, tokenizer.bos_token_id):
         if token is not None and token in ids:
             return ids.index(token)
@@ -196,7 +196,7 @@ def _in_context(offsets: Sequence[tuple[int, int]], sequences: Sequence[int | No
 
 
 def _warn_about_unseen(part: Part, windows: Sequence[Window], features: Dataset) -> None:
-    """Logs for how many answers there is no window that holds them whole."""
+    """Logs how many answers fit whole into no window."""
     pairs = zip(windows, features["start_positions"][:], strict=True)
     seen = {window.row for window, start in pairs if start != window.null}
     unseen = sum(row not in seen for row, target in enumerate(part.targets) if target)

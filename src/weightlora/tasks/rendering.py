@@ -1,7 +1,7 @@
-"""Conversations as tokens by the chat template of a tokenizer, and which of them the assistant wrote.
+"""Conversations tokenized with the tokenizer's chat template, and which tokens the assistant wrote.
 
-A template that marks answers by `{% generation %}` is believed. Any other one is asked for the beginnings of each
-conversation, with the prompt for an answer and with the answer: what the second adds to the first was answered.
+A template that marks answers by `{% generation %}` is trusted. Any other one renders the beginnings of each
+conversation, with the prompt for an answer and with the answer: the difference is the answer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from weightlora.errors import ConfigError, short
 from weightlora.tasks.conversations import Conversation, Message
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ANY_LENGTH = {"verbose": False}  # what is too long is cut later
+_ANY_LENGTH = {"verbose": False}  # long texts are cut later
 
-# Begin and end of an answer, in characters of the rendered text.
+# Start and end of an answer, in characters of the rendered text.
 Span = tuple[int, int]
 
 
@@ -55,7 +55,7 @@ def _marked(conversations: Sequence[Conversation], tokenizer: Any) -> tuple[list
 
 
 def _rendered(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...]) -> tuple[str, list[Span]]:
-    """The text of a conversation and where its answers are."""
+    """The text of a conversation and the spans of its answers."""
     whole = _applied(conversation, tokenizer, tokenize=False)
     spans = []
     for number, message in enumerate(conversation):
@@ -75,8 +75,8 @@ def _rendered(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...])
 
 
 def _check_said(message: Message, answer: str) -> None:
-    """Templates of models that see images too skip messages that are plain text."""
-    said = message.content.rsplit("</think>", 1)[-1].strip()  # some leave out what was thought before
+    """Templates of vision-language models skip messages that are plain text."""
+    said = message.content.rsplit("</think>", 1)[-1].strip()  # some drop earlier reasoning
     if said not in answer:
         raise ConfigError(
             f"The chat template leaves out the answer {short(message.content)}: it gives {short(answer)}; set "
@@ -85,13 +85,13 @@ def _check_said(message: Message, answer: str) -> None:
 
 
 def _end(turn: str, ends: tuple[str, ...]) -> int:
-    """Whitespace behind the token that ends a turn belongs to what follows."""
+    """Whitespace after the token that ends a turn belongs to what follows."""
     bare = turn.rstrip()
     return len(bare) if bare.endswith(ends) else len(turn)
 
 
 def _applied(conversation: Conversation, tokenizer: Any, **options: Any) -> Any:
-    """Templates raise what they like, about roles they do not know for example."""
+    """Templates raise arbitrary errors, for example about unknown roles."""
     try:
         return tokenizer.apply_chat_template([message._asdict() for message in conversation], **options)
     except Exception as error:

@@ -1,9 +1,9 @@
 """Scores of written text against one or more references, in percent as published ones are.
 
 BLEU and chrF are those of sacrebleu over the whole corpus, with its defaults (13a tokens, mixed case), and look at all
-references of a text together. ROUGE is F1 of rouge-score with stemming. Where texts are summaries it is averaged over
-the references of a text and then over texts, so that rows which share an input count as if each was scored alone; where
-they say what data says, only the nearest reference counts.
+references of a text together. ROUGE is F1 of rouge-score with stemming. For summaries it is averaged over the
+references of a text and then over texts, so that rows which share an input count as if each was scored alone; for
+data-to-text only the nearest reference counts.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def check_packages() -> None:
-    """Raises ModuleNotFoundError where a package is missing: better now than after the training."""
+    """Raises ModuleNotFoundError where a package is missing: better now than after training."""
     import rouge_score as rouge_score
     import sacrebleu as sacrebleu
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU (Papineni et al. 2002) with as many references for each text as there are."""
+    """Corpus BLEU (Papineni et al. 2002) with all references of each text."""
     import sacrebleu
 
     return sacrebleu.corpus_bleu(texts, _streams(references)).score
@@ -60,7 +60,7 @@ def best_rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> f
 def _rouge(
     texts: Sequence[str], references: Sequence[Sequence[str]], names: Sequence[str]
 ) -> Iterator[list[tuple[float, ...]]]:
-    """For each text and each of its references the scores called `names`."""
+    """The scores called `names` for each text and each of its references."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(names), use_stemmer=True)

@@ -1,9 +1,9 @@
-"""From pairs of an input and a target to what a model that writes text learns from.
+"""Turns pairs of an input and a target into training examples for a model that writes text.
 
 encoder-decoder   input_ids: the input; labels: the target
 decoder           input_ids: the prompt and then the target; labels: -100 for the prompt, then the target
 
-A target ends with the end-of-text token, so that a model learns to stop; one that had to be cut does not.
+A target ends with the end-of-text token, so that a model learns to stop; a target that had to be cut does not.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PLACE = "{input}"  # in a prompt
 
 
 def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Any, form: Format, prompt: str) -> Dataset:
-    """One row of `input_ids`, `attention_mask` and `labels` for each pair; what is too long is cut at its end.
+    """One row of `input_ids`, `attention_mask` and `labels` for each pair; long texts are cut at the end.
 
     Args:
-        prompt: what the model reads, with the input in place of `{input}`. If that is too long the input is cut.
+        prompt: the text the model reads, with the input in place of `{input}`. If that is too long, the input is cut.
         form: `max_length` holds the input of an encoder-decoder, or prompt and target of a decoder, of which
             `max_target_length` belong to the target.
 
@@ -72,13 +72,13 @@ def _check(tokenizer: Any, form: Format, prompt: str) -> None:
 
 
 def _room(form: Format) -> int:
-    """Tokens for what is read."""
+    """The tokens that the model reads."""
     assert form.max_target_length is not None
     return form.max_length if form.is_encoder_decoder else form.max_length - form.max_target_length
 
 
 def _targets(texts: Sequence[str], tokenizer: Any, form: Format, cut: dict[str, int]) -> list[list[int]]:
-    """With the marks that an encoder-decoder's tokenizer puts around a text, and the end in any case."""
+    """With the special tokens that an encoder-decoder's tokenizer puts around a text, and always the end token."""
     end, most = tokenizer.eos_token_id, form.max_target_length
     assert most is not None
     encoded = tokenizer(text_target=list(texts), add_special_tokens=form.is_encoder_decoder)["input_ids"]
@@ -100,7 +100,7 @@ def _inputs(texts: Sequence[str], tokenizer: Any, form: Format, prompt: str, cut
 
 
 def _read(texts: list[str], tokenizer: Any, form: Format) -> list[list[int]]:
-    """Tokens with the marks of the tokenizer; a decoder goes on, so there is no end before the target."""
+    """Tokens with the tokenizer's special tokens; a decoder continues, so there is no end before the target."""
     rows = tokenizer(texts)["input_ids"]
     if form.is_encoder_decoder:
         return rows
@@ -108,7 +108,7 @@ def _read(texts: list[str], tokenizer: Any, form: Format) -> list[list[int]]:
 
 
 def _shortened(text: str, ids: list[int], tokenizer: Any, form: Format, prompt: str) -> list[int]:
-    """The prompt with as much of the input's beginning as there is room for."""
+    """The prompt with as much of the beginning of the input as fits."""
     if not tokenizer.is_fast:
         raise ConfigError(
             f"An input is longer than `data.max_length` allows, and {type(tokenizer).__name__} does not tell where to "

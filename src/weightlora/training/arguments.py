@@ -42,7 +42,7 @@ _ABOVE_ZERO = {
     "r",
     "lora_alpha",
 }
-_LOWER_IS_BETTER = {"mse", "perplexity"}  # of what is no loss by name; transformers takes the highest for the best
+_LOWER_IS_BETTER = {"mse", "perplexity"}  # those not named as a loss; transformers takes the highest as the best
 _NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
 
 
@@ -59,8 +59,8 @@ def training_arguments(
     Args:
         values: field names and values.
         progress: whether to show the Trainer's progress bar, unless `disable_tqdm` is among the values.
-        labels: what the targets in a batch are called.
-        make: the class or function that takes the fields, for a trainer with arguments of its own.
+        labels: the name of the targets in a batch.
+        make: the class or function that takes the fields, for a trainer with its own arguments.
 
     Raises:
         ConfigError: an unknown field, or a value that transformers refuses.
@@ -82,7 +82,7 @@ def training_arguments(
 
 
 def _computes_in_bf16() -> bool:
-    """Whether this processor has instructions for bfloat16, as far as torch can tell; else each product is emulated."""
+    """Whether this CPU has bfloat16 instructions, as far as torch can tell; otherwise each product is emulated."""
     import torch
 
     # Builds without oneDNN lack the operator and cannot be asked.
@@ -98,9 +98,9 @@ def _warn_of_slow_bf16() -> None:
 
 
 def lora_values(values: Mapping[str, Any], info: MethodInfo) -> dict[str, Any]:
-    """The `lora` section for one method: checked, and without the defaults that the method has no use for.
+    """The `lora` section for one method: checked, and without the defaults that the method does not use.
 
-    Keys that were changed and that it has no use for stay, so that `methods.prepare` can say that it ignores them.
+    Changed keys that it does not use stay, so that `methods.prepare` can say that it ignores them.
     """
     checked = check_fields("lora", values, LoraConfig)
     if not 0 <= checked.get("lora_dropout", 0) < 1:
@@ -143,7 +143,7 @@ def _check_range(where: str, name: str, value: float) -> None:
 
 
 def _wishes(error: ValidationError) -> str:
-    """What pydantic would have accepted, once for each alternative."""
+    """The inputs pydantic would have accepted, each alternative once."""
     messages = dict.fromkeys(mistake["msg"] for mistake in error.errors(include_url=False))
     return " or ".join(message[0].lower() + message[1:] for message in messages)
 

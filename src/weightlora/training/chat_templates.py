@@ -5,7 +5,7 @@ from pathlib import Path
 from weightlora.errors import ConfigError, did_you_mean
 
 # The prompt of Alpaca (Taori et al. 2023). Turns end with the tokenizer's own end-of-text token, so that base models
-# learn to stop with a token they have; no token is added to them.
+# learn to stop with a token they already have; none is added.
 _ALPACA = """\
 {{- bos_token }}
 {%- if messages and messages[0]['role'] != 'system' %}
@@ -33,7 +33,7 @@ def read_chat_template(name: str) -> str:
     """The template of that name, or the text of that file.
 
     Raises:
-        ConfigError: there is no such template or file, or nothing in it.
+        ConfigError: there is no such template or file, or it is empty.
     """
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]

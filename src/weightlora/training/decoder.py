@@ -1,4 +1,4 @@
-"""Training of decoders by TRL's `SFTTrainer`, with what would get in the way switched off.
+"""Training of decoders by TRL's `SFTTrainer`, with features that would interfere switched off.
 
 Rows come with labels already, so that TRL neither tokenizes nor packs them. Import this only where TRL is needed.
 """
@@ -30,7 +30,7 @@ def decoder_arguments(**values: Any) -> SFTConfig:
 
 
 class QuietSFTTrainer(RunTrainer, SFTTrainer):
-    """`SFTTrainer` on rows of `input_ids`, `attention_mask` and `labels`; nothing is logged beside the loss."""
+    """`SFTTrainer` on rows of `input_ids`, `attention_mask` and `labels`; only the loss is logged."""
 
     def __init__(self, model: Any, **arguments: Any) -> None:
         # TRL rounds what trains on a quantised model to bfloat16; adapters stay as they are.
@@ -41,10 +41,10 @@ class QuietSFTTrainer(RunTrainer, SFTTrainer):
                 parameter.data = data.to(parameter.device)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        """The same number with or without TRL's tiles, which save the memory of the logits.
+        """The same loss with or without TRL's tiles, which save the memory of the logits.
 
-        They are left out on the CPU, where they take twice the time, and where logits are wanted, for which TRL would
-        run the model once more.
+        They are left out on the CPU, where they take twice the time, and where logits are needed, since TRL would run
+        the model a second time for them.
         """
         if self.args.device.type != "cpu" and not return_outputs:
             return super().compute_loss(model, inputs, return_outputs=False, **more)

@@ -1,7 +1,7 @@
 """Trainers for models that write text: the loss as usual, and in evaluation also what the model writes by itself.
 
-Evaluation writes text only where there is something to score it with (`compute_metrics`); otherwise it is the loss
-alone. What `generate` is told is the trainer's `generation`.
+Evaluation writes text only where there is something to score it with (`compute_metrics`); otherwise it computes the
+loss alone. The options of `generate` are the trainer's `generation`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from weightlora.training.trainer import RunTrainer
 
 
 class Generating(RunTrainer):
-    """What both kinds of trainers add to evaluation. Predictions are the tokens a model wrote, padded with -100."""
+    """The evaluation that both kinds of trainers share. Predictions are the tokens written, padded with -100."""
 
     generation: GenerationConfig | None = None
 
@@ -49,9 +49,9 @@ class EncoderDecoderTrainer(Generating, Seq2SeqTrainer):
 
 
 def generation_config(spec: GenerationSpec, model: Any, tokenizer: Any) -> GenerationConfig:
-    """What `generate` is told; what the recipe leaves open, `generate` takes from the model's own config.
+    """The options of `generate`; those the recipe leaves open, `generate` takes from the model's own config.
 
-    Text ends with the tokenizer's end-of-text token, which is what is learnt, and where the model ends it anyway.
+    Text ends at the tokenizer's end-of-text token, which the model learns, and at the model's own end tokens.
     """
     own = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -65,7 +65,7 @@ def generation_config(spec: GenerationSpec, model: Any, tokenizer: Any) -> Gener
 
 
 def check_lengths(spec: GenerationSpec, model: Any, max_length: int, max_target_length: int, limit: int | None) -> None:
-    """What is read and written must fit into the positions of the model.
+    """Input and written text must fit into the positions of the model.
 
     Raises:
         ConfigError: it does not, or an encoder-decoder does not know how a text starts.
@@ -88,9 +88,9 @@ def check_lengths(spec: GenerationSpec, model: Any, max_length: int, max_target_
 
 
 def write(model: Any, batch: Mapping[str, Tensor], generation: GenerationConfig) -> Tensor:
-    """The tokens (rows, length) that a model writes for a batch of features; decoders go on from the prompts.
+    """The tokens (rows, length) that a model writes for a batch of features; decoders continue the prompts.
 
-    `no_repeat_ngram_size` counts what is written and not, as transformers does for decoders, the prompt too.
+    `no_repeat_ngram_size` counts only the written text, where transformers also counts a decoder's prompt.
     """
     if model.config.is_encoder_decoder:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -104,7 +104,7 @@ def write(model: Any, batch: Mapping[str, Tensor], generation: GenerationConfig)
 
 
 def prompts(batch: Mapping[str, Tensor], pad_token: int) -> dict[str, Tensor]:
-    """What stands before the first learnt token of each row (rows, width), padded on the left."""
+    """The tokens before the first learnt token of each row (rows, width), padded on the left."""
     lengths = (batch["labels"] != IGNORED_LABEL).int().argmax(dim=1, keepdim=True)
     width = max(int(lengths.max()), 1)
     places = torch.arange(width, device=lengths.device) - (width - lengths)
@@ -114,7 +114,7 @@ def prompts(batch: Mapping[str, Tensor], pad_token: int) -> dict[str, Tensor]:
 
 
 class _OnlyWritten(NoRepeatNGramLogitsProcessor):
-    """Forbids repeating n-grams that stand behind the first `width` tokens."""
+    """Forbids repeating n-grams that occur after the first `width` tokens."""
 
     def __init__(self, ngram_size: int, width: int) -> None:
         super().__init__(ngram_size)

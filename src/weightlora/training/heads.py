@@ -1,4 +1,4 @@
-"""What sits on a model for each kind of task: how it is loaded, what PEFT calls it, how batches and training look.
+"""The head of a model for each kind of task: loading, its name in PEFT, batches and training.
 
 A new kind is one record in `HEADS`, and its name in `tasks.base.Head`.
 """
@@ -41,11 +41,11 @@ class HeadKind:
         auto: the auto class of transformers that loads the model, by the model's config.
         task_type: PEFT's name for it, by the model's config.
         is_new: whether it starts at random, so that it is trained whole and saved beside the adapter.
-        collator: (tokenizer, model) -> what makes a batch of features.
-        trainer: what trains it, by the model's config.
-        arguments: what makes the trainer's arguments of fields and values, by the model's config.
-        outputs: (outputs, labels) -> what is kept of a batch's outputs for scoring.
-        labels: what the targets in a batch are called.
+        collator: (tokenizer, model) -> the function that makes a batch of features.
+        trainer: the class that trains it, by the model's config.
+        arguments: builds the trainer's arguments from fields and values, by the model's config.
+        outputs: (outputs, labels) -> the part of a batch's outputs that is kept for scoring.
+        labels: the name of the targets in a batch.
         writes: whether it is scored by the text it writes.
     """
 
@@ -61,12 +61,12 @@ class HeadKind:
 
 
 def _logits(outputs: Any, labels: Any) -> Any:
-    """Encoder-decoders return their hidden states beside the logits; only the logits are scored."""
+    """Encoder-decoders return their hidden states along with the logits; only the logits are scored."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _token_scores(logits: Any, labels: Any) -> Any:
-    """(rows, 3): summed loss, tokens predicted right, and tokens learnt; all logits of a split would not fit memory."""
+    """(rows, 3): summed loss, tokens predicted right, and tokens learnt; a split's logits would not fit in memory."""
     learnt = labels[:, 1:] != IGNORED_LABEL
     predicted, wanted = logits[:, :-1][learnt].float(), labels[:, 1:][learnt]
     losses = nn.functional.cross_entropy(predicted, wanted, reduction="none")
@@ -77,7 +77,7 @@ def _token_scores(logits: Any, labels: Any) -> Any:
 
 
 def _padding_on_the_right(tokenizer: Any) -> Any:
-    """A copy of a tokenizer that may pad on the left, which would move the positions of answers."""
+    """A copy of a tokenizer that pads on the right; left padding would move the positions of answers."""
     copied = copy.copy(tokenizer)
     copied.padding_side = "right"
     return copied
@@ -87,7 +87,7 @@ def _writes(config: Any) -> Any:
     """The auto class of a model that writes text.
 
     Raises:
-        ConfigError: an encoder. transformers would load most of them as decoders that see what comes next.
+        ConfigError: an encoder. transformers would load most of them as decoders that see later tokens.
     """
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
@@ -148,7 +148,7 @@ HEADS: dict[Head, HeadKind] = {
         writes=True,
     ),
 }
-# The same training on the same features, scored by the tokens it predicts: nothing has to be written for that.
+# The same training on the same features, scored by the tokens it predicts: no text has to be written for that.
 HEADS["next-token"] = replace(
     HEADS["text-generation"],
     trainer=_decoder_trainer,

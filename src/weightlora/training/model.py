@@ -1,4 +1,4 @@
-"""The base model with a fresh head, its tokenizer, and what `lora` names in it: checked, or one clear message."""
+"""The base model with a fresh head, its tokenizer, and the modules that `lora` names: checked, or one clear message."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ _DTYPES = ["float32", "bfloat16", "float16", "auto"]
 
 
 def check_source(spec: ModelSpec) -> None:
-    """Finds out without loading anything whether a local folder can be a model; hub ids pass."""
+    """Checks without loading anything whether a local folder can be a model; hub ids pass."""
     if spec.dtype not in _DTYPES:
         raise ConfigError(
             f"`model.dtype` is {spec.dtype!r}{did_you_mean(spec.dtype, _DTYPES)} (there are: {', '.join(_DTYPES)})."
@@ -68,7 +68,7 @@ def _check_folder(folder: Path, name: str) -> None:
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The model's tokenizer; without a padding token of its own it pads with the end-of-text token."""
     tokenizer = _fetched(spec, "tokenizer", lambda name, options: AutoTokenizer.from_pretrained(name, **options))
-    # For many types of models transformers makes up a tokenizer where there is none, which knows no word.
+    # For many model types transformers makes up a tokenizer that knows no words where there is none.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise ConfigError(
             f"Model {spec.name!r} comes without a tokenizer; put its files (tokenizer.json and tokenizer_config.json) "
@@ -88,7 +88,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
 
 
 def load_model(spec: ModelSpec, head: HeadKind, names: list[str] | None) -> PreTrainedModel:
-    """The base model with its head; for sequences that has an output for each of `names`, or one number when None."""
+    """The base model with its head; for sequences it has an output for each of `names`, or one number if None."""
     config = _fetched(spec, "config", lambda name, options: AutoConfig.from_pretrained(name, **options))
     if head.task_type(config) == TaskType.SEQ_CLS:
         labels = names or ["value"]
@@ -96,7 +96,7 @@ def load_model(spec: ModelSpec, head: HeadKind, names: list[str] | None) -> PreT
         config.label2id = {label: index for index, label in enumerate(labels)}
         config.problem_type = "single_label_classification" if names else "regression"
     if head.task_type(config) == TaskType.QUESTION_ANS:
-        config.num_labels = 2  # start and end, whatever the model was saved for
+        config.num_labels = 2  # start and end, regardless of what the model was saved for
     weights = quantised_options(spec, head.auto(config), config)
     model, loading = _fetched(
         spec,
@@ -115,7 +115,7 @@ def load_model(spec: ModelSpec, head: HeadKind, names: list[str] | None) -> PreT
 
 
 def _fetched(spec: ModelSpec, what: str, load: Callable[[str, dict[str, Any]], Any]) -> Any:
-    """Runs `load(name, options)`; whatever the loaders raise becomes one message that names the model."""
+    """Runs `load(name, options)`; any error of the loaders becomes one message that names the model."""
     name = str(Path(spec.name).expanduser()) if Path(spec.name).expanduser().is_dir() else spec.name
     options = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
     if spec.gguf_file:
@@ -137,7 +137,7 @@ def _some(names: list[str], most: int = 3) -> str:
 
 
 def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str, new_heads: list[str]) -> None:
-    """Only a head that starts anew may have come with another shape; anything else would train from noise."""
+    """Only a head that starts anew may have another shape in the file; anything else would train from noise."""
     heads = tuple(f"{head}." for head in new_heads)
     keys = [entry if isinstance(entry, str) else entry[0] for entry in loading["mismatched_keys"]]
     wrong = sorted(key for key in keys if not key.startswith(heads))
@@ -161,11 +161,11 @@ def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str, ne
 def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int) -> None:
     """Tells the model its padding token, and pads where its head expects it.
 
-    Decoders classify by the last token that is not padding. Those with absolute positions, such as GPT-2, count the
-    padding in front too, so that on the left the logits would depend on the other rows of a batch.
+    Decoders classify by the last token that is not padding. Those with absolute positions, such as GPT-2, also
+    count leading padding, so padding on the left would make the logits depend on the other rows of a batch.
 
     Raises:
-        ConfigError: inputs could not be embedded.
+        ConfigError: the model cannot embed some inputs.
     """
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
@@ -184,7 +184,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int) -> No
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The longest input in tokens, None without a limit; RoBERTa's kin count from behind padding."""
+    """The longest input in tokens, None without a limit; RoBERTa and relatives count from after the padding index."""
     limit = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and limit is not None:

@@ -40,7 +40,7 @@ from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
 from weightlora.training.recipe import GenerationSpec, Recipe, SourceSpec
 
-_BATCHES = 16  # of training data, at most, for methods that start from some
+_BATCHES = 16  # of training data, at most, for methods that need some to start
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Job:
     splits: Splits
     tokenizer: Any
     model: nn.Module
-    method: Method | None  # what happens during training; None for stock LoRA and most others
+    method: Method | None  # the actions during training; None for stock LoRA and most others
     arguments: TrainingArguments
-    after: list[TrainerCallback]  # what follows the cut
+    after: list[TrainerCallback]  # the actions after the cut
 
     @property
     def head(self) -> HeadKind:
-        """What sits on the model."""
+        """The layer on top of the model."""
         return HEADS[self.task.head]
 
     @property
     def collator(self) -> Any:
-        """What makes a batch of features."""
+        """The function that makes a batch of features."""
         return self.head.collator(self.tokenizer, self.model)
 
     @property
     def scores_during_training(self) -> bool:
-        """Whether metrics are worked out before and during training too; text is written then only if asked for."""
+        """Whether metrics are computed before and during training too; text is then written only on request."""
         return not self.head.writes or self.recipe.generation.during_training
 
     @property
     def has_adapters(self) -> bool:
-        """Whether an adapter is trained, and not weights of the model itself."""
+        """Whether an adapter is trained, rather than weights of the model itself."""
         return isinstance(self.model, PeftModel)
 
     def encode(self, part: Part, *, training: bool = False) -> Encoded:
@@ -86,13 +86,13 @@ class Job:
 
     @cached_property
     def training(self) -> Encoded:
-        """The rows of train, encoded once; one row may have become several."""
+        """The rows of train, encoded once; one row may become several."""
         return self.encode(self.splits.train, training=True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be trained, known before the first step."""
+    """A summary of the training, known before the first step."""
 
     recipe: Recipe
     adapters: list[Any]
@@ -113,7 +113,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     recipe = _with_generation(with_sources(recipe, task), task)
     method = methods.create(recipe.method.name, recipe.method.options)
     lora = lora_values(recipe.lora, methods.get_method(recipe.method.name))
-    _arguments(recipe, task, progress)  # as far as they can be checked without the model
+    _arguments(recipe, task, progress)  # checked as far as possible without the model
     after = _after_the_cut(recipe)
     check_source(recipe.model)
     check_method(recipe.model, methods.get_method(recipe.method.name), lora)
@@ -143,7 +143,7 @@ def _arguments(
 
 
 def _with_generation(recipe: Recipe, task: Task) -> Recipe:
-    """The recipe with the task's length of texts and its way of writing them, where it has none of its own."""
+    """The recipe, with the task's text lengths and generation settings where it has none of its own."""
     if not HEADS[task.head].writes:
         for key, value, default in (
             ("generation", recipe.generation, GenerationSpec()),
@@ -198,7 +198,7 @@ def _ready(job: Job, lora: dict[str, Any]) -> nn.Module:
 
 
 def _some_batches(job: Job) -> list[dict[str, Any]]:
-    """A few batches of training data, drawn with the run's seed and as large as in evaluation."""
+    """A few batches of training data, drawn with the run's seed, of the evaluation batch size."""
     size = job.arguments.per_device_eval_batch_size
     loader = torch.utils.data.DataLoader(
         job.training.features,
@@ -241,14 +241,14 @@ def make_plan(job: Job) -> Plan:
 
 
 def _count_all(model: nn.Module) -> int:
-    """All parameters; 4-bit weights stand two in a byte."""
+    """All parameters; 4-bit weights are packed two to a byte."""
     if isinstance(model, PeftModel):
         return model.get_nb_trainable_parameters()[1]
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_output_dir(output_dir: str, resume: bool) -> None:
-    """Nothing that exists is overwritten: a folder in use is refused unless the run resumes from it."""
+    """Protects existing files: a folder in use is refused unless the run resumes from it."""
     folder = Path(output_dir)
     if folder.is_file():
         raise ConfigError(f"`output_dir` {output_dir!r} is a file; choose another.")
@@ -263,7 +263,7 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
 
 
 def _check_batches(rows: int, arguments: TrainingArguments) -> None:
-    """The Trainer would find out when it has no step to take, or take none."""
+    """The Trainer would fail only when it has no step to take, or silently take none."""
     size = arguments.train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and rows < size:
         raise ConfigError(
@@ -283,7 +283,7 @@ def count_steps(rows: int, arguments: TrainingArguments) -> tuple[int, int]:
 
 
 def with_sources(recipe: Recipe, task: Task) -> Recipe:
-    """The recipe with every source named, and the length of inputs, that its task or its `data.path` knows."""
+    """The recipe with every source and the input length filled in from its task or its `data.path`."""
     data = recipe.data
     held_out = data.validation
     train, validation, test = sources(
@@ -318,7 +318,7 @@ def _load_data(recipe: Recipe, task: Task) -> Splits:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Reading a local file needs no progress bar, and what goes wrong is said once, by our own error."""
+    """Reading a local file needs no progress bar, and our own error reports a failure once."""
     from datasets import disable_progress_bars, enable_progress_bars
     from datasets.utils import logging
 

@@ -1,10 +1,10 @@
-"""Names for sets of target modules: what `lora.target_modules` may say in place of module names.
+"""Names for sets of target modules: values of `lora.target_modules` in place of module names.
 
 self-attention    query, key and value projections (WeightLoRA, Table 1: 36 in DeBERTaV3-base)
 query-value       query and value projections (LoRA-drop: 24 in RoBERTa-base)
 block-linear      all linear modules inside the transformer blocks (72 in DeBERTaV3-base)
 
-PEFT's own `all-linear` is all linear modules but the head, so the pooler too (73 in DeBERTaV3-base).
+PEFT's own `all-linear` is all linear modules but the head, hence also the pooler (73 in DeBERTaV3-base).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 PRESETS = ("self-attention", "query-value", "block-linear")
 
-# Names of the query, key and value projections, one where they are one module: the model types that have them.
+# {names of the query, key and value projections, one name if fused: the model types that have them}.
 _PROJECTIONS = {
     "query key value": "bert roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert electra albert ernie"
     " megatron-bert data2vec-text rembert convbert",
@@ -40,7 +40,7 @@ _PROJECTIONS = {
     "qkv_proj": "phi3",
     "Wqkv": "modernbert mpt",
 }
-# Parts of module names under which a decoder looks at an encoder.
+# Parts of module names that mark cross-attention.
 _CROSS = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn"}
 
 
@@ -54,7 +54,7 @@ def target_modules(model: nn.Module, preset: str) -> list[str]:
 
 
 def resolve(model: nn.Module, targets: Any) -> Any:
-    """What PEFT takes for `lora.target_modules`: a preset as module names, anything else as it is."""
+    """The value of `lora.target_modules` for PEFT: a preset as module names, anything else unchanged."""
     if not isinstance(targets, str) or targets not in PRESETS:
         return targets
     counted = count(model, targets)
@@ -81,7 +81,7 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 
 def by_tail(names: list[str]) -> dict[str, int]:
-    """How many names end in each last part."""
+    """The number of names that end in each last part."""
     return dict(sorted(Counter(name.rsplit(".", 1)[-1] for name in names).items()))
 
 

@@ -39,9 +39,9 @@ def check_method(spec: ModelSpec, method: MethodInfo, lora: Mapping[str, Any]) -
 
 
 def quantised_options(spec: ModelSpec, auto: Any, config: PretrainedConfig) -> dict[str, Any]:
-    """What `from_pretrained` needs to load the weights as the recipe says.
+    """The arguments with which `from_pretrained` loads the weights as the recipe says.
 
-    Four bits are nf4 with double quantisation (QLoRA, Dettmers et al. 2023, section 3). A head stays as it is.
+    Four bits are nf4 with double quantisation (QLoRA, Dettmers et al. 2023, section 3). A head is not quantised.
     """
     if spec.quantization is None:
         return gguf_options(spec.gguf_file)
@@ -69,6 +69,6 @@ def prepared(model: PreTrainedModel) -> PreTrainedModel:
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16 bitsandbytes 0.50 packs weights in evaluation and lets no gradient through after.
+            # On CPUs with AVX512-BF16 bitsandbytes 0.50 packs weights in evaluation and blocks gradients afterwards.
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -1,4 +1,4 @@
-"""A run as data: one YAML file, `key=value` overrides on top, every mistake found before anything is loaded.
+"""A run as data: one YAML file, `key=value` overrides on top, every mistake is found before anything is loaded.
 
     model: path-or-hub-id
     task: text-classification
@@ -44,8 +44,8 @@ RECIPE_FILE = "recipe.yaml"  # in a run's folder, written before anything else
 class ModelSpec(Section):
     """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved).
 
-    `package:NAME/PATH` is a folder or file inside an installed Python package, which is found and not imported.
-    `quantization` rounds the frozen weights to 4 or 8 bits with bitsandbytes, and `dtype` is what they compute in;
+    `package:NAME/PATH` is a folder or file inside an installed Python package, which is located without being imported.
+    `quantization` rounds the frozen weights to 4 or 8 bits with bitsandbytes, and `dtype` is the type they compute in;
     `gguf_file` is a file in the folder or repository, unpacked to `dtype`. `chat_template` replaces that of the
     tokenizer: a Jinja file, or `alpaca`.
     """
@@ -72,7 +72,7 @@ class ModelSpec(Section):
 
 
 class SourceSpec(Section):
-    """Where rows come from: a file, a folder, or a `datasets` id with its `name` and `split`."""
+    """The source of rows: a file, a folder, or a `datasets` id with its `name` and `split`."""
 
     shorthand: ClassVar[str | None] = "path"
     path: str
@@ -84,10 +84,10 @@ Source = Annotated[SourceSpec, expand("path")]
 
 
 class DataSpec(Section):
-    """Rows to learn from and rows to score with; what is not named is where the task's benchmark has it.
+    """Rows to learn from and rows to score with; sources not named are those of the task's benchmark.
 
     `path` (with `name`) is a folder or a `datasets` id that has all splits; `validation` may be a share carved from
-    `train`, or how many rows of it; `test: false` leaves out the one of the benchmark; `columns` are names in the data
+    `train`, or how many rows of it; `test: false` leaves out the benchmark's; `columns` are names in the data
     by role. Lengths are in tokens; without `max_length` or `max_target_length` the task's own is taken. `prompt` has
     `{input}` where the input of a task that writes text goes. `limit` and `eval_limit` keep that many rows of train,
     and the rows of that many inputs of what is scored.
@@ -139,7 +139,7 @@ class MethodSpec(BaseModel):
 class GenerationSpec(Section):
     """How text is written to be scored: fields of transformers' `GenerationConfig`.
 
-    What is null is the task's own choice, else the model's. Before and during training only the loss is looked at,
+    A null field takes the task's value, else the model's. Before and during training only the loss is computed,
     unless `during_training` asks for text too.
     """
 
@@ -161,7 +161,7 @@ class GenerationSpec(Section):
 class Recipe(Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
-    After the cut, `reuse_prefix` runs frozen blocks once per example (true, or how their output is kept) and
+    After the cut, `reuse_prefix` runs frozen blocks once per example (true, or the type of the kept output) and
     `grow_batch` merges accumulated micro-batches (true, or how many).
     """
 

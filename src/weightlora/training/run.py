@@ -4,8 +4,8 @@
 
 writes into `output_dir`: recipe.yaml (every default filled in), checkpoints, events.jsonl (by the method),
 adapter/ (a stock PEFT adapter and the tokenizer; model/ where the model's own weights were trained),
-predictions.jsonl and test_predictions.jsonl (what a task that writes text was scored for) and, last, metrics.json: a
-folder that has it is of a run that ended.
+predictions.jsonl and test_predictions.jsonl (the scored output of a task that writes text) and, last, metrics.json: a
+folder that has it belongs to a finished run.
 """
 
 import json
@@ -43,14 +43,14 @@ def run(
     on_ready: Callable[[Plan], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Trains what the recipe says and returns what metrics.json holds.
+    """Trains as the recipe says and returns the contents of metrics.json.
 
     Args:
         resume: go on from the last checkpoint in `output_dir`, which otherwise must be empty or new.
         progress: show the Trainer's progress bar and log lines.
-        score_first: score the model before training too; without it `before` is None. It changes nothing in training.
+        score_first: score the model before training too; without it `before` is None. Training is the same either way.
         on_ready: called with the plan once everything is checked, before any training.
-        callbacks: for the Trainer, behind the method's own.
+        callbacks: for the Trainer, after the method's own.
 
     Raises:
         ConfigError: anything in the recipe or the data that cannot work, before training starts.
@@ -107,7 +107,7 @@ def run(
 
 
 def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
-    """Loads and checks everything and says what would be trained; writes nothing."""
+    """Loads and checks everything and returns the plan of the run; writes nothing."""
     job = prepare(recipe, resume=resume, progress=False)
     if job.method is not None:
         job.method.attach(job.model)
@@ -115,7 +115,7 @@ def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
 
 
 def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Trainer, Encoded]:
-    """The Trainer with the method as its callback, and the rows it is scored with."""
+    """The Trainer with the method as its callback, and the rows that score it."""
     own: list[TrainerCallback] = [*([job.method] if job.method is not None else []), *job.after]
     validation = job.encode(job.splits.validation)
     try:
@@ -144,7 +144,7 @@ def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback]
 
 
 def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True, file: Path | None = None) -> dict[str, float]:
-    """Loss of these rows and, if they are `scored`, their metrics; without timings. Written texts go into `file`."""
+    """Loss of these rows and, if they are `scored`, their metrics; without timings. Generated texts go into `file`."""
     if file is not None and not trainer.is_world_process_zero():
         file = None
     usual, trainer.compute_metrics = trainer.compute_metrics, _scored_by(rows, file) if scored else None
@@ -158,7 +158,7 @@ def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True, file: Path
 
 
 def _check_best(job: Job, scores: dict[str, float]) -> None:
-    """The Trainer would find out only after the first evaluation."""
+    """The Trainer would fail only after the first evaluation."""
     wanted = job.arguments.metric_for_best_model
     if wanted is not None and wanted.removeprefix("eval_") not in scores:
         raise ConfigError(
@@ -182,7 +182,7 @@ def _scored_by(rows: Encoded, file: Path | None = None) -> Callable[[EvalPredict
 
 
 def _set_rates(trainer: Trainer, job: Job) -> None:
-    """Learning rates of their own for the parameters that the method wants them for; else the Trainer's groups."""
+    """Separate learning rates for the parameters that the method names; otherwise the Trainer's groups."""
     name, model, arguments = job.recipe.method.name, job.model, job.arguments
     if not methods.get_method(name).rates:
         return
@@ -208,7 +208,7 @@ def _save(job: Job, output_dir: Path, metrics: dict[str, Any]) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """The file is there with all of the text or not at all, whenever the process is killed."""
+    """Writes the whole text or nothing, even if the process is killed."""
     draft = file.with_name(f"{file.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, file)

@@ -1,4 +1,4 @@
-"""The Trainer that runs use: evaluation takes rows as they come, and leaves no trace in training."""
+"""The Trainer that runs use: evaluation keeps the order of rows and does not affect training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RunTrainer(Trainer):
     """A `Trainer` whose evaluation neither changes the order of rows nor draws random numbers.
 
     Predictions are scored in the order of the rows, which transformers changes where training groups rows by length.
-    And a run that is resumed from a checkpoint written before an evaluation would not draw what that evaluation drew.
+    A run resumed from a checkpoint written before an evaluation would otherwise miss that evaluation's random draws.
     """
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
@@ -26,6 +26,6 @@ class RunTrainer(Trainer):
         metric_key_prefix: str = "eval",
         **generation: Any,
     ) -> dict[str, float]:
-        """As usual, and the random state is what it was; making a data loader would change it."""
+        """As usual, but restores the random state, which making a data loader would change."""
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **generation)

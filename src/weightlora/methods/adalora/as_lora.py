@@ -24,7 +24,7 @@ def as_lora(model: PeftModel) -> PeftModel:
     if getattr(config.peft_type, "value", config.peft_type) != "ADALORA" or config.bias != "none":
         return model
     adapters = list_attached(model, key)
-    trained = any(a.layer.lora_E[key].any() for a in adapters)  # otherwise all are kept, as a LoRA with B = 0
+    trained = any(a.layer.lora_E[key].any() for a in adapters)  # if none, keep all, as a LoRA with B = 0
     factors = {a.name: found for a in adapters if len((found := _factors(a, everything=not trained))[0])}
     scaling = {a.name: _scaling(a) for a in adapters}
     base: Any = model.unload()

@@ -10,7 +10,7 @@ does these. In the order of one optimizer step t = 1 ... T:
     step       t < T - t_f: PEFT smooths its scores and masks the singular values below the budget b(t)
                t = T - t_f: the b_T best triplets stay and the others are removed, from the optimizer too
 
-PEFT only masks; with what is removed here, A and B of pruned triplets also leave the regulariser.
+PEFT only masks; here pruned triplets are removed, so their A and B also leave the regulariser.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class RankAllocation(Engine):
     Attributes:
         global_step: optimizer steps done.
         adapters: those still attached.
-        done: the budget is reached and what is above it removed.
+        done: the budget is reached and the excess removed.
     """
 
     method = "adalora"
@@ -140,13 +140,13 @@ class RankAllocation(Engine):
     # -- the training step ---------------------------------------------------------------------------------------
 
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """After backward and before the optimizer's step; before clipping, if you clip."""
+        """Call after backward and before the optimizer's step; before clipping, if you clip."""
         if not self._regularised:
             self.regularise()
         self._regularised = False
         for adapter in self.adapters:
             for parameter in _factors(adapter).values():
-                if parameter.grad is None:  # PEFT's scores cannot do without
+                if parameter.grad is None:  # PEFT's scores need one
                     parameter.grad = torch.zeros_like(parameter)
 
     @torch.no_grad()
@@ -221,7 +221,7 @@ class RankAllocation(Engine):
         return self._allocator.exp_avg_ipt[name] * self._allocator.exp_avg_unc[name]
 
     def _remove(self, pattern: dict[str, list[bool]], optimizer: torch.optim.Optimizer | None) -> None:
-        """Make every module as small as its row of `pattern`, and the config say so in PEFT's own way."""
+        """Shrink every module to its row of `pattern`, and record that in the config in PEFT's own way."""
         base = self.model.get_base_model()
         for adapter in self.adapters:
             kept = torch.tensor(pattern[adapter.name]).nonzero().flatten()

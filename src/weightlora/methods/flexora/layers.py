@@ -38,7 +38,7 @@ GATE_RECORDS = 50  # how many times the scales are written to the events
 
 @dataclass(frozen=True)
 class LayerStrategy:
-    """What to choose and how, see `weightlora.Flexora`.
+    """Which layers to choose and how, see `weightlora.Flexora`.
 
     Attributes:
         keep: how many layers, as a number or a share; None keeps those with a_l > 0.
@@ -86,7 +86,7 @@ class LayerSearch(Engine):
     """A `LayerStrategy` at work on a model.
 
     Attributes:
-        batches: what the validation loss is of, taken in turn.
+        batches: those of the validation loss, taken in turn.
         layers: {name of a block: its adapters}; those that are still attached.
         a: one weight per layer, shape (L,), in the order of `layers`.
         global_step: optimizer steps done.

@@ -10,8 +10,8 @@ a is trained to lower the validation loss, A and B to lower the training loss. I
 
 Nothing is differentiated through the inner step: this is the first-order form that the authors' code uses, not the
 unrolled one of the paper. dL/da^_l is the sum of the gradients of the gates of layer l; the chain rule through the
-softmax gives da = a^ o dL/da^ - a^ <a^, dL/da^> / L, which sums to zero. So a is pushed up in some layers by what it is
-pushed down in others, and about half of the layers end above 0 whatever the task needs; `keep` says how many instead.
+softmax gives da = a^ o dL/da^ - a^ <a^, dL/da^> / L, which sums to zero. So a is pushed up in some layers by as
+much as down in others, and about half of the layers end above 0 whatever the task needs; `keep` says how many instead.
 """
 
 from __future__ import annotations

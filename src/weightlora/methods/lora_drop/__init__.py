@@ -1,4 +1,4 @@
-"""LoRA-drop: a short training and a pass over a sample say which modules keep an adapter of their own."""
+"""LoRA-drop: a short training and a pass over a sample decide which modules keep their own adapter."""
 
 from weightlora.methods.lora_drop.method import LoRADrop
 

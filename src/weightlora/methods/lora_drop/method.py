@@ -1,4 +1,4 @@
-"""LoRA-drop (Zhou et al. 2024, arXiv 2402.07721, COLING 2025): modules that put out little share one adapter.
+"""LoRA-drop (Zhou et al. 2024, arXiv 2402.07721, COLING 2025): modules with small outputs share one adapter.
 
     g_i = sum over the sample of ||s B_i A_i x_i||^2,      I_i = g_i / sum of g_j over the modules of its type
     kept of a type: the shortest prefix, largest I first, with a sum of at least T; all others of the type share one
@@ -57,7 +57,7 @@ class LoRADrop(Method["OutputSelection"]):
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
 
     Phase 1 costs `sample * epochs` epochs of LoRA on all modules and one forward pass over the sample. With several
-    processes each does the whole of it. What shares an adapter saves parameters, optimizer state and communication, and
+    processes each does the whole of it. Sharing an adapter saves parameters, optimizer state and communication, but
     no work in a step; `share=False` saves that too.
 
     Args:
@@ -72,7 +72,7 @@ class LoRADrop(Method["OutputSelection"]):
         restart: phase 2 starts from the weights the model was attached with. False: kept modules go on from where phase
             1 left them. The shared adapters start anew either way, A as the first module had it and B zero, since the
             mean of factors is not the mean of updates. Moments start anew. *Unverified*: the paper does not say which.
-        keep_head: keep what else was trained in phase 1, the task head. Default: as `restart` has it. *Unverified*.
+        keep_head: keep the other weights trained in phase 1, the task head. Default: as `restart` has it. *Unverified*.
         count_padding: positions that the attention mask leaves out count too. *Unverified*.
         type_of: how many last parts of a module's name tell its type, or a function from the name; 0 makes one type of
             all that have the same shape.
@@ -129,12 +129,12 @@ class LoRADrop(Method["OutputSelection"]):
         """Phase 1 and the choice, in a loop of your own; after `attach` and before the first step.
 
         Args:
-            data: a `DataLoader` of the training data, of whose rows the sample is drawn and whose batch size and
-                `collate_fn` are used; or a list of batches, which are the sample as they are. With several processes
+            data: a `DataLoader` of the training data: the sample is drawn from its rows, with its batch size and
+                `collate_fn`; or a list of batches, used as the sample as they are. With several processes
                 the same on each.
             lr: of phase 1, constant. Default: that of `optimizer`.
-            optimizer: of the run, if it was made already; it forgets the parameters that go.
-            loss: (model, batch) to a scalar. Default: what the model returns as its loss.
+            optimizer: of the run, if it was made already; it forgets removed parameters.
+            loss: (model, batch) to a scalar. Default: the loss that the model returns.
             progress: show a bar.
 
         Returns:
@@ -185,7 +185,7 @@ class OutputSelection(Engine):
         importance: {module: I}, once it is known.
         shared: {type: modules that share an adapter}, once it is decided.
         done: phase 1 is over and the structure final.
-        bytes_before: what activations take for each entry of the input with all adapters, for `GrowBatch`.
+        bytes_before: bytes of activations per entry of the input with all adapters, for `GrowBatch`.
     """
 
     method = "lora_drop"
@@ -210,11 +210,11 @@ class OutputSelection(Engine):
 
     @property
     def parameters(self) -> int:
-        """What modules share counts once."""
+        """Number of weights in the adapters; shared ones count once."""
         return sharing.count(self.adapters)
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
-        """The choice falls before the first step, however long the run is."""
+        """The choice is made before the first step, however long the run is."""
         return (0,)
 
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -242,7 +242,7 @@ class OutputSelection(Engine):
             energies = from_first(energies, trained)
             kept = self._choose(energies)
         except BaseException:
-            _copy_back(start, trained)  # whoever tries again starts where this did
+            _copy_back(start, trained)  # a retry starts where this did
             raise
         finally:
             self.model.train(mode)
@@ -256,7 +256,7 @@ class OutputSelection(Engine):
         self._cut(kept, start, optimizer)
 
     def _try(self, sample: Sample, loss: Loss) -> float:
-        """One batch both ways, so that what cannot work is said before anything is trained."""
+        """Run one batch both ways, so that problems are reported before anything is trained."""
         batch = next(iter(sample.batches()))
         self._measure(iter([batch]), loss)
         self.model.train()
@@ -275,7 +275,7 @@ class OutputSelection(Engine):
     # -- the choice ----------------------------------------------------------------------------------------------
 
     def _choose(self, energies: list[float]) -> dict[str, list[Adapter]]:
-        """{type: what is kept of it, the best first}; sets `importance`."""
+        """{type: its kept adapters, the best first}; sets `importance`."""
         if not all(map(math.isfinite, energies)):
             raise DivergedError("outputs are NaN or infinite after phase 1; lower the learning rate.")
         if not any(energies):
@@ -298,7 +298,7 @@ class OutputSelection(Engine):
         return kept
 
     def _order(self, name: str, scores: list[float]) -> list[int]:
-        """Places of a type's modules, those to keep first; of equals the earlier one."""
+        """Places of a type's modules, those to keep first; ties go to the earlier one."""
         places = list(range(len(scores)))
         if self.options.choose == "random":
             generator = torch.Generator().manual_seed(surgery.name_seed(self.seed, name))
@@ -411,7 +411,7 @@ class OutputSelection(Engine):
 
 
 def group(adapters: Sequence[Adapter], type_of: int | Callable[[str], str] = 1) -> dict[str, list[Adapter]]:
-    """{type: adapters}: names that end alike and all that sharing needs; where names do not tell, shapes are named."""
+    """{type: adapters}: equal in name ending and all that sharing needs; ambiguous names get the shape."""
     found: dict[tuple[Any, ...], list[Adapter]] = {}
     for a in adapters:
         name = type_of(a.name) if callable(type_of) else ".".join(a.name.split(".")[-type_of:]) if type_of else "all"
@@ -428,7 +428,7 @@ def group(adapters: Sequence[Adapter], type_of: int | Callable[[str], str] = 1) 
 
 
 def prefix(scores: Sequence[float], threshold: float) -> int:
-    """How many, the largest first, have a sum of at least `threshold` times that of all.
+    """How many scores, largest first, add up to at least `threshold` times the total.
 
     One more is needed while what is left exceeds 1 - T: summed from the smallest, that is exact where T = 1.
     """

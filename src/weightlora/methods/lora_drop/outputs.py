@@ -1,4 +1,4 @@
-"""How much each adapter puts out: g_i = sum over tokens x of ||s B_i A_i x||^2 (LoRA-drop, equation of g).
+"""The output energy of each adapter: g_i = sum over tokens x of ||s B_i A_i x||^2 (LoRA-drop, equation of g).
 
 With z = A x it is s^2 z^T (B^T B) z, and the sum over tokens s^2 <B^T B, sum of z z^T>: nothing larger than r numbers a
 token is computed, and one r x r matrix is kept for an adapter, in double precision. Where B has a bias, z ends in a 1.
@@ -36,7 +36,7 @@ class OutputEnergy:
         self._count_padding = count_padding
         self._sums: list[Tensor | None] = [None] * len(adapters)
         self._masks: tuple[Tensor | None, Tensor | None] = (None, None)  # of encoder (or all) and decoder
-        self._encoded: Tensor | None = None  # what leaves the encoder, and is read in the decoder
+        self._encoded: Tensor | None = None  # the encoder's output, which the decoder reads
         self._hooks: list[Any] = []
         base: Any = self._model.get_base_model()
         self._two_sides = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
@@ -58,7 +58,7 @@ class OutputEnergy:
 
     @torch.no_grad()
     def values(self) -> list[float]:
-        """g of every adapter with the weights of now; 0 where its layer never ran."""
+        """g of every adapter with the current weights; 0 where its layer never ran."""
         return [
             0.0 if total is None else _energy(a, total) for a, total in zip(self._adapters, self._sums, strict=True)
         ]
@@ -70,7 +70,7 @@ class OutputEnergy:
             return
         mask = kwargs.get("attention_mask")
         padded = args or "input_ids" in kwargs or "inputs_embeds" in kwargs
-        if mask is None and padded and "position_ids" not in kwargs:  # with those rows are packed, without padding
+        if mask is None and padded and "position_ids" not in kwargs:  # those mean packed rows, without padding
             raise ConfigError(
                 "the batches hold no `attention_mask`, so nothing tells padding from text; let the collator return it, "
                 "or count all positions with `count_padding=True`."

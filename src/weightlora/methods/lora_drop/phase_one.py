@@ -1,4 +1,4 @@
-"""A short training on a part of the data before the run's own: which rows, how, and without a trace in what follows."""
+"""A short training on part of the data before the run's own: which rows, how, and without a trace in the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weightlora.methods.lora_drop.sampling import class_labels, stratified
 # (model, batch) -> the loss, a scalar
 Loss = Callable[[nn.Module, Any], Tensor]
 
-# What TRL averages until the next log of all that `compute_loss` has seen.
+# TRL's averages, until the next log, over everything `compute_loss` has seen.
 _AVERAGES = ("_metrics", "_total_train_tokens")
 
 
@@ -54,7 +54,7 @@ class Sample:
             yield [(len(part) / len(step), self._batch(part)) for part in _parts(step, self.per_pass)]
 
     def batches(self) -> Iterator[Any]:
-        """All of it once, in order."""
+        """All batches once, in order."""
         return (self._batch(part) for part in _parts(self.rows, self.per_pass))
 
     def _batch(self, rows: Sequence[int]) -> Any:
@@ -82,7 +82,7 @@ class Training:
 
     @classmethod
     def of(cls, trainer: Trainer) -> Training:
-        """As a Trainer's run, with the loss it computes."""
+        """The settings of a Trainer's run, with the loss it computes."""
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             with trainer.compute_loss_context_manager():
@@ -137,10 +137,10 @@ class Training:
 
 
 def draw(data: Any, share: float, seed: int, trainer: Trainer | None = None) -> Sample:
-    """What phase 1 sees of a DataLoader, or of a list of batches.
+    """The rows that phase 1 uses from a DataLoader, or a list of batches.
 
     Raises:
-        ConfigError: there is no row, or no telling how many there are.
+        ConfigError: there are no rows, or their number is not known.
     """
     if isinstance(data, Sequence):
         if not data:
@@ -177,7 +177,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, model: nn.Module) -> Iterator[None]:
-    """All random generators start from `seed`, and go on afterwards as if nothing had been."""
+    """All random generators start from `seed`, and go on afterwards as if nothing had happened."""
     states = random.getstate(), np.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:

@@ -14,11 +14,11 @@ LABELS = ("labels", "label", "label_ids")
 def stratified(classes: Sequence[Any] | None, rows: int, share: float, seed: int) -> list[int]:
     """Row numbers in order, round(share * rows) of them; every class has its share of them, up to one row.
 
-    What whole rows leave over goes to the classes with the largest remainders, equal ones by lot.
+    Rows left over after rounding down go to the classes with the largest remainders, ties by lot.
 
     Args:
         classes: the class of each row; None draws from all rows alike.
-        rows: how many there are.
+        rows: number of rows.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(rows, generator=generator).tolist()
@@ -34,7 +34,7 @@ def stratified(classes: Sequence[Any] | None, rows: int, share: float, seed: int
 
 
 def class_labels(dataset: Any) -> list[Any] | None:
-    """The class of each row of a dataset of dicts, or None where its labels are no classes."""
+    """The class of each row of a dataset of dicts, or None where its labels are not classes."""
     first = dataset[0]
     column = next((name for name in LABELS if isinstance(first, Mapping) and name in first), None)
     if column is None or _as_class(first[column]) is None:

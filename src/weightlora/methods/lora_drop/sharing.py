@@ -1,7 +1,7 @@
 """One adapter for several modules: they hold the same `Parameter` objects, under a name of their own each.
 
-So autograd sums the gradients of the modules, PyTorch counts and optimizes the weights once, and whatever is saved has
-them for every module, which is what stock PEFT loads.
+So autograd sums the gradients of the modules, PyTorch counts and optimizes the weights once, and every saved file has
+them for every module, as stock PEFT expects.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def tie(adapters: Sequence[Adapter]) -> list[nn.Parameter]:
 
 
 def count(adapters: Sequence[Adapter]) -> int:
-    """Number of weights in A and B of all adapters together; what several share counts once."""
+    """Number of weights in A and B of all adapters together; shared ones count once."""
     return sum({id(p): p.numel() for a in adapters for p in a.weights}.values())
 
 
 def check_checkpointing(ddp: DistributedDataParallel) -> None:
-    """Reentrant checkpointing runs backward block by block, and DDP takes a gradient for finished after the first.
+    """Reentrant checkpointing runs backward block by block, and DDP treats a gradient as final after the first.
 
     Raises:
-        ConfigError: DDP around a model that is checkpointed so.
+        ConfigError: DDP around a model with such checkpointing.
     """
     functions: list[Any] = [getattr(m, "_gradient_checkpointing_func", None) for m in ddp.modules()]
     reentrant = any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions if f is not None)

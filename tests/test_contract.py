@@ -266,6 +266,53 @@ def test_the_state_of_another_method_is_refused_before_anything_is_touched(name,
     assert optimizer is not None
 
 
+def other_values(name: str) -> dict[str, list[Any]]:
+    """Other values for those options of a method that are numbers; not all of them may suit the model."""
+    given = create(name, options(name)).arguments  # type: ignore[union-attr]
+    numbers = {k: v for k, v in given.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "seed"}
+    return {k: [v / 2] if isinstance(v, float) else [v + 1, v - 1] for k, v in sorted(numbers.items()) if v}
+
+
+def attached_with(name: str, option: str, values: list[Any]) -> tuple[Any, Any]:
+    """A model with the method on it, given the first of these values that suits the model."""
+    for value in values:
+        model, _, inputs = made(name)
+        method: Any = create(name, options(name) | {option: value})
+        if name == "alora":
+            method.batch = inputs
+        try:
+            method.attach(model, seed=0)
+        except ConfigError:
+            continue
+        return model, value
+    pytest.fail(f"no value of {values} suits `{option}` of {name}")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@every_acting_method
+def test_other_options_are_refused_by_name_before_anything_is_touched(name, finished, tmp_path, caplog):
+    """All but another `keep` while nothing was cut, which counts from then on."""
+    others = other_values(name)
+    assert others or name in ("tied_lora", "nora")
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    if finished:
+        go_on(model, method, inputs, optimizer)
+    decided = len(method.engine.events.decisions) > 1
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    method.save_state(tmp_path)
+    for option, values in others.items():
+        again, value = attached_with(name, option, values)
+        before, modules = final(again), [n for n, _ in again.named_modules()]
+        if option == "keep" and not decided:
+            again.load_adapter(str(tmp_path), "default", is_trainable=True)  # type: ignore[operator]
+            assert f"this run goes on with `keep={value!r}`" in caplog.text
+            continue
+        with pytest.raises(ConfigError, match=rf"was made with `{option}=.*this run asks for `{option}={value!r}`"):
+            again.load_adapter(str(tmp_path), "default", is_trainable=True)  # type: ignore[operator]
+        assert same(final(again), before) and [n for n, _ in again.named_modules()] == modules
+
+
 @every_acting_method
 def test_the_state_of_an_earlier_version_is_refused_with_a_sentence(name, tmp_path):
     model, method, inputs = made(name)

@@ -147,7 +147,7 @@ def test_another_method_cannot_take_over_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("method", [WeightLoRA, WeightLoRAPlus, RLoRA])
 def test_another_budget_counts_before_the_cut_and_is_refused_after_it(method, tmp_path):
     make_trainer(tmp_path, method(keep=3, after=6), max_steps=12, save_steps=4).train()
-    with pytest.raises(ConfigError, match=r"was cut to `keep=3 adapters`, and this run asks for `keep=5 adapters`"):
+    with pytest.raises(ConfigError, match=r"was made with `keep=3`, and this run asks for `keep=5`; what was dropped"):
         trainer = make_trainer(tmp_path, method(keep=5, after=6), max_steps=12, save_steps=4)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     again = method(keep=5, after=6)

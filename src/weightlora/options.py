@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from weightlora.errors import ConfigError, did_you_mean
@@ -72,3 +75,17 @@ def steps_or_share(name: str, value: Any, least: int = 0) -> int | float:
 def steps(value: int | float, total: int) -> int:
     """Optimizer steps from what `steps_or_share` takes."""
     return value if isinstance(value, int) else round(value * total)
+
+
+def given(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with their defaults, as JSON data for a checkpoint; objects by their type's name."""
+    try:
+        call = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:  # the call itself says it better
+        return {}
+    call.apply_defaults()
+
+    def plain(value: Any) -> str:
+        return str(value) if dataclasses.is_dataclass(value) else type(value).__name__
+
+    return json.loads(json.dumps(dict(list(call.arguments.items())[1:]), default=plain))

@@ -7,6 +7,7 @@ unfolded B are needed too; they lie beside it in `weightlora.safetensors`, with 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from weightlora.adapters import attach, seam, surgery
 from weightlora.adapters.attach import Adapter
-from weightlora.errors import CheckpointError
+from weightlora.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "weightlora.safetensors"
 
@@ -48,6 +51,26 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {key: tensors.get_tensor(key) for key in tensors.keys()}, facts
     except (SafetensorError, KeyError, OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); resume from an earlier checkpoint.") from None
+
+
+def check_arguments(folder: Path, facts: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Compare a method's arguments with those of a checkpoint. A new `keep` counts while nothing has been cut.
+
+    Raises:
+        ConfigError: they differ in something the checkpoint was made by.
+    """
+    decided = any(event["event"] != "attach" for event in facts["events"])
+    for name, asked in arguments.items():
+        was = facts["arguments"].get(name, asked)
+        if name == "seed" or was == asked:  # the seed of the checkpoint goes on
+            continue
+        if decided or name != "keep":
+            why = "what was dropped does not come back" if decided else "its state belongs to that"
+            raise ConfigError(
+                f"the checkpoint in {folder} was made with `{name}={was!r}`, and this run asks for `{name}={asked!r}`; "
+                f"{why}. Resume as it was, or start anew."
+            )
+        logger.warning("the checkpoint was made with `keep=%r`; this run goes on with `keep=%r`.", was, asked)
 
 
 def exact(adapters: Iterable[Adapter]) -> dict[str, Tensor]:

@@ -138,7 +138,7 @@ class MovingRanks(RankEngine):
         super().__init__(model, adapter_name, seed)
         self._moving = options.ranks_per_round or len(self.adapters)
 
-    def check(self) -> None:
+    def refuse(self) -> None:
         n, total = self.options.ranks_per_round or len(self.adapters), sum(a.r for a in self.adapters)
         if n >= total:
             raise ConfigError(

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from weightlora import optim
+from weightlora import optim, options
 from weightlora.adapters import admission, attach, checkpoint, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap
@@ -59,6 +59,13 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
     A subclass defines its work in `start`, and the numbers it logs in `progress`.
     """
+
+    arguments: dict[str, Any]  # it was made with, as JSON data
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        method = super().__new__(cls)
+        method.arguments = options.given(cls.__init__, (method, *args), kwargs)
+        return method
 
     acts_after_cut = False  # whether `observe` and `step` have work to do once the structure is final
 
@@ -106,6 +113,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         admission.admit(peft, adapter_name)
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
         self._engine = self.start(peft, adapter_name, chosen)
+        self._engine.arguments = self.arguments
         if isinstance(model, DistributedDataParallel):
             self._ddp = weakref.ref(model)
             self._rewrap()  # it was made before this changed the model
@@ -229,9 +237,6 @@ class Method(TrainerCallback, ABC, Generic[E]):
             self._looking.remove()
             self._looking = None
 
-    def check(self) -> None:
-        """Called before a checkpoint is written: raises if training has diverged and this was not reported yet."""
-
     def _finish_if_done(self) -> None:
         """Clean up after the last cut, whether it was made in a step, in `attach`, or in a checkpoint."""
         if self.engine.done:
@@ -325,7 +330,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             self._log({f"weightlora/{name}": value for name, value in values.items()}, control)
 
         if control.should_save:
-            self.check()
+            self.engine.check_finite()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -375,9 +380,6 @@ class SelectionMethod(Method[Selector]):
     def adapters(self) -> list[Adapter]:
         """The adapters that are still attached."""
         return self.engine.adapters
-
-    def check(self) -> None:
-        self.engine.check()
 
     def progress(self) -> dict[str, float]:
         values = list(self.engine.gate_values().values())

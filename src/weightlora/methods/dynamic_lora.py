@@ -115,7 +115,7 @@ class Components(RankEngine):
         self._window = (0, 0, 1)  # first step, length, interval
         self._smoothed = torch.zeros(self._total, dtype=torch.float32, device=self.gates[0].device)
 
-    def check(self) -> None:
+    def refuse(self) -> None:
         self.require_fresh()
         n, total = len(self.adapters), sum(a.r for a in self.adapters)
         if self.options.target_r * n >= total:

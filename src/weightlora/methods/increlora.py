@@ -128,7 +128,7 @@ class GrowingRanks(RankEngine):
         layers: dict[str, Any] = {a.name: a.layer for a in self.adapters}
         self._hooks = [layer.register_forward_hook(partial(self._watch, name)) for name, layer in layers.items()]
 
-    def check(self) -> None:
+    def refuse(self) -> None:
         self.require_fresh()
         n, ranks = len(self.adapters), sum(a.r for a in self.adapters)
         if ranks >= self.options.target_r * n:

@@ -62,7 +62,7 @@ class RankEngine(Engine):
         if any(a.B.bias is not None for a in self.adapters):
             raise UnsupportedError("the bias of `lora_B` belongs to no rank; use `lora_bias=False`.")
         admission.refuse_frozen_parts((a.name, a.weights) for a in self.adapters)
-        self.check()
+        self.refuse()
         for adapter in self.adapters:
             if adapter.gate is not None:  # of an earlier `attach`
                 surgery.fold(adapter)
@@ -74,7 +74,7 @@ class RankEngine(Engine):
 
     # -- what a method says --------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def refuse(self) -> None:
         """Refuse a model that cannot work, before anything is changed."""
 
     def initialise(self) -> None:

@@ -97,7 +97,7 @@ class SparseRanks(RankEngine):
         self._held: Tensor | None = None  # the gates, while the optimizer steps from 0
         super().__init__(model, adapter_name, seed)
 
-    def check(self) -> None:
+    def refuse(self) -> None:
         self.require_fresh()
 
     def initialise(self) -> None:

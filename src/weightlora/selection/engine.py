@@ -48,6 +48,7 @@ class Engine(ABC):
         self.done = False
         self.kept: list[str] = []
         self.dropped: list[str] = []
+        self.arguments: dict[str, Any] = {}  # of the method, which a resumed run must share
 
     # -- what a method says --------------------------------------------------------------------------------------
 
@@ -61,6 +62,9 @@ class Engine(ABC):
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """After the optimizer's step; returns whether the structure changed."""
         return False
+
+    def check_finite(self) -> None:  # noqa: B027
+        """Called before a checkpoint is written: raise DivergedError if gradients were NaN and nobody was told yet."""
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Training has ended: make open decisions with what is known. Returns whether the structure changed."""
@@ -136,6 +140,7 @@ class Engine(ABC):
             "kept": self.kept,
             "dropped": self.dropped,
             "events": self.events.decisions,
+            "arguments": self.arguments,
             **self.facts(),
         }
 
@@ -151,8 +156,8 @@ class Engine(ABC):
             The result of `load`.
 
         Raises:
-            CheckpointError: the state cannot be read, or is of another model. ConfigError: it is of another method. In
-            both cases nothing was touched.
+            CheckpointError: the state cannot be read, or is of another model. ConfigError: it is of another method, or
+            of other arguments that cannot be changed any more. In all cases nothing was touched.
         """
         tensors, facts = checkpoint.read_state(folder)
         if facts.get("method") != self.method:
@@ -165,6 +170,7 @@ class Engine(ABC):
                 f"the checkpoint in {folder} was written by another version of weightlora (it has no {missing[0]!r}); "
                 "finish the run with that version, or start anew."
             )
+        checkpoint.check_arguments(folder, facts, self.arguments)
         self.rebuild(folder, facts, tensors)
         loaded = load()
         self.bring_back_exact(tensors)

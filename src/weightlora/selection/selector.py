@@ -15,7 +15,6 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,10 +174,10 @@ class Selector(Engine):
 
     def _catch_up(self) -> None:
         """Read the answer that a GPU was asked for a step ago."""
-        self.check()
+        self.check_finite()
         self._record_gates()
 
-    def check(self) -> None:
+    def check_finite(self) -> None:
         """Raise DivergedError if the last gradients of the gates were NaN or infinite.
 
         On a CPU `observe` does so before anything is updated. On a GPU it asks, and looks at the answer one step later,
@@ -361,7 +360,6 @@ class Selector(Engine):
 
     def facts(self) -> dict[str, Any]:
         return {
-            "keep": str(self.strategy.keep),
             "rounds_done": self.rounds_done,
             "cuts": self._cuts,
             "informed": self._informed,
@@ -370,14 +368,6 @@ class Selector(Engine):
             "rule": self.strategy.gates.state_dict() if self.strategy.gates is not None else None,
             "costs": None if self._costs is None else self._costs.state_dict(),
         }
-
-    def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        if facts["rounds_done"] and facts["keep"] != str(self.strategy.keep):
-            raise ConfigError(
-                f"the checkpoint in {folder} was cut to `keep={facts['keep']}`, and this run asks for "
-                f"`keep={self.strategy.keep}`; what was dropped does not come back. Resume as it was, or start anew."
-            )
-        super().rebuild(folder, facts, tensors)
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         attached = [i for i, a in enumerate(self.adapters) if a.name not in set(self.dropped)]

@@ -660,7 +660,10 @@ def test_other_checkpoints_are_refused(tmp_path):
     method = scored(one, keep=1)
     one.save_pretrained(tmp_path / "d")
     method.save_state(tmp_path / "d")
-    scored(other, keep=2)
+    resumed = scored(other, keep=2)
+    with pytest.raises(ConfigError, match=r"was made with `keep=1`, and this run asks for `keep=2`"):
+        other.load_adapter(str(tmp_path / "d"), "default", is_trainable=True)
+    resumed.engine.arguments = method.arguments
     with pytest.raises(CheckpointError, match="other modules share"):
         other.load_adapter(str(tmp_path / "d"), "default", is_trainable=True)
 

@@ -59,8 +59,7 @@ class Backbone:
             raise SystemExit(
                 f"no linear layer of {type(model).__name__}'s blocks is known to `studies.backbones.KINDS`"
             )
-        widths = {s.name: s.d_out for s in self.sites}
-        self.token_bytes = (2 if half else 4) * 4 * sum(widths.values())
+        self.token_bytes = (2 if half else 4) * 4 * sum(s.d_out for s in self.sites)
 
     def layer(self, site: Site) -> nn.Module:
         return self.model.get_submodule(site.name)

@@ -82,7 +82,8 @@ class Bank:
         weights: dict[str, tuple[Tensor, Tensor]] | None = None,
         head: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.backbone, self.arms, self.ranks = backbone, len(ranks), ranks
+        self.backbone, self.arms = backbone, len(ranks)
+        self._attached = False
         self.gates: nn.Parameter | None = None
         device = backbone.device
         self.stacks: dict[str, _Stack] = {}
@@ -105,14 +106,18 @@ class Bank:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The adapters at work in the backbone's model."""
-        handles = []
+        """The adapters at work in the backbone's model; inside another call of this nothing more happens."""
+        if self._attached:
+            yield
+            return
+        self._attached, handles = True, []
         for i, site in enumerate(self.backbone.sites):
             if site.name in self.stacks:
                 handles.append(self.backbone.layer(site).register_forward_hook(self._hook(i, site)))
         try:
             yield
         finally:
+            self._attached = False
             for handle in handles:
                 handle.remove()
 
@@ -151,20 +156,20 @@ class Bank:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
         """Held-out loss and share of right answers of each arm, (M,) each, every answer counted once."""
-        total, right, count = torch.zeros(2, self.arms), torch.zeros(self.arms), 0
+        sums, count = torch.zeros(2, self.arms, device=self.backbone.device, dtype=torch.float64), 0
         with self.attached():
-            sums = torch.zeros(2, self.arms, device=self.backbone.device, dtype=torch.float64)
             for batch in batches:
                 loss, correct = self.losses(batch)
                 n = self.backbone.answers(batch)
                 sums += torch.stack([loss.double() * n, correct.double()])
                 count += n
-        total, right = sums.cpu() / count
-        return total, right
+        loss, right = sums.cpu() / count
+        return loss, right
 
-    def weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B of the first arm, by site."""
-        return {name: (s.A[0].detach(), s.B[0].detach()) for name, s in self.stacks.items()}
+    def trained(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Any]:
+        """A and B of the first arm, by site, and its head if there is one."""
+        weights = {name: (s.A[0].detach(), s.B[0].detach()) for name, s in self.stacks.items()}
+        return weights, None if self.head is None else tuple(t[0].detach() for t in self.head)
 
 
 class StackedAdam:

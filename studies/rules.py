@@ -209,14 +209,12 @@ def values_of(
     return found
 
 
-def after_training(
-    backbone: Any, head: Any, weights: Any, trained_head: Any, batches: Sequence[Batch], at_once: int
-) -> dict[str, Tensor]:
+def after_training(backbone: Any, weights: Any, head: Any, batches: Sequence[Batch], at_once: int) -> dict[str, Tensor]:
     """Leave-one-out and only-one scores, and the squared norm of each adapter's output, after a short run with all."""
     n = len(backbone.sites)
     everything = list(range(n))
     many = [everything, [], *([j for j in everything if j != i] for i in everything), *([i] for i in everything)]
-    value = torch.tensor(values_of(backbone, weights, trained_head, many, batches, at_once))
+    value = torch.tensor(values_of(backbone, weights, head, many, batches, at_once))
     norms = torch.zeros(n)
 
     def hook(i: int, A: Tensor, B: Tensor) -> Any:
@@ -226,7 +224,7 @@ def after_training(
         return forward
 
     handles = [backbone.layer(s).register_forward_hook(hook(i, *weights[s.name])) for i, s in enumerate(backbone.sites)]
-    bank = Bank(backbone, torch.full((1, n), sets.RANK), weights=weights, head=trained_head)
+    bank = Bank(backbone, torch.full((1, n), sets.RANK), weights=weights, head=head)
     bank.evaluate(batches[:4])
     for handle in handles:
         handle.remove()
@@ -276,4 +274,4 @@ def supernet(
             bank.stacks[site.name].mask = full[site.name] * (i in on)
 
     bank.train(batches, torch.tensor([rate]), each=each)
-    return bank.weights(), None if bank.head is None else tuple(t[0].detach() for t in bank.head)
+    return bank.trained()

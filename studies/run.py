@@ -158,7 +158,8 @@ class TaskRuns:
         started, key = time.time(), (self.task.name, self.seed, part)
         if not arms or not self.study.group(*key):
             return
-        pairs = [(arm, rate) for arm in arms for rate in self.study.rates_for(self.task, self.seed)]
+        rates = self.study.rates_for(self.task, self.seed)  # read from the file, so once
+        pairs = [(arm, rate) for arm in arms for rate in rates]
         batches = self.training(times)
         lines: list[dict[str, Any]] = []
         for start in range(0, len(pairs), self.at_once):
@@ -181,7 +182,7 @@ class TaskRuns:
 
         def each(step: int) -> None:
             if step in marks:
-                curve.append(self._inside(bank, some))
+                curve.append(bank.evaluate(some)[0])
 
         rates = torch.tensor([rate for _, rate in pairs])
         bank.train(batches, rates, each=each)
@@ -203,15 +204,6 @@ class TaskRuns:
                 "loss": round(float(loss[i]), 5),
                 "right": round(float(right[i]), 5),
             }
-
-    @torch.no_grad()
-    def _inside(self, bank: Bank, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Held-out loss in the middle of training, where the adapters are attached already."""
-        total, count = torch.zeros(bank.arms, device=self.device, dtype=torch.float64), 0
-        for batch in batches:
-            n = self.backbone.answers(batch)
-            total, count = total + bank.losses(batch)[0].double() * n, count + n
-        return (total / count).cpu()
 
     # -- which arms ----------------------------------------------------------------------------------------------
 
@@ -266,23 +258,20 @@ class TaskRuns:
         """What every rule would choose; writes its scores, and what set functions say of the arms that were tried."""
         s, b, n = self.sites, self.budget, len(self.sites)
         rows = self.training(seed=1000 + self.seed)
-        count = len(rows) if self.study.quick else 16 if self.task.model == "encoder" else 32
+        count = len(rows) // 2 if self.study.quick else 16 if self.task.model == "encoder" else 32
         full = torch.full((1, n), sets.RANK)
         bank = Bank(self.backbone, full, seed=self.seed, head=self.head)
-        half = max(1, count // 2)
-        first = rules.Pass(bank, rows[:half] if self.study.quick else rows[:count])
+        first = rules.Pass(bank, rows[:count])
         scores = first.scores()
-        others = rows[half:] if self.study.quick else rows[count : 2 * count]
-        newton = rules.GaussNewton(bank, first, others or rows[:1], self.seed)
+        newton = rules.GaussNewton(bank, first, rows[count : 2 * count], self.seed)
         scores["gauss-newton alone"] = newton.single.float()
         del first
         batches = self.training(SCOUTING)
         valid = self.held_out("valid", 4 * self.at_once, 256 if self.task.model == "encoder" else 48)
         bank = Bank(self.backbone, full, seed=self.seed, head=self.head)
         bank.train(batches, torch.tensor([1e-3]))
-        head = None if bank.head is None else tuple(t[0].detach() for t in bank.head)
         at_once = 4 * self.at_once
-        scores |= rules.after_training(self.backbone, self.head, bank.weights(), head, valid, at_once)
+        scores |= rules.after_training(self.backbone, *bank.trained(), valid, at_once)
         keep = round(n / 10)
         scores["omega"] = rules.omega(self.backbone, self.head, batches, 1e-3, self.seed, None)
         iht = rules.omega(self.backbone, self.head, batches, 1e-3, self.seed, keep)

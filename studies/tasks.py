@@ -1,4 +1,4 @@
-"""The rows of the study, as token ids: `python -m studies prepare` writes them and the models into one folder.
+"""The rows of the study, as token ids: `python -m studies.prepare` writes them and the models into one folder.
 
 Held-out rows are thousands where the data have them, and are never looked at to choose a rate: `valid` is for that, cut
 from the training rows.

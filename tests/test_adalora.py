@@ -397,7 +397,7 @@ def test_the_best_checkpoint_is_one_within_the_budget(tmp_path):
     [
         ({"target_r": 8, "init_r": 8}, "`target_r=8` must be at least 1 and below `init_r=8`"),
         ({"target_r": 0}, "at least 1"),
-        ({"beta1": 1.0}, "`beta1=1.0` must lie between 0 and 1"),
+        ({"beta1": 1.0}, "`beta1=1.0` must be a finite number above 0 and below 1"),
         ({"deltaT": 0}, "`deltaT=0`"),
     ],
 )

@@ -174,13 +174,14 @@ def shape_of(made: tiny.Tiny) -> Shape:
     )
 
 
-def made_ready(name: str, made: tiny.Tiny, **lora: Any) -> nn.Module:
+def made_ready(name: str, made: tiny.Tiny, own: dict[str, Any] | None = None, **lora: Any) -> nn.Module:
+    """The model of a method with the options of the table, or with its `own`."""
     info, row = get_method(name), TABLE[name]
     given = {"lora_alpha": 8, "target_modules": made.target_modules, "task_type": made.task_type, **row.lora, **lora}
     batches = [made.batch] * 2 if info.needs_data else None
     torch.manual_seed(0)
     taken = {key: value for key, value in given.items() if info.takes(key)}
-    return prepare(name, made.model, taken, batches=batches, **row.options)
+    return prepare(name, made.model, taken, batches=batches, **(own or row.options))
 
 
 def train(model: nn.Module, method: Any, inputs: dict[str, Tensor], steps: int = STEPS, lr: float = 1e-2) -> None:

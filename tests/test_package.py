@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,14 @@ def test_every_public_name_is_there_and_no_other():
 def test_importing_is_light():
     code = "import sys, weightlora; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_method_takes_all_its_options_in_one_place():
+    for info in methods.list_methods():
+        if info.callback is not None and info.prepare is not None:
+            taken = inspect.signature(info.callback).parameters
+            assert set(info._own_options()) <= set(taken), info.name
+            assert list(info.options) == list(dict.fromkeys([*info._own_options(), *taken])), info.name
 
 
 def test_methods_are_listed_built_and_named_when_misspelt():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from weightlora import (
+    AdaLoRA,
     ALoRA,
     ConfigError,
     DivergedError,
@@ -26,7 +27,7 @@ from weightlora import (
     prepare,
     read_events,
 )
-from weightlora.adapters import add_gates
+from weightlora.adapters import add_gates, list_attached
 from weightlora.measure import trainable_parameters
 from weightlora.methods.alora import hand_out
 from weightlora.methods.dynamic_lora import pruned, shares, variance_gradient
@@ -539,6 +540,31 @@ def test_dynamic_lora_refuses_what_cannot_work():
             DynamicLoRA(**options)
     with pytest.raises(ConfigError, match="`target_r=4` must lie below `init_r=3`"):
         prepare("dynamic_lora", bert().unload(), {"target_modules": ["query"]}, target_r=4, init_r=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks_at_start"),
+    [
+        (AdaLoRA(target_r=2, init_r=5), 5),
+        (DynamicLoRA(2, init_r=5), 5),
+        (DynamicLoRA(2), 3),
+        (IncreLoRA(4, init_r=2), 2),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_object_prepares_the_model_and_trains_it(method, ranks_at_start):
+    """Options are given once; adapters attached with others are refused."""
+    lora = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    model = prepare(method, bert().unload(), lora)
+    assert {a.r for a in list_attached(model)} == {ranks_at_start}
+    assert not method.attach(model).engine.done
+    with pytest.raises(ConfigError, match="tinit: give the options to"):
+        prepare(method, bert().unload(), lora, tinit=3)
+    other = type(method)(target_r=method.target_r, init_r=ranks_at_start + 1)
+    with pytest.raises(ConfigError, match=f"`init_r={ranks_at_start + 1}`"):
+        other.attach(prepare(method, bert().unload(), lora))
+    with pytest.raises(ConfigError, match="Mine is not registered"):
+        prepare(type("Mine", (type(method),), {})(), bert().unload(), lora)
 
 
 # -- IncreLoRA -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 A method is a way to get a model ready (`attach` or `prepare`) and, where there is something to do while it trains, a
 `callback`. Both take options by name; a recipe writes them in one list:
 
-    method: {name: adalora, target_r: 8, tinit: 0.1}        target_r goes to `prepare`, tinit to the callback
+    method: {name: adalora, target_r: 8, tinit: 0.1}        `prepare` uses target_r, the callback tinit
+
+A callback takes the options of `prepare` too, so in Python one object has all: `prepare(AdaLoRA(target_r=8), ...)`.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ class MethodInfo:
     @property
     def options(self) -> dict[str, Any]:
         """The options, with defaults."""
-        return {**self._own_options(), **_signature(self.callback)}
+        own = self._own_options()
+        return {**own, **_signature(self.callback), **own}
 
     @property
     def needs_data(self) -> bool:
@@ -162,7 +165,7 @@ def create(name: str, options: Mapping[str, Any]) -> Method | None:
 
 
 def prepare(
-    name: str,
+    method: str | Method,
     model: nn.Module,
     lora: LoraConfig | Mapping[str, Any] | None = None,
     *,
@@ -175,31 +178,37 @@ def prepare(
         model = prepare("adalora", model, LoraConfig(lora_alpha=16, target_modules="all-linear"), target_r=4)
         model = prepare("vera", model, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}, r=512)
 
+        method = AdaLoRA(target_r=4, tinit=0.2)
+        model = prepare(method, model, LoraConfig(lora_alpha=16, target_modules="all-linear"))
+        trainer = Trainer(model, ..., callbacks=[method])
+
     Args:
-        name: of the method.
+        method: its name, or the object that acts while the model trains, which then has all the options.
         model: the base model; PEFT changes it in place.
         lora: a `LoraConfig`, or its fields by name, whatever the method attaches. Fields it cannot use are ignored,
             with a warning; in a config, those that differ from `LoraConfig()` count as given.
         batches: batches of training data, of which EVA needs a few, for example a `DataLoader`.
-        options: of the method.
+        options: of the method, where it is given by name.
 
     Raises:
         ConfigError: unknown name or option, or the method cannot work on this model.
     """
-    info = _checked(name, options)
+    info, options = _record(method, options)
     lora = _fields(lora) if isinstance(lora, PeftConfig) else lora or {}
     ignored = {key: value for key, value in lora.items() if not info.takes(key)}
     if ignored:
         logger.warning(
             "method %r makes no use of %s. %s",
-            name,
+            info.name,
             ", ".join(f"`lora.{key}` ({value!r})" for key, value in ignored.items()),
             f"Its own options are {', '.join(info.options)}." if info.options else "It has no options of its own.",
         )
     data = {}
     if info.needs_data:
         if batches is None:
-            raise ConfigError(f"method {name!r} starts from training data; give `batches`, for example a DataLoader.")
+            raise ConfigError(
+                f"method {info.name!r} starts from training data; give `batches`, for example a DataLoader."
+            )
         data["batches"] = batches
     return info.ready(model, {key: value for key, value in lora.items() if key not in ignored}, options, **data)
 
@@ -234,6 +243,19 @@ def parameter_groups(
             group = groups.setdefault(kind, {"params": [], "lr": kind[0], "weight_decay": kind[1]})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def _record(method: str | Method, options: dict[str, Any]) -> tuple[MethodInfo, dict[str, Any]]:
+    """The record of a method and its options."""
+    if isinstance(method, str):
+        return _checked(method, options), options
+    if options:
+        raise ConfigError(f"{', '.join(options)}: give the options to {type(method).__name__}, where the others are.")
+    info = next((info for info in list_methods() if info.callback is type(method)), None)
+    if info is None:
+        raise ConfigError(f"{type(method).__name__} is not registered; give `prepare` the name of a registered method.")
+    chosen = {name: getattr(method, name) for name in info._own_options()}
+    return info, {name: value for name, value in chosen.items() if value is not None}
 
 
 def _checked(name: str, options: Mapping[str, Any]) -> MethodInfo:

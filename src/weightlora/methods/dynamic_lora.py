@@ -44,6 +44,8 @@ class DynamicLoRA(RankMethod["Components"]):
 
     Args:
         target_r: ranks for each module at the end, on average.
+        init_r: rank of every module at the start, as `weightlora.prepare(DynamicLoRA(...), model, lora)` attaches them.
+            Default: one and a half times `target_r`; of adapters attached otherwise, their rank.
         tinit: start of the window, in optimizer steps or as a share of the run.
         tfinal: the rest of the run after the window.
         interval: optimizer steps between two prunings. Default: 100, or a tenth of the window where that is less.
@@ -59,6 +61,7 @@ class DynamicLoRA(RankMethod["Components"]):
         self,
         target_r: int = 8,
         *,
+        init_r: int | None = None,
         tinit: int | float = 0.15,
         tfinal: int | float = 0.5,
         interval: int | None = None,
@@ -68,6 +71,7 @@ class DynamicLoRA(RankMethod["Components"]):
     ) -> None:
         super().__init__(seed=seed)
         self.target_r = whole("target_r", target_r)
+        self.init_r = None if init_r is None else whole("init_r", init_r)
         self.tinit, self.tfinal = steps_or_share("tinit", tinit), steps_or_share("tfinal", tfinal)
         self.interval = None if interval is None else whole("interval", interval)
         self.eta, self.beta = number("eta", eta), number("beta", beta, below=1.0)
@@ -117,6 +121,7 @@ class Components(RankEngine):
 
     def refuse(self) -> None:
         self.require_fresh()
+        self.require_rank(self.options.init_r)
         n, total = len(self.adapters), sum(a.r for a in self.adapters)
         if self.options.target_r * n >= total:
             raise ConfigError(

@@ -50,6 +50,8 @@ class IncreLoRA(RankMethod["GrowingRanks"]):
 
     Args:
         target_r: ranks for each module at the end, on average.
+        init_r: rank of every module at the start, as `weightlora.prepare(IncreLoRA(...), model, lora)` attaches them.
+            Default: 1; of adapters attached otherwise, their rank.
         add_r: ranks a module gains at once. Default: half of `target_r`.
         top_h: modules that gain ranks at once. Default: an eighth of them, as in the authors' script for RTE.
         init_warmup, incre_interval: ranks are added at every multiple of `incre_interval` steps after `init_warmup`.
@@ -69,6 +71,7 @@ class IncreLoRA(RankMethod["GrowingRanks"]):
         self,
         target_r: int = 8,
         *,
+        init_r: int | None = None,
         add_r: int | None = None,
         top_h: int | None = None,
         init_warmup: int | None = None,
@@ -82,6 +85,7 @@ class IncreLoRA(RankMethod["GrowingRanks"]):
     ) -> None:
         super().__init__(seed=seed)
         self.target_r = whole("target_r", target_r)
+        self.init_r = None if init_r is None else whole("init_r", init_r)
         self.add_r = max(1, target_r // 2) if add_r is None else whole("add_r", add_r)
         self.top_h = None if top_h is None else whole("top_h", top_h)
         self.init_warmup = None if init_warmup is None else whole("init_warmup", init_warmup, least=0)
@@ -130,6 +134,7 @@ class GrowingRanks(RankEngine):
 
     def refuse(self) -> None:
         self.require_fresh()
+        self.require_rank(self.options.init_r)
         n, ranks = len(self.adapters), sum(a.r for a in self.adapters)
         if ranks >= self.options.target_r * n:
             raise ConfigError(

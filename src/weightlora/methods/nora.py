@@ -64,7 +64,20 @@ class NestedB(_Nested):
 
 
 class NoRA(ComputedMethod[ComputedEngine]):
-    """Keeps the four factors beside the stock adapter in a checkpoint; no run can be resumed without them."""
+    """Keeps the four factors beside the stock adapter in a checkpoint; no run can be resumed without them.
+
+    Args:
+        outer_r, sigma: as `weightlora.prepare(NoRA(...), model, lora)` uses them. `outer_r`: singular triplets of the
+            weight, r. `sigma`: B is U S ("full") or U sqrt(S) ("root").
+
+    Raises:
+        ConfigError: an argument that cannot work.
+    """
+
+    def __init__(self, outer_r: int = 64, *, sigma: Literal["full", "root"] = "full") -> None:
+        super().__init__()
+        self.outer_r = options.whole("outer_r", outer_r, of="singular triplets")
+        self.sigma = options.one_of("sigma", sigma, ("full", "root"))
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> ComputedEngine:
         return ComputedEngine(model, "nora", prepared(model, adapter_name, "nora"))

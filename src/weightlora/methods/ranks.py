@@ -251,6 +251,15 @@ class RankEngine(Engine):
 
     # -- for methods that set factors ----------------------------------------------------------------------------
 
+    def require_rank(self, r: int | None) -> None:
+        """Refuse adapters of another rank than the one that the user has given as `init_r`, if any."""
+        other = next((a for a in self.adapters if r is not None and a.r != r), None)
+        if other is not None:
+            raise ConfigError(
+                f"`init_r={r}`, but {other.name} was attached with rank {other.r}; attach with `weightlora.prepare`, "
+                "which uses it, or leave the option out."
+            )
+
     def require_fresh(self) -> None:
         """Refuse an adapter that was trained already, whose factors a method would overwrite."""
         if any(a.B.weight.any() and (a.gate is None or a.gate.any()) for a in self.adapters):

@@ -37,6 +37,8 @@ from weightlora.methods._registry import Attach, MethodInfo, register
 
 logger = logging.getLogger(__name__)
 
+Start = Literal["ones", "normal"]
+
 _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias": False})
 
 
@@ -89,15 +91,19 @@ class S2LoRA(ComputedMethod["Coefficients"]):
         penalty: lambda.
         proximal: a soft threshold after each step of the optimizer, or the gradient of the penalty before it.
         threshold: |e| up to which a rank is dropped at the end; above 0 that changes what the model computes.
+        init: start of e, "ones" or standard "normal"; `weightlora.prepare(S2LoRA(...), model, lora)` sets it.
 
     Raises:
         ConfigError: an argument that cannot work.
     """
 
-    def __init__(self, penalty: float = 1e-3, *, proximal: bool = True, threshold: float = 0.0) -> None:
+    def __init__(
+        self, penalty: float = 1e-3, *, proximal: bool = True, threshold: float = 0.0, init: Start = "ones"
+    ) -> None:
         super().__init__()
         for name, value in (("penalty", penalty), ("threshold", threshold)):
             options.number(name, value, least=0)
+        self.init = options.one_of("init", init, ("ones", "normal"))
         self.penalty, self.proximal, self.threshold = penalty, proximal, threshold
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Coefficients:
@@ -244,7 +250,7 @@ def _part(old: nn.Parameter, index: Tensor, dim: int, optimizer: torch.optim.Opt
     return new
 
 
-def _s2(model: nn.Module, lora: Mapping[str, Any], *, init: Literal["ones", "normal"] = "ones") -> PeftModel:
+def _s2(model: nn.Module, lora: Mapping[str, Any], *, init: Start = "ones") -> PeftModel:
     """S2-LoRA of rank `lora.r` before anything is dropped. A starts random, as in LoRA, and B at 0.
 
     Args:

@@ -31,7 +31,21 @@ _attach = Attach(sets={"init_lora_weights": True, "use_dora": False, "lora_bias"
 
 
 class TiedLoRA(ComputedMethod[ComputedEngine]):
-    """Keeps the exact A, B, u and v beside the stock adapter in a checkpoint; no run can be resumed without them."""
+    """Keeps the exact A, B, u and v beside the stock adapter in a checkpoint; no run can be resumed without them.
+
+    Args:
+        train, tie, fused: as `weightlora.prepare(TiedLoRA(...), model, lora)` uses them, see `weightlora list methods`.
+            `train`: which of A, B, u and v are trained. `tie`: which of them all layers share. `fused`: one A for all
+            modules of equal in_features.
+
+    Raises:
+        ConfigError: an argument that cannot work.
+    """
+
+    def __init__(self, train: str = "ABuv", *, tie: str = "AB", fused: bool = False) -> None:
+        super().__init__()
+        _check(train, tie, fused)
+        self.train, self.tie, self.fused = train, tie, fused
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> ComputedEngine:
         return ComputedEngine(model, "tied_lora", prepared(model, adapter_name, "tied_lora"))

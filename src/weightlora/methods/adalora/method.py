@@ -39,6 +39,7 @@ from weightlora.selection.engine import Engine
 logger = logging.getLogger(__name__)
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
+_OF_THE_ADAPTER = ("target_r", "init_r", "deltaT", "beta1", "beta2", "orth_reg_weight")  # options in its config
 _RANK_DIM = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
 
 
@@ -49,6 +50,8 @@ class AdaLoRA(Method["RankAllocation"]):
     0.46). `tinit`, `tfinal` and `total_step` of the config are overwritten once the length of the run is known.
 
     Args:
+        target_r, init_r, deltaT, beta1, beta2, orth_reg_weight: of the adapter that `weightlora.prepare` attaches when
+            given this object. None: as the adapter's config says; any other value must agree with it.
         tinit: t_i, optimizer steps before the budget falls; a whole number, or a share of the run.
         tfinal: t_f, optimizer steps after it has reached `target_r` ranks per module on average.
 
@@ -58,13 +61,35 @@ class AdaLoRA(Method["RankAllocation"]):
 
     acts_after_cut = True
 
-    def __init__(self, *, tinit: int | float = 0.1, tfinal: int | float = 0.5) -> None:
+    def __init__(
+        self,
+        target_r: int | None = None,
+        *,
+        init_r: int | None = None,
+        deltaT: int | None = None,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        orth_reg_weight: float | None = None,
+        tinit: int | float = 0.1,
+        tfinal: int | float = 0.5,
+    ) -> None:
         super().__init__()
+        self.target_r, self.init_r, self.deltaT = target_r, init_r, deltaT
+        self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight
         self.tinit = options.steps_or_share("tinit", tinit)
         self.tfinal = options.steps_or_share("tfinal", tfinal)
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> RankAllocation:
-        return RankAllocation(model, adapter_name or attach.active_adapter(model), self.tinit, self.tfinal)
+        key = adapter_name or attach.active_adapter(model)
+        config = _checked_config(model, key)
+        for name in _OF_THE_ADAPTER:
+            wanted, there = getattr(self, name), getattr(config, name)
+            if wanted is not None and wanted != there:
+                raise ConfigError(
+                    f"`{name}={wanted}`, but the adapter {key!r} was attached with {name}={there}; attach it with "
+                    "`weightlora.prepare(AdaLoRA(...), model, lora)`, or leave the option out."
+                )
+        return RankAllocation(model, key, self.tinit, self.tfinal)
 
     def progress(self) -> dict[str, float]:
         return {"budget": self.engine.budget(self.engine.global_step)}
@@ -100,7 +125,7 @@ class RankAllocation(Engine):
         self._matrices = 2 * len(self.adapters)
         self._allocator: Any = model.base_model.rankallocator
         admission.refuse_frozen_parts((a.name, _factors(a).values()) for a in self.adapters)
-        # PEFT's own adds the regulariser to every loss, in evaluation too.
+        # PEFT's adds the regulariser to every loss, in evaluation too, and refuses a weight of 0, which would end that.
         model.base_model.forward = MethodType(BaseTuner.forward, model.base_model)  # type: ignore[method-assign]
         self.record_attach()
 
@@ -346,13 +371,13 @@ def _prepare(
         beta1, beta2: smoothing of sensitivities and of their uncertainty.
         orth_reg_weight: gamma.
     """
-    init_r = math.ceil(1.5 * target_r) if init_r is None else init_r
+    options.whole("target_r", target_r)
+    init_r = math.ceil(1.5 * target_r) if init_r is None else options.whole("init_r", init_r)
     _check_ranks(target_r, init_r)
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 < beta < 1:
-            raise ConfigError(f"`{name}={beta}` must lie between 0 and 1.")
-    if deltaT < 1:
-        raise ConfigError(f"`deltaT={deltaT}` must be at least 1 optimizer step.")
+    options.number("beta1", beta1, above=0, below=1)
+    options.number("beta2", beta2, above=0, below=1)
+    options.whole("deltaT", deltaT, of="optimizer steps")
+    options.number("orth_reg_weight", orth_reg_weight)
     return _attach(
         model,
         lora,

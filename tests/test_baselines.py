@@ -22,8 +22,8 @@ from weightlora.measure import trainable_parameters
 from weightlora.methods import MethodInfo, get_method, parameter_groups
 from weightlora.methods import eva as eva_method
 from weightlora.methods.milora import minor_factors
-from weightlora.training.prepare import make_plan
-from weightlora.training.prepare import prepare as prepare_job
+from weightlora.training.plan import make_plan
+from weightlora.training.plan import prepare as prepare_job
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import build_trainer
 

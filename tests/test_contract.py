@@ -62,15 +62,23 @@ def final(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def go_on(model: nn.Module, method: Any, inputs: dict[str, Tensor], optimizer: Any) -> None:
-    """The loop of the README, to its end."""
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has to bring back: the tiny model's own weights are equal anyway, and its head starts anew."""
+    return {n: p for n, p in final(model).items() if "lora_" in n or "modules_to_save" in n}
+
+
+def go_on(
+    model: nn.Module, method: Any, inputs: dict[str, Tensor], optimizer: Any, first: int = 0, last: int = STEPS
+) -> None:
+    """The loop of the README, to its end or a part of it."""
     method.bind(optimizer)
-    for step in range(STEPS):
+    for step in range(first, last):
         torch.manual_seed(step)
         optimizer.zero_grad()
         model(**inputs).loss.backward()
         optimizer.step()
-    method.finish(optimizer)
+    if last == STEPS:
+        method.finish(optimizer)
 
 
 def plain_run(name: str) -> dict[str, Tensor]:
@@ -247,6 +255,32 @@ def test_a_run_that_ends_early_ends_within_its_budget_and_says_so(name, tmp_path
         )
     gates = [n for n, p in model.named_parameters() if "lora_gate" in n]
     assert gates == []
+
+
+@pytest.mark.parametrize("steps", [4, CUT, CUT + 1, STEPS])
+@every_acting_method
+def test_a_plain_loop_resumes_where_it_was(name, steps, tmp_path):
+    """`save_state` beside `save_pretrained`; `load_adapter` on a freshly attached model brings both back."""
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    go_on(model, method, inputs, optimizer, last=steps)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    method.save_state(tmp_path)
+    moments = copy.deepcopy(optimizer.state_dict())
+    go_on(model, method, inputs, optimizer, first=steps)
+
+    again, resumed, _ = made(name)
+    resumed.attach(again, seed=0)
+    again.load_adapter(str(tmp_path), "default", is_trainable=True)  # type: ignore[operator]
+    if isinstance(resumed, Flexora):
+        resumed.validate_on([inputs])
+    named = [(n, p) for n, p in again.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(named, lr=1e-2)
+    optimizer.load_state_dict(moments)
+    resumed.plan(total_steps=STEPS)
+    go_on(again, resumed, inputs, optimizer, first=steps)
+    assert same(trained(again), trained(model))
+    assert (resumed.kept, resumed.dropped) == (method.kept, method.dropped)
 
 
 @every_acting_method

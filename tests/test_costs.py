@@ -19,8 +19,9 @@ from weightlora import ConfigError, RLoRA, WeightLoRA, WeightLoRAPlus, list_adap
 from weightlora.adapters import attach, kernel, surgery
 from weightlora.adapters.profile import Part, Profile, take_profile
 from weightlora.methods import create
+from weightlora.selection import costs
 from weightlora.selection.budgets import Budget, parse
-from weightlora.selection.costs import Costs, CostTable
+from weightlora.selection.costs import CostTable
 from weightlora.training.recipe import parse_recipe
 
 KEPT = {
@@ -46,14 +47,14 @@ def lora_model(name: str, *, dropout: bool, **lora: Any) -> tuple[PeftModel, dic
 def profiled(model: PeftModel, inputs: dict[str, Tensor]) -> Profile:
     """With gates, as at the start of a selection."""
     adapters = list_adapters(model)
-    attach.prepare(adapters, gates=True)
+    attach.use_kernel(adapters, gates=True)
     return take_profile(model, adapters, (), inputs)
 
 
 def cut_down(model: PeftModel, kept: Any) -> PeftModel:
     """Plain adapters on `kept`, nothing on the others."""
     adapters = list_adapters(model)
-    attach.prepare(adapters, gates=False)
+    attach.use_kernel(adapters, gates=False)
     surgery.disconnect(model, [a for a in adapters if a.name not in kept])
     surgery.release_inputs(model)
     return model
@@ -276,10 +277,10 @@ def loss(model: nn.Module) -> None:
 
 def test_a_signed_score_below_zero_may_be_kept():
     model = bert().train()
-    attach.prepare(list_adapters(model), gates=False)
-    limit = Costs(model, list_adapters(model), parse("60% memory"))
+    attach.use_kernel(list_adapters(model), gates=False)
+    (limit,) = costs.limits(model, list_adapters(model), parse("60% memory"), rounds=1)
     model(**batch())
-    found = limit.limits(1)[0].choose(torch.linspace(-2, -1, 9), torch.ones(9, dtype=torch.bool))
+    found = limit.choose(torch.linspace(-2, -1, 9), torch.ones(9, dtype=torch.bool))
     assert found[-3:].all() and not found[0]
 
 

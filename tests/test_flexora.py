@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
 from typing import Any
 
 import pytest
@@ -255,57 +253,6 @@ def test_batches_of_ones_own_leave_the_training_data_whole(tmp_path):
     assert len(trainer.train_dataset) == 64
     trainer.train()
     assert len(list_adapters(trainer.model)) == 3
-
-
-@pytest.mark.parametrize("restart", [True, False])
-def test_resuming_is_exact(restart, tmp_path):
-    def method():
-        return Flexora(2, after=8, restart=restart, val_batches=3)
-
-    whole = make_trainer(tmp_path / "whole", method(), max_steps=14, save_steps=5)
-    whole.train()
-    expected = trainable_state(whole.model)
-    for step in (5, 10):
-        folder = tmp_path / f"from-{step}"
-        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        part = make_trainer(folder, resumed := method(), max_steps=14, save_steps=5)
-        part.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-        found = trainable_state(part.model)
-        assert found.keys() == expected.keys() and len(resumed.kept) == 6
-        for key, value in expected.items():
-            assert torch.equal(found[key], value), f"{key} differs after resuming at step {step}"
-
-
-def test_a_plain_loop_resumes_too(tmp_path):
-    def go_on(model, method, optimizer, steps):
-        for step in steps:
-            torch.manual_seed(step)
-            model.train()(**batch(start=8 * (step % 6))).loss.backward()
-            optimizer.step()
-            method.step(optimizer)
-            optimizer.zero_grad()
-
-    def start():
-        model, method = bert(), Flexora(2, after=7).validate_on([batch(start=48)])
-        method.attach(model)
-        method.plan(20)
-        return model, method
-
-    model, method = start()
-    optimizer = optimizer_of(model)
-    go_on(model, method, optimizer, range(4))
-    model.save_pretrained(tmp_path)
-    method.save_state(tmp_path)
-    moments = copy.deepcopy(optimizer.state_dict())
-    go_on(model, method, optimizer, range(4, 10))
-    again, resumed = start()
-    again.load_adapter(str(tmp_path), "default", is_trainable=True)
-    optimizer = optimizer_of(again)
-    optimizer.load_state_dict(moments)
-    go_on(again, resumed, optimizer, range(4, 10))
-    expected, found = trainable_state(model), trainable_state(again)
-    assert found.keys() == expected.keys() and resumed.kept == method.kept
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_a_recipe_counts_the_rows_it_trains_on(tmp_path, monkeypatch):

@@ -607,39 +607,6 @@ def test_resuming_is_exact_and_phase_1_does_not_run_again(options, tmp_path, mon
     assert len(logged) == 1, "the cut is told once, before the checkpoint"
 
 
-def test_a_plain_loop_resumes(tmp_path):
-    model = bert()
-    method = scored(model, keep=1)
-    optimizer = adamw(model)
-    go_on(model, optimizer, range(3))
-    model.save_pretrained(tmp_path)
-    method.save_state(tmp_path)
-    moments = copy.deepcopy(optimizer.state_dict())
-    go_on(model, optimizer, range(3, 6))
-
-    again = bert()
-    resumed = LoRADrop(keep=1).attach(again)
-    again.load_adapter(str(tmp_path), "default", is_trainable=True)
-    assert resumed.engine.done and resumed.kept == method.kept and resumed.events == method.events
-    optimizer = adamw(again)
-    optimizer.load_state_dict(moments)
-    go_on(again, optimizer, range(3, 6))
-    expected, found = trainable_state(model), trainable_state(again)
-    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
-def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        torch.manual_seed(step)
-        model.train()(**batch(start=8 * step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def test_weights_that_were_assigned_are_tied_again(tmp_path):
     """PEFT's `low_cpu_mem_usage` puts new parameters in the place of the old ones."""
     model = bert()

@@ -19,12 +19,12 @@ def test_hard_threshold_keeps_the_largest_magnitudes_and_is_idempotent():
 
 
 @pytest.mark.parametrize(
-    ("threshold", "expected"),
+    ("largest", "expected"),
     [("positive", [0.0, 0.0, 2.0, 0.0]), ("signed", [-1.0, 0.0, 2.0, 0.0]), ("magnitude", [0.0, -3.0, 2.0, 0.0])],
 )
-def test_what_counts_as_large(threshold, expected):
+def test_what_counts_as_large(largest, expected):
     values = torch.tensor([-1.0, -3.0, 2.0, -2.0])
-    assert hard_threshold(values, 2, threshold).tolist() == expected
+    assert hard_threshold(values, 2, largest).tolist() == expected
 
 
 def test_ties_go_to_the_earlier_entry():
@@ -40,16 +40,16 @@ def sparse_problem(n: int = 60, k: int = 5, m: int = 240) -> tuple[torch.Tensor,
     return measure, measure @ truth, truth
 
 
-@pytest.mark.parametrize("threshold", ["positive", "magnitude"])
+@pytest.mark.parametrize("largest", ["positive", "magnitude"])
 @pytest.mark.parametrize("rule", [StoIHT, StoGradMP])
-def test_the_support_of_a_known_sparse_problem_is_recovered(rule, threshold):
+def test_the_support_of_a_known_sparse_problem_is_recovered(rule, largest):
     """Least squares with a 5-sparse solution, mini-batches of 40 of 240 measurements."""
     measure, target, truth = sparse_problem()
-    if threshold == "magnitude":
+    if largest == "magnitude":
         truth[::2] *= -1
         target = measure @ truth
     generator, w, k = torch.Generator().manual_seed(1), torch.zeros_like(truth), 5
-    rule = rule(lr=0.5, threshold=threshold)
+    rule = rule(lr=0.5, largest=largest)
     for step in range(1, 400):
         rows = torch.randperm(len(target), generator=generator)[:40]
         gradient = measure[rows].T @ (measure[rows] @ w - target[rows]) / len(rows)
@@ -61,7 +61,7 @@ def test_the_support_of_a_known_sparse_problem_is_recovered(rule, threshold):
 def test_on_a_quadratic_both_pick_the_largest_at_once():
     """F(w) = |w - c|^2 / 2 with step 1 (methods: StoIHT needs one step, StoGradMP from 0 the same set)."""
     c = torch.tensor([0.3, -2.0, 1.0, 0.1, -0.7, 1.5])
-    for rule in (StoIHT(lr=1.0, threshold="magnitude"), StoGradMP(lr=1.0, threshold="magnitude", inner=1)):
+    for rule in (StoIHT(lr=1.0, largest="magnitude"), StoGradMP(lr=1.0, largest="magnitude", inner=1)):
         w = rule.update(torch.zeros(6), -c, lr=1.0, step=2, choose=top_k(2))
         assert torch.equal(w, hard_threshold(c, 2))
 

@@ -2,84 +2,86 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import batch, bert, make_trainer, trainable_state
 from peft import PeftModel
+from transformers import Trainer
 
-from weightlora import CheckpointError, ConfigError, Fixed, RLoRA, WeightLoRA, WeightLoRAPlus, read_events
+from weightlora import CheckpointError, ConfigError, RLoRA, WeightLoRA, WeightLoRAPlus, prepare, read_events
+from weightlora.methods import create, get_method
 
-METHODS = {
-    "weightlora": lambda: WeightLoRA(keep=3, after=8),
-    "weightlora gate kept": lambda: WeightLoRA(keep=3, after=8, gate="keep"),
-    "weightlora stogradmp": lambda: WeightLoRA(keep=3, after=8, gate_optimizer="stogradmp"),
-    "weightlora shared dropout": lambda: WeightLoRA(keep=3, after=8, share_dropout=True),
-    "weightlora_plus": lambda: WeightLoRAPlus(keep=2, after=8),
-    "weightlora_plus in rounds": lambda: WeightLoRAPlus(keep=2, after=8, rounds=2),
-    "rlora": lambda: RLoRA(keep=3),
-    "fixed": lambda: Fixed(keep=3, where="random"),
+# The method's name and, behind it, what is special; options as in a recipe.
+RUNS: dict[str, dict[str, Any]] = {
+    "weightlora": {"keep": 3, "after": 8},
+    "weightlora gate held": {"keep": 3, "after": 8, "gate": "hold"},
+    "weightlora stogradmp": {"keep": 3, "after": 8, "gate_optimizer": "stogradmp"},
+    "weightlora shared dropout": {"keep": 3, "after": 8, "share_dropout": True},
+    "weightlora_plus": {"keep": 2, "after": 8},
+    "weightlora_plus in rounds": {"keep": 2, "after": 8, "rounds": 2},
+    "rlora": {"keep": 3},
+    "fixed": {"keep": 3, "where": "random"},
+    "adalora": {"target_r": 2},
+    "flexora": {"keep": 2, "after": 8, "val_batches": 3},
+    "flexora without restart": {"keep": 2, "after": 8, "val_batches": 3, "restart": False},
+    "sora": {"lambda2": 0.05},
+    "sora removed on the way": {"lambda2": 0.05, "after": 8},
+    "dynamic_lora": {"target_r": 2, "init_r": 4},
+    "increlora": {"target_r": 3, "add_r": 1, "top_h": 5, "init_warmup": 2, "incre_interval": 2},
+    "increlora without reserve": {
+        **{"target_r": 6, "top_h": 3, "incre_interval": 2},
+        **{"advance_learn": False, "compat": True},
+    },
+    "alora": {"rounds": 3, "warmup": 4, "interval": 3, "batch": batch(16)},
+    "melora": {"minis": 4},
+    "tied_lora": {"train": "ABv"},
+    "tied_lora frozen": {"train": "uv", "tie": "ABu", "fused": True},
+    "nora": {"outer_r": 16},
+    "s2_lora": {"penalty": 10.0},
+    "s2_lora gradient": {"penalty": 0.1, "proximal": False, "init": "normal", "cutoff": 0.5},
+    "sparse_adapter": {"warmup": 3, "score_steps": 4},
+    "sparse_adapter in rounds": {"warmup": 3, "score_steps": 4, "rounds": 2},
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_resuming_is_exact(name, tmp_path):
-    """From checkpoints before (5), right at (8 is not saved), between and after (10) the cuts."""
-    whole = make_trainer(tmp_path / "whole", METHODS[name](), max_steps=15, save_steps=5)
+def run_of(row: str, folder: Path, seed: int) -> Trainer:
+    """A run of 15 steps, whose factors start from a seed of their own."""
+    name = row.split()[0]
+    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": ["query", "key", "value"]}
+    taken = {key: value for key, value in lora.items() if get_method(name).takes(key)}
+    method, bare = create(name, RUNS[row]), bert().unload()
+    torch.manual_seed(seed)
+    own = {key: value for key, value in RUNS[row].items() if key != "batch"}
+    model = prepare(
+        name if method is None else method, bare, taken | {"task_type": "SEQ_CLS"}, **({} if method else own)
+    )
+    callbacks = [] if method is None else [method]
+    return make_trainer(folder, *callbacks, model=model, max_steps=15, save_steps=5)
+
+
+@pytest.mark.parametrize("row", RUNS)
+def test_resuming_is_exact(row, tmp_path):
+    """From checkpoints before, between and after whatever is decided on the way."""
+    whole = run_of(row, tmp_path / "whole", seed=0)
     whole.train()
     expected = trainable_state(whole.model)
     for step in (5, 10):
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        method = METHODS[name]()
-        part = make_trainer(folder, method, max_steps=15, save_steps=5)
+        part = run_of(row, folder, seed=step)
         part.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         found = trainable_state(part.model)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert torch.equal(found[key], value), f"{key} differs after resuming at step {step}"
         assert len(part.optimizer.state) == len(whole.optimizer.state)
-
-
-@pytest.mark.parametrize("steps", [4, 9])
-def test_a_plain_loop_resumes_too(steps, tmp_path):
-    """`save_state` beside `save_pretrained`; `load_adapter` on a freshly attached model brings both back."""
-    model, method = bert(), WeightLoRAPlus(keep=3, after=7)
-    method.attach(model)
-    method.plan(20)
-    optimizer = plain_optimizer(model)
-    go_on(model, method, optimizer, range(steps))
-    model.save_pretrained(tmp_path)
-    method.save_state(tmp_path)
-    moments = copy.deepcopy(optimizer.state_dict())
-    go_on(model, method, optimizer, range(steps, 12))
-
-    again, resumed = bert(), WeightLoRAPlus(keep=3, after=7)
-    resumed.attach(again)
-    again.load_adapter(str(tmp_path), "default", is_trainable=True)
-    optimizer = plain_optimizer(again)
-    optimizer.load_state_dict(moments)
-    go_on(again, resumed, optimizer, range(steps, 12))
-    expected, found = trainable_state(model), trainable_state(again)
-    assert found.keys() == expected.keys() and resumed.kept == method.kept
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
-
-
-def plain_optimizer(model) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
-def go_on(model, method, optimizer, steps) -> None:
-    for step in steps:
-        torch.manual_seed(step)  # dropout
-        model(**batch(start=8 * (step % 8))).loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        patterns = [getattr(run.model.peft_config["default"], "rank_pattern", None) for run in (part, whole)]
+        assert patterns[0] == patterns[1]
 
 
 def test_events_of_a_resumed_run_have_no_gap_and_no_repeat(tmp_path):

@@ -13,7 +13,7 @@ from weightlora.methods import prepare
 from weightlora.methods.stock import head_modules
 from weightlora.tasks.data import Source
 from weightlora.training.model import position_limit
-from weightlora.training.prepare import Plan, count_steps
+from weightlora.training.plan import Plan, count_steps
 from weightlora.training.recipe import load_recipe, parse_recipe
 from weightlora.training.run import dry_run, run
 

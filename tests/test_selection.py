@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_the_step_named():
 # -- the cut -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate", ["fold", "keep"])
+@pytest.mark.parametrize("gate", ["fold", "hold"])
 def test_no_layer_changes_its_output_at_the_cut(gate):
     model, method = bert(lora_dropout=0.0).eval(), WeightLoRA(keep=3, after=7, gate=gate, gate_lr=300.0)
     train(model, method, 6)
@@ -364,7 +364,7 @@ def test_compat_reproduces_the_authors_initialisation_and_drops_no_input():
         bound = 1 / math.sqrt(adapter.r)
         assert 0.9 * bound < adapter.A.weight.abs().max() <= bound
         assert isinstance(adapter.layer.lora_dropout["default"], nn.Identity)
-    assert method.rule.threshold == "signed"
+    assert method.rule.largest == "signed"
 
 
 def test_compat_lets_masked_adapters_move():
@@ -415,7 +415,7 @@ def test_a_run_too_short_for_any_cut_is_told_how_long_it_must_be():
     [
         ({"keep": 0}, "keep"),
         ({"mode": "papre"}, "did you mean 'paper'"),
-        ({"threshold": "biggest"}, "threshold"),
+        ({"largest": "biggest"}, "largest"),
         ({"gate_lr": -1.0}, "gate_lr"),
         ({"gate_lr": float("nan")}, "gate_lr"),
         ({"gate": "melt"}, "gate"),

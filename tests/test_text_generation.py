@@ -140,7 +140,7 @@ def test_text_is_written_during_training_if_asked_for(folder: Path) -> None:
 
 
 def test_what_the_recipe_leaves_open_is_filled_in_from_the_task(folder: Path) -> None:
-    from weightlora.training.prepare import prepare
+    from weightlora.training.plan import prepare
 
     save_writer(folder / "model", "bart")
     data = {**recipe(folder)["data"], "max_target_length": None}
@@ -166,7 +166,7 @@ def test_methods_that_train_the_model_itself(folder: Path) -> None:
 
 def test_adapters_on_a_decoder_in_four_bits_stay_in_full_precision(folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from weightlora.training.prepare import prepare
+    from weightlora.training.plan import prepare
     from weightlora.training.run import build_trainer
 
     save_writer(folder / "model", "llama", hidden_size=64)

@@ -5,18 +5,14 @@ Nothing heavy is imported before a command runs, so that `--help` stays quick.
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.errors import WeightLoRAError
 
 try:
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"The command needs the package {missing.name!r}: pip install 'weightlora[train]'") from None
-
-if TYPE_CHECKING:
-    from weightlora.bench import Suite
-    from weightlora.training.prepare import Plan
 
 _EXTRA = {
     "datasets": "train",
@@ -32,7 +28,6 @@ _EXTRA = {
     "trl": "llm",
 }
 _SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
-_MANY = 40  # from this many adapters on, layers are shown as one line per kind
 
 app = typer.Typer(
     add_completion=False,
@@ -125,14 +120,15 @@ def train(
 
     loaded = load_recipe(recipe, overrides)
     _log_to_stderr()
+    from weightlora import terminal
     from weightlora.training.run import dry_run as check
     from weightlora.training.run import run
 
     if dry_run:
-        _show_plan(check(loaded, resume=resume))
+        terminal.show_plan(check(loaded, resume=resume))
         print("Dry run: nothing was trained or written.")
         return
-    _show_result(run(loaded, resume=resume, progress=True, on_ready=_show_plan), loaded.output_dir)
+    terminal.show_result(run(loaded, resume=resume, progress=True, on_ready=terminal.show_plan), loaded.output_dir)
 
 
 @app.command()
@@ -196,6 +192,7 @@ def bench(
 
     loaded = load_suite(suite, overrides)
     _log_to_stderr("ERROR")  # the rest is in the suite's log.txt
+    from weightlora import terminal
     from weightlora.bench import runner
     from weightlora.bench.suite import groups
 
@@ -208,8 +205,8 @@ def bench(
         runner.check(loaded)
         print("Dry run: nothing was trained or written.")
         return
-    failed = [] if table else _make_runs(loaded, jobs)
-    _show_suite(loaded)
+    failed = [] if table else terminal.make_runs(loaded, jobs)
+    terminal.show_suite(loaded)
     if failed:
         raise typer.Exit(1)
 
@@ -245,49 +242,6 @@ def list_tasks() -> None:
         _show_entry(task.name, task.title, {"columns": columns, "scored by": task.primary, "data": data or ""})
 
 
-def _make_runs(suite: "Suite", jobs: int) -> list[str]:
-    """Makes the runs of a suite under a progress bar, and returns what failed."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from weightlora.bench.runner import Outcome, run_suite
-
-    failed = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("checking", total=None)
-
-        def report(outcome: Outcome, number: int, total: int) -> None:
-            description = "choosing" if outcome.cell.folder.startswith("tune/") else "running"
-            progress.update(bar, description=description, completed=number, total=total)
-            if outcome.result is None:
-                failed.append(f"{outcome.cell}: {outcome.error}")
-                said = f"failed: {outcome.error}"
-            else:
-                metrics = outcome.result["metrics"]
-                said = f"{metrics['after'][metrics['primary']]:.4f} in {metrics['seconds']['total']:.0f} s"
-            progress.console.print(f"{outcome.cell}: {said}", highlight=False, soft_wrap=True)
-
-        run_suite(suite, jobs=jobs, report=report)
-    return failed
-
-
-def _show_suite(suite: "Suite") -> None:
-    """Prints the tables of the finished runs, and where they are."""
-    from weightlora.bench import runner
-    from weightlora.bench.suite import groups
-    from weightlora.bench.table import chosen_table, differences_table, scores_table, summarise
-
-    found = runner.read_results(suite)
-    rows = summarise(suite, found)
-    if not rows:
-        raise ConfigError(f"There are no finished runs in {suite.output_dir!r}; start the suite without --table.")
-    for header, cells in (scores_table(suite, rows), differences_table(suite, rows), chosen_table(suite, rows)):
-        if cells:
-            _print_table(header, cells)
-    print(f"Runs       {len(found)} of {len(groups(suite)) * len(suite.seeds)}")
-    print(f"Files      {suite.output_dir}: {runner.TABLE_FILE}, {runner.RESULTS_FILE}, {runner.SUITE_FILE}, runs/")
-
-
 def _log_to_stderr(level: str = "INFO") -> None:
     """The library's own log lines from `level` on; what transformers says about a new head is expected and left out.
 
@@ -312,79 +266,6 @@ def _show_entry(name: str, title: str, facts: dict[str, str]) -> None:
     for fact, value in facts.items():
         if value:
             print(f"    {fact}: {value}")
-
-
-def _show_plan(plan: "Plan") -> None:
-    """Prints the adapters matched, what trains, and how long the run is."""
-    recipe = plan.recipe
-    if plan.adapters:
-        _print_table(*_adapter_rows(plan.adapters))
-    labels = f", {len(plan.names)} classes" if plan.names else ""
-    rows = ", ".join(f"{count:,} {name}" for name, count in plan.rows.items())
-    print(f"Method     {recipe.method.name} on {len(plan.adapters)} adapters")
-    print(f"Data       {rows} rows{labels}")
-    print(f"Trainable  {_trainable(plan)}")
-    print(f"Steps      {plan.steps:,} ({plan.steps_per_epoch:,} an epoch)")
-    if plan.cuts:
-        print(f"Cut        after step {', '.join(map(str, plan.cuts))}")
-
-
-def _trainable(plan: "Plan") -> str:
-    share = 100 * plan.trainable / plan.total
-    return f"{plan.trainable:,} of {plan.total:,} parameters ({share:.2f} %), {plan.head:,} of them in the head"
-
-
-def _adapter_rows(adapters: list[Any]) -> tuple[list[str], list[list[str]]]:
-    """One row per adapter, or one per kind of module where there are many."""
-    if len(adapters) <= _MANY:
-        rows = [[a.name, f"{a.in_features}", f"{a.out_features}", f"{a.r}", f"{a.parameters:,}"] for a in adapters]
-        return ["Adapter", "in", "out", "r", "parameters"], rows
-    kinds: dict[tuple[str, int, int, int], list[int]] = {}
-    for a in adapters:
-        kind = ".".join("*" if part.isdigit() else part for part in a.name.split("."))
-        kinds.setdefault((kind, a.in_features, a.out_features, a.r), []).append(a.parameters)
-    rows = [[*map(str, kind), str(len(sizes)), f"{sum(sizes):,}"] for kind, sizes in kinds.items()]
-    return ["Adapters", "in", "out", "r", "number", "parameters"], rows
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for index, title in enumerate(header):
-        table.add_column(title, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    # A pipe has no width; names must not be broken there.
-    (console if console.is_terminal else Console(width=160)).print(table)
-
-
-def _show_result(metrics: dict[str, Any], output_dir: str) -> None:
-    """Prints what was kept, score and trainable parameters before and after, and where the files are."""
-    primary, parameters = metrics["primary"], metrics["trainable_parameters"]
-    attached, kept = metrics["adapters"]["attached"], metrics["adapters"]["kept"]
-    print()
-    if len(kept) < len(attached):
-        print(f"Kept       {len(kept)} of {len(attached)} adapters")
-        for name in kept:
-            print(f"           {name}")
-    for name in dict.fromkeys((primary, "loss")):
-        scores = [f"{metrics[phase][name]:.4f}" for phase in ("before", "after") if name in metrics[phase]]
-        print(f"{'Score' if name == primary else 'Held out':<10} {name} {' -> '.join(scores)}")
-    if metrics["test"]:
-        print(f"Test       {primary} {metrics['test'][primary]:.4f}")
-    print(f"Trainable  {parameters['before']:,} -> {parameters['after']:,} parameters")
-    print(f"Training   {metrics['seconds']['training']:.0f} s")
-    files = ["adapter/" if attached else "model/", "metrics.json", "recipe.yaml"]
-    files += [
-        name
-        for name in ("events.jsonl", "predictions.jsonl", "test_predictions.jsonl")
-        if (Path(output_dir) / name).is_file()
-    ]
-    print(f"Files      {output_dir}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

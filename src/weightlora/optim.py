@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-Threshold = Literal["positive", "signed", "magnitude"]
-THRESHOLDS: tuple[str, ...] = get_args(Threshold)
+Largest = Literal["positive", "signed", "magnitude"]
+LARGEST: tuple[str, ...] = get_args(Largest)
 
 # As in the authors' code: while no gradient has arrived all gates are equal, and any choice would be arbitrary.
 NO_GRADIENT = 1e-10
@@ -25,15 +25,15 @@ NO_GRADIENT = 1e-10
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 
-def rank(values: Tensor, threshold: Threshold) -> tuple[Tensor, Tensor]:
+def rank(values: Tensor, largest: Largest) -> tuple[Tensor, Tensor]:
     """Which entries count as large: (scores to sort by, which entries may be kept at all), shapes (n,).
 
     positive: by value, only values above 0 (the paper's forward gates off omega <= 0). signed: by value, negative
     ones too (the authors' code). magnitude: by |value|, zeros left out (the StoIHT literature).
     """
-    if threshold == "positive":
+    if largest == "positive":
         return values, values > 0
-    if threshold == "signed":
+    if largest == "signed":
         return values, torch.ones_like(values, dtype=torch.bool)
     return values.abs(), values != 0
 
@@ -50,21 +50,21 @@ def top_k(k: int) -> Choose:
     return choose
 
 
-def hard_threshold(values: Tensor, k: int | Choose, threshold: Threshold = "magnitude") -> Tensor:
-    """H_K: the entries that `threshold` calls largest, the others 0. Idempotent; shape (n,).
+def hard_threshold(values: Tensor, k: int | Choose, largest: Largest = "magnitude") -> Tensor:
+    """H_K: the entries that `largest` calls largest, the others 0. Idempotent; shape (n,).
 
     Args:
         k: how many to keep, or a function that chooses.
     """
     choose = top_k(k) if isinstance(k, int) else k
-    return torch.where(choose(*rank(values, threshold)), values, torch.zeros_like(values))
+    return torch.where(choose(*rank(values, largest)), values, torch.zeros_like(values))
 
 
 class GateRule(Protocol):
     """One optimizer step on the vector of all gates."""
 
     lr: float
-    threshold: Threshold
+    largest: Largest
 
     @property
     def holds_weights(self) -> bool:
@@ -86,24 +86,24 @@ class StoIHT:
 
     Attributes:
         lr: eta, 5.0 in every script of the authors; follows the schedule of the learning rate of A and B.
-        threshold: which gates count as large, see `rank`.
+        largest: which gates count as large, see `rank`.
         project_from: first optimizer step after which gates are thresholded. Gradients are exactly zero at step 1
             (B = 0), so nothing is known before step 2.
         project_every: threshold after every so many steps; 0 never does, which leaves the choice to the cut.
     """
 
     lr: float = 5.0
-    threshold: Threshold = "positive"
+    largest: Largest = "positive"
     project_from: int = 2
     project_every: int = 1
     holds_weights: bool = field(default=False, init=False)
 
     def update(self, w: Tensor, g: Tensor, *, lr: float, step: int, choose: Choose) -> Tensor:
         moved = w - lr * g
-        if self.threshold == "positive":
+        if self.largest == "positive":
             moved = moved.clamp(min=0)  # omega <= 0 is gated off
         if self.project_every and step >= self.project_from and step % self.project_every == 0:
-            moved = hard_threshold(moved, choose, self.threshold)
+            moved = hard_threshold(moved, choose, self.largest)
         return torch.where(g.norm() > NO_GRADIENT, moved, w)  # an `if` would have the program wait for a GPU
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class StoGradMP:
     """
 
     lr: float = 5.0
-    threshold: Threshold = "positive"
+    largest: Largest = "positive"
     inner: int = 3
     holds_weights: bool = field(default=False, init=False)
     _support: Tensor | None = field(default=None, init=False, repr=False)
@@ -141,7 +141,7 @@ class StoGradMP:
         if self._left:
             return w
         self._support = None
-        return hard_threshold(w, choose, self.threshold)
+        return hard_threshold(w, choose, self.largest)
 
     def state_dict(self) -> dict[str, Any]:
         return {"support": None if self._support is None else self._support.tolist(), "left": self._left}

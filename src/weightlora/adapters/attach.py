@@ -142,11 +142,13 @@ def add_gates(model: nn.Module, adapter_name: str | None = None, *, per_rank: bo
         UnsupportedError: a layer that cannot take a gate, named with the reason.
     """
     adapters = checked_adapters(model, adapter_name)
-    prepare(adapters, gates=True, per_rank=per_rank)
+    use_kernel(adapters, gates=True, per_rank=per_rank)
     return adapters
 
 
-def prepare(adapters: Sequence[Adapter], *, gates: bool, per_rank: bool = False, share_dropout: bool = False) -> None:
+def use_kernel(
+    adapters: Sequence[Adapter], *, gates: bool, per_rank: bool = False, share_dropout: bool = False
+) -> None:
     """Compute adapters with our kernel, with gates of 1 or none; outputs do not change.
 
     Args:

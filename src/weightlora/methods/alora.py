@@ -246,7 +246,7 @@ class MovingRanks(RankEngine):
 
     @contextmanager
     def _gated(self) -> Iterator[None]:
-        attach.prepare(self.adapters, gates=True, per_rank=True)
+        attach.use_kernel(self.adapters, gates=True, per_rank=True)
         try:
             yield
         finally:

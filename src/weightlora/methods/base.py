@@ -120,7 +120,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._stop_looking()
         if not self.engine.done:
             self._looking = peft.register_forward_pre_hook(self._look_for_ddp)
-        # Trainer resumes with `model.load_adapter(checkpoint)`, before it makes the optimizer.
+        # Trainer resumes with `model.load_adapter(checkpoint)` before it makes the optimizer, with no event between.
         peft._weightlora_method = self  # type: ignore[assignment]
         peft.load_adapter = MethodType(_load_adapter, peft)  # type: ignore[method-assign]
         self._finish_if_done()

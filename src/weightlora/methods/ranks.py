@@ -66,7 +66,7 @@ class RankEngine(Engine):
         for adapter in self.adapters:
             if adapter.gate is not None:  # of an earlier `attach`
                 surgery.fold(adapter)
-        attach.prepare(self.adapters, gates=self.gated, per_rank=True)
+        attach.use_kernel(self.adapters, gates=self.gated, per_rank=True)
         with torch.no_grad():
             self.initialise()
         self.list_gates()

@@ -7,7 +7,7 @@ In the order of one optimizer step:
 
     observe    with `proximal=False` adds lambda * sign(e) to the gradients of e; no loss is changed
     step       with `proximal=True` e <- sign(e) max(|e| - eta lambda, 0), eta the learning rate of e
-               at the end: ranks with |e| <= threshold leave their module, and its optimizer state
+               at the end: ranks with |e| <= cutoff leave their module, and its optimizer state
 
 A gradient alone rarely makes an e exactly 0, so the proximal step is the default. Start, penalty weight and the rule
 for what is pruned are unverified. An e that is 0 may return until the end. A rank that no module has kept leaves A and
@@ -90,7 +90,7 @@ class S2LoRA(ComputedMethod["Coefficients"]):
     Args:
         penalty: lambda.
         proximal: a soft threshold after each step of the optimizer, or the gradient of the penalty before it.
-        threshold: |e| up to which a rank is dropped at the end; above 0 that changes what the model computes.
+        cutoff: |e| up to which a rank is dropped at the end; above 0 that changes what the model computes.
         init: start of e, "ones" or standard "normal"; `weightlora.prepare(S2LoRA(...), model, lora)` sets it.
 
     Raises:
@@ -98,16 +98,16 @@ class S2LoRA(ComputedMethod["Coefficients"]):
     """
 
     def __init__(
-        self, penalty: float = 1e-3, *, proximal: bool = True, threshold: float = 0.0, init: Start = "ones"
+        self, penalty: float = 1e-3, *, proximal: bool = True, cutoff: float = 0.0, init: Start = "ones"
     ) -> None:
         super().__init__()
-        for name, value in (("penalty", penalty), ("threshold", threshold)):
+        for name, value in (("penalty", penalty), ("cutoff", cutoff)):
             options.number(name, value, least=0)
         self.init = options.one_of("init", init, ("ones", "normal"))
-        self.penalty, self.proximal, self.threshold = penalty, proximal, threshold
+        self.penalty, self.proximal, self.cutoff = penalty, proximal, cutoff
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Coefficients:
-        return Coefficients(model, adapter_name, self.penalty, self.proximal, self.threshold)
+        return Coefficients(model, adapter_name, self.penalty, self.proximal, self.cutoff)
 
     def progress(self) -> dict[str, float]:
         e = torch.cat([e.detach() for e in self.engine.coefficients()])
@@ -128,13 +128,13 @@ class Coefficients(ComputedEngine):
     """
 
     def __init__(
-        self, model: PeftModel, adapter_name: str | None, penalty: float, proximal: bool, threshold: float
+        self, model: PeftModel, adapter_name: str | None, penalty: float, proximal: bool, cutoff: float
     ) -> None:
         adapters = prepared(model, adapter_name, "s2_lora")
         if not all(isinstance(a.B, SharedB) for a in adapters):
             raise ConfigError("this model was prepared for another method; use `weightlora.prepare('s2_lora', ...)`.")
         super().__init__(model, "s2_lora", adapters)
-        self.penalty, self.proximal, self.threshold = penalty, proximal, threshold
+        self.penalty, self.proximal, self.cutoff = penalty, proximal, cutoff
         self.done = self.waits = False
         self._total: int | None = None
 
@@ -187,7 +187,7 @@ class Coefficients(ComputedEngine):
     @torch.no_grad()
     def prune(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Remove ranks whose e is 0 from their modules, and from A and B where no module has them."""
-        kept = {a.name: a.B.index[a.B.e.abs() > self.threshold] for a in self.adapters}  # type: ignore[index]
+        kept = {a.name: a.B.index[a.B.e.abs() > self.cutoff] for a in self.adapters}  # type: ignore[index]
         if not any(len(index) for index in kept.values()):
             logger.warning("every e is 0; one rank is kept all the same, since a LoRA needs one. Lower `penalty`.")
             kept[self.adapters[0].name] = self.adapters[0].B.index[:1]  # type: ignore[index]

@@ -167,7 +167,7 @@ class Sparsifier(ComputedEngine):
         self._scored = 0  # steps since the last round
         self._sums: list[Tensor] = []
         _check(adapters, rule)
-        attach.prepare(adapters, gates=False)
+        attach.use_kernel(adapters, gates=False)
         super().__init__(model, "sparse_adapter", adapters, seed)
         self.done = False
         self._list_parameters()

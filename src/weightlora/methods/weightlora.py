@@ -13,7 +13,7 @@ from typing import Any, Literal
 from weightlora import options
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import SelectionMethod
-from weightlora.optim import THRESHOLDS, GateRule, StoGradMP, StoIHT, Threshold
+from weightlora.optim import LARGEST, GateRule, Largest, StoGradMP, StoIHT
 from weightlora.selection import budgets
 from weightlora.selection.actions import Action, Disconnect, Expand, Settle
 from weightlora.selection.schedules import After
@@ -37,12 +37,12 @@ class WeightLoRA(SelectionMethod):
             one epoch.
         mode: "default" or "paper". "paper" is the paper to the letter: plain SGD on omega at 5.0, top-K after every
             step, omega <= 0 gated off, and omega held fixed in the forward after T.
-        threshold: which omegas count as large: "positive" (by value, above 0), "signed" (by value) or "magnitude".
+        largest: which omegas count as large: "positive" (by value, above 0), "signed" (by value) or "magnitude".
         gate_lr: eta of omega's own step; follows the schedule of the main learning rate. Default 5.0.
         gate_optimizer: "stoiht" or "stogradmp".
         project_from, project_every: when StoIHT thresholds, in optimizer steps.
-        gate: treatment of omega after T: "fold" (into B) or "keep" (held fixed). Default: fold, in paper mode keep.
-        compat: reproduce what only the authors' code does, see `AUTHORS_CODE`. Implies the signed threshold.
+        gate: treatment of omega after T: "fold" (into B) or "hold" (as a constant). Default: fold, in paper mode hold.
+        compat: reproduce what only the authors' code does, see `AUTHORS_CODE`. Implies `largest="signed"`.
         seed: of the whole method; default the Trainer's.
         share_dropout: layers of one module that read the same tensor (query, key and value) share a dropout mask.
 
@@ -56,12 +56,12 @@ class WeightLoRA(SelectionMethod):
         after: int | float | None = None,
         *,
         mode: Mode = "default",
-        threshold: Threshold | None = None,
+        largest: Largest | None = None,
         gate_lr: float | None = None,
         gate_optimizer: GateOptimizer = "stoiht",
         project_from: int = FIRST_INFORMED_STEP,
         project_every: int = 1,
-        gate: Literal["fold", "keep"] | None = None,
+        gate: Literal["fold", "hold"] | None = None,
         compat: bool = False,
         seed: int | None = None,
         share_dropout: bool = False,
@@ -69,16 +69,16 @@ class WeightLoRA(SelectionMethod):
         options.one_of("mode", mode, ("default", "paper"))
         self.keep = budgets.parse(keep)
         self.when = After(after, first=FIRST_INFORMED_STEP)
-        self.settle = Settle(gate or ("keep" if mode == "paper" else "fold"))
+        self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
         self.compat = compat
-        self.rule = _gate_rule(mode, threshold, gate_lr, gate_optimizer, project_from, project_every, compat)
+        self.rule = _gate_rule(mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat)
         super().__init__(seed=seed, share_dropout=share_dropout)
 
     def strategy(self, seed: int) -> Strategy:
         return Strategy(
             method="weightlora",
             gates=self.rule,
-            score=GateValue(self.rule.threshold),
+            score=GateValue(self.rule.largest),
             keep=self.keep,
             when=self.when,
             then=(Disconnect(), self.settle),
@@ -107,12 +107,12 @@ class WeightLoRAPlus(SelectionMethod):
         rounds: int = 1,
         init: Literal["qr", "gaussian"] = "qr",
         mode: Mode = "default",
-        threshold: Threshold | None = None,
+        largest: Largest | None = None,
         gate_lr: float | None = None,
         gate_optimizer: GateOptimizer = "stoiht",
         project_from: int = FIRST_INFORMED_STEP,
         project_every: int = 1,
-        gate: Literal["fold", "keep"] | None = None,
+        gate: Literal["fold", "hold"] | None = None,
         compat: bool = False,
         seed: int | None = None,
         share_dropout: bool = False,
@@ -120,13 +120,13 @@ class WeightLoRAPlus(SelectionMethod):
         options.one_of("mode", mode, ("default", "paper"))
         self.keep = None if keep is None else budgets.parse(keep)
         self.when = After(after, rounds=rounds, first=FIRST_INFORMED_STEP)
-        self.settle = Settle(gate or ("keep" if mode == "paper" else "fold"))
+        self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
         self.grow = Expand(init, double=compat)
         self.compat = compat
         if compat:
             # FatAdamW does not project between its events, and unlike the plain optimizer it drops omega <= 0.
-            project_every, threshold = 0, threshold or "positive"
-        self.rule = _gate_rule(mode, threshold, gate_lr, gate_optimizer, project_from, project_every, compat)
+            project_every, largest = 0, largest or "positive"
+        self.rule = _gate_rule(mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat)
         super().__init__(seed=seed, share_dropout=share_dropout)
 
     def strategy(self, seed: int) -> Strategy:
@@ -134,7 +134,7 @@ class WeightLoRAPlus(SelectionMethod):
         return Strategy(
             method="weightlora_plus",
             gates=self.rule,
-            score=GateValue(self.rule.threshold),
+            score=GateValue(self.rule.largest),
             keep=self.keep,
             when=self.when,
             then=(*cut, self.settle),
@@ -190,26 +190,26 @@ AUTHORS_CODE = {
 
 def _gate_rule(
     mode: Mode,
-    threshold: Threshold | None,
+    largest: Largest | None,
     gate_lr: float | None,
     gate_optimizer: GateOptimizer,
     project_from: int,
     project_every: int,
     compat: bool,
 ) -> GateRule:
-    threshold = threshold or ("signed" if compat else "positive")
+    largest = largest or ("signed" if compat else "positive")
     lr = 5.0 if gate_lr is None else gate_lr
-    options.one_of("threshold", threshold, THRESHOLDS)
+    options.one_of("largest", largest, LARGEST)
     options.one_of("gate_optimizer", gate_optimizer, ("stoiht", "stogradmp"))
     options.number("gate_lr", lr, above=0, hint="the authors use 5.0")
     options.whole("project_from", project_from, of="optimizer steps")
     options.whole("project_every", project_every, 0, of="optimizer steps")
     if gate_optimizer == "stogradmp":
-        return StoGradMP(lr=lr, threshold=threshold)
+        return StoGradMP(lr=lr, largest=largest)
     paper = mode == "paper"
     return StoIHT(
         lr=lr,
-        threshold=threshold,
+        largest=largest,
         project_from=1 if paper else project_from,
         project_every=1 if paper else project_every,
     )

@@ -65,7 +65,7 @@ class GrowBatch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take part in the Trainer's training step."""
+        """Take part in the Trainer's training step, since no event of it can hold a micro-batch back."""
         self.on_init_end(args, state, control)  # it may have been added since
         if self.wanted is None and _engine_of(kwargs["model"]) is None:
             raise ConfigError("`GrowBatch()` waits for a cut and no method is at work; give it a `factor`.")

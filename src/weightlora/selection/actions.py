@@ -112,14 +112,14 @@ class Settle:
     """After the last cut omega is fixed: folded into B, or held as it is.
 
     "fold": B <- omega B, AdamW's moments rescaled to match, and the gate goes: from here on the model is a LoRA with
-    fewer adapters. "keep": omega stays in the forward as a constant, as the paper writes it; saving folds a copy.
+    fewer adapters. "hold": omega stays in the forward as a constant, as the paper writes it; saving folds a copy.
     """
 
-    gate: Literal["fold", "keep"] = "fold"
+    gate: Literal["fold", "hold"] = "fold"
 
     def __post_init__(self) -> None:
-        if self.gate not in ("fold", "keep"):
-            raise ConfigError(f"`gate={self.gate!r}` is not a way to fix the gates; use 'fold' or 'keep'.")
+        if self.gate not in ("fold", "hold"):
+            raise ConfigError(f"`gate={self.gate!r}` is not a way to fix the gates; use 'fold' or 'hold'.")
 
     def __call__(self, cut: Cut) -> tuple[str, dict[str, Any]] | None:
         if not cut.last:
@@ -132,7 +132,7 @@ class Settle:
     def _settle(self, adapter: Adapter, optimizer: torch.optim.Optimizer | None) -> None:
         if adapter.gate is None:
             return
-        if self.gate == "keep":
+        if self.gate == "hold":
             seam.freeze_gate(adapter.layer, adapter.key)
             gone = [adapter.gate]
         else:

@@ -136,6 +136,40 @@ class Limit:
         """The same limit when only these adapters are left."""
         return Limit(tuple(self.costs[i] for i in kept), self.limit)
 
+    # What `costs.CostLimit`, which takes its place, has to say of the costs of a step.
+
+    def predicted(self, kept: Sequence[str]) -> dict[str, float]:
+        """Shares of the cost of a step that these adapters are expected to take; none here."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was measured, as JSON data."""
+        return None
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restore `state_dict`."""
+
+
+def shrinking(adapters: Sequence[Adapter], keep: Budget | None, rounds: int) -> list[Limit]:
+    """The limit at each of several cuts: a straight line down on a logarithmic scale from all adapters to the budget.
+
+    Args:
+        keep: in adapters, parameters or bytes; None halves their number every time.
+
+    Raises:
+        ConfigError: as `Budget.resolve`, or there are too few to halve.
+    """
+    n = len(adapters)
+    if keep is None:
+        if n >> rounds < 1:
+            raise ConfigError(f"`rounds={rounds}` halves {n} adapters to none; use at most {int(math.log2(n))} rounds.")
+        return [Budget("adapters", n >> (i + 1)).resolve(adapters) for i in range(rounds)]
+    final = keep.resolve(adapters)
+    total = sum(final.costs)
+    ratio = min(1.0, final.limit / total)
+    before = [max(final.limit, math.floor(total * ratio ** ((i + 1) / rounds))) for i in range(rounds - 1)]
+    return [*(Limit(final.costs, limit) for limit in before), final]
+
 
 def parse(keep: Any) -> Budget:
     """Read what a user writes for `keep`, see the table above.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.profile import Profile, take_profile
 from weightlora.errors import ConfigError
-from weightlora.selection.budgets import Budget
+from weightlora.selection.budgets import Budget, Limit, shrinking
 
 # Number of places tried for the lowest adapter; where there are more, these are spread evenly over them.
 MOST_DEPTHS = 128
@@ -62,11 +62,6 @@ class Costs:
                 "yet; call the model itself (not a module inside it) before `step`, or give `keep` in adapters."
             )
         return CostTable(self.profile, self.keep.unit)
-
-    def limits(self, rounds: int) -> list[CostLimit]:
-        """The limit at each cut: a straight line down on a logarithmic scale from all adapters to the budget."""
-        names = tuple(a.name for a in self._adapters)
-        return [CostLimit(self, self.keep.limit ** ((i + 1) / rounds), names) for i in range(rounds)]
 
     def predicted(self, kept: Sequence[str]) -> dict[str, float]:
         """Memory and time of these adapters as shares of all, at the ranks of the profile."""
@@ -107,6 +102,28 @@ class CostLimit:
     def among(self, kept: Sequence[int]) -> CostLimit:
         """The same limit when only these adapters are left."""
         return CostLimit(self.costs, self.share, tuple(self.names[i] for i in kept))
+
+    def predicted(self, kept: Sequence[str]) -> dict[str, float]:
+        """Memory and time of these adapters as shares of all."""
+        return self.costs.predicted(kept)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The profile, as JSON data."""
+        return self.costs.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restore the profile, for all limits of the run."""
+        self.costs.load_state_dict(state)
+
+
+def limits(
+    model: nn.Module, adapters: Sequence[Adapter], keep: Budget | None, rounds: int
+) -> Sequence[Limit | CostLimit]:
+    """The limit at each cut, whatever the budget's unit; see `budgets.shrinking`."""
+    if keep is None or not keep.in_cost:
+        return shrinking(adapters, keep, rounds)
+    costs, names = Costs(model, adapters, keep), tuple(a.name for a in adapters)
+    return [CostLimit(costs, keep.limit ** ((i + 1) / rounds), names) for i in range(rounds)]
 
 
 class _Depths(NamedTuple):

@@ -12,7 +12,7 @@
     ranks    ranks that left or joined            ranks: {name: r}, parameters_after
     round    ALoRA: ranks moved                   scores, closed: {name: ranks}, dropped
     stage    SoRA: one value of lambda is over    lambda2, ranks_on
-    settle   the run is an ordinary LoRA now      gate: "fold" or "keep", gates: {name: value, or one for each rank}
+    settle   the run is an ordinary LoRA now      gate: "fold" or "hold", gates: {name: value, or one for each rank}
 
 Every line carries `event` and `step` (optimizer steps done).
 """

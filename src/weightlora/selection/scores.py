@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from weightlora.adapters.attach import Adapter
-from weightlora.optim import Threshold, rank
+from weightlora.optim import Largest, rank
 
 
 class Score(Protocol):
@@ -20,13 +20,13 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class GateValue:
-    """omega itself, as `threshold` reads it: a gate that is off scores -inf (WeightLoRA, section 3.2)."""
+    """omega itself, as `largest` reads it: a gate that is off scores -inf (WeightLoRA, section 3.2)."""
 
-    threshold: Threshold = "positive"
+    largest: Largest = "positive"
 
     def __call__(self, adapters: Sequence[Adapter]) -> torch.Tensor:
         gates = torch.cat([a.gate.detach() for a in adapters if a.gate is not None]).float().cpu()
-        scores, eligible = rank(gates, self.threshold)
+        scores, eligible = rank(gates, self.largest)
         return scores.masked_fill(~eligible, -torch.inf)
 
 

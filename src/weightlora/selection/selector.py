@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,9 @@ from weightlora import optim
 from weightlora.adapters import attach, seam, structure, surgery
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.optim import NO_GRADIENT, GateRule
+from weightlora.selection import costs
 from weightlora.selection.actions import Action, Cut
-from weightlora.selection.budgets import Budget, Limit
-from weightlora.selection.costs import CostLimit, Costs
+from weightlora.selection.budgets import Budget
 from weightlora.selection.engine import Engine
 from weightlora.selection.gates import GateVector, Reading
 from weightlora.selection.schedules import After
@@ -94,10 +94,8 @@ class Selector(Engine):
         self.method = strategy.method
         self.rounds_done = 0
         self.adapters = attach.checked_adapters(model, self.key)
-        keep = strategy.keep
-        self._costs = Costs(self.model, self.adapters, keep) if keep is not None and keep.in_cost else None
-        self._limits = self._plan_limits()
-        attach.prepare(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)
+        self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
+        attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)
         if strategy.reference_code:
             for adapter in self.adapters:
                 surgery.start_as_authors(adapter, seed)
@@ -115,25 +113,6 @@ class Selector(Engine):
             self._cut(None)
 
     # -- planning ------------------------------------------------------------------------------------------------
-
-    def _plan_limits(self) -> Sequence[Limit | CostLimit]:
-        """The limit at each cut: a straight line down on a logarithmic scale from all adapters to the budget."""
-        n, rounds = len(self.adapters), self.strategy.when.rounds
-        if self.strategy.keep is None:
-            if n >> rounds < 1:
-                raise ConfigError(
-                    f"`rounds={rounds}` halves {n} adapters to none; use at most {int(math.log2(n))} rounds."
-                )
-            return [Budget("adapters", n >> (i + 1)).resolve(self.adapters) for i in range(rounds)]
-        if self._costs is not None:
-            return self._costs.limits(rounds)
-        final = self.strategy.keep.resolve(self.adapters)
-        total = sum(final.costs)
-        ratio = min(1.0, final.limit / total)
-        return [
-            Limit(final.costs, max(final.limit, math.floor(total * ratio ** ((i + 1) / rounds))))
-            for i in range(rounds - 1)
-        ] + [final]
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
         """Fix the steps of the cuts for a run of `total_steps` optimizer steps; raises ConfigError as `After.steps`."""
@@ -348,7 +327,7 @@ class Selector(Engine):
             before=before,
             after=sum(a.parameters for a in cut.kept),
             gates=self.gate_values(),
-            **({} if self._costs is None else {"predicted": self._costs.predicted(self.kept)}),
+            **({"predicted": predicted} if (predicted := self._limits[-1].predicted(self.kept)) else {}),
         )
         logger.info("step %d: kept %d of %d adapters", self.global_step, len(cut.kept), len(self.adapters))
 
@@ -366,14 +345,13 @@ class Selector(Engine):
             "reached": self._reached.tolist(),
             "capacity": self.capacity,
             "rule": self.strategy.gates.state_dict() if self.strategy.gates is not None else None,
-            "costs": None if self._costs is None else self._costs.state_dict(),
+            "costs": self._limits[-1].state_dict(),
         }
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         attached = [i for i, a in enumerate(self.adapters) if a.name not in set(self.dropped)]
         self._limits = [limit.among(attached) for limit in self._limits]
-        if self._costs is not None:
-            self._costs.load_state_dict(facts["costs"])
+        self._limits[-1].load_state_dict(facts["costs"])
         self.adapters = attach.list_adapters(self.model, self.key)
         for adapter in self.adapters if self.done else ():
             if adapter.gate is not None:

@@ -27,7 +27,7 @@ from weightlora.methods.adalora import as_lora
 from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import Encoded
 from weightlora.training.generating import Generating, generation_config
-from weightlora.training.prepare import Job, Plan, make_plan, prepare
+from weightlora.training.plan import Job, Plan, make_plan, prepare
 from weightlora.training.recipe import RECIPE_FILE, Recipe, save_recipe
 
 PREDICTIONS_FILE = "predictions.jsonl"

@@ -103,7 +103,7 @@ class LayerSearch(Engine):
         self.layers = self._find_layers()
         self._check(model)
         self._number = strategy.number(len(self.layers))
-        attach.prepare(self.adapters, gates=False)
+        attach.use_kernel(self.adapters, gates=False)
         for adapter in self._scaled:
             seam.add_gate(adapter.layer, key)
             seam.freeze_gate(adapter.layer, key)

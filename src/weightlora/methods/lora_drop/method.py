@@ -205,7 +205,7 @@ class OutputSelection(Engine):
                     f"`keep={options.keep}` exceeds the {len(members)} modules of type {name!r}; lower it, or see "
                     "`type_of`."
                 )
-        attach.prepare(self.adapters, gates=False)
+        attach.use_kernel(self.adapters, gates=False)
         self.record_attach()
 
     @property

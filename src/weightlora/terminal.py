@@ -1,0 +1,125 @@
+"""What the command prints: the plan of a run, its result, the progress and the tables of a suite.
+
+Names of files, labels and modules are shown as they are, never read as markup.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from weightlora.bench import runner
+from weightlora.bench.runner import Outcome, run_suite
+from weightlora.bench.suite import Suite, groups
+from weightlora.bench.table import chosen_table, differences_table, scores_table, summarise
+from weightlora.errors import ConfigError
+from weightlora.training.plan import Plan
+
+_MANY = 40  # from this many adapters on, layers are shown as one line per kind
+
+
+def make_runs(suite: Suite, jobs: int) -> list[str]:
+    """Makes the runs of a suite under a progress bar, and returns what failed."""
+    failed = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("checking", total=None)
+
+        def report(outcome: Outcome, number: int, total: int) -> None:
+            description = "choosing" if outcome.cell.folder.startswith("tune/") else "running"
+            progress.update(bar, description=description, completed=number, total=total)
+            if outcome.result is None:
+                failed.append(f"{outcome.cell}: {outcome.error}")
+                said = f"failed: {outcome.error}"
+            else:
+                metrics = outcome.result["metrics"]
+                said = f"{metrics['after'][metrics['primary']]:.4f} in {metrics['seconds']['total']:.0f} s"
+            progress.console.print(f"{outcome.cell}: {said}", highlight=False, markup=False, soft_wrap=True)
+
+        run_suite(suite, jobs=jobs, report=report)
+    return failed
+
+
+def show_suite(suite: Suite) -> None:
+    """Prints the tables of the finished runs, and where they are."""
+    found = runner.read_results(suite)
+    rows = summarise(suite, found)
+    if not rows:
+        raise ConfigError(f"There are no finished runs in {suite.output_dir!r}; start the suite without --table.")
+    for header, cells in (scores_table(suite, rows), differences_table(suite, rows), chosen_table(suite, rows)):
+        if cells:
+            _print_table(header, cells)
+    print(f"Runs       {len(found)} of {len(groups(suite)) * len(suite.seeds)}")
+    print(f"Files      {suite.output_dir}: {runner.TABLE_FILE}, {runner.RESULTS_FILE}, {runner.SUITE_FILE}, runs/")
+
+
+def show_plan(plan: Plan) -> None:
+    """Prints the adapters matched, what trains, and how long the run is."""
+    recipe = plan.recipe
+    if plan.adapters:
+        _print_table(*_adapter_rows(plan.adapters))
+    labels = f", {len(plan.names)} classes" if plan.names else ""
+    rows = ", ".join(f"{count:,} {name}" for name, count in plan.rows.items())
+    print(f"Method     {recipe.method.name} on {len(plan.adapters)} adapters")
+    print(f"Data       {rows} rows{labels}")
+    print(f"Trainable  {_trainable(plan)}")
+    print(f"Steps      {plan.steps:,} ({plan.steps_per_epoch:,} an epoch)")
+    if plan.cuts:
+        print(f"Cut        after step {', '.join(map(str, plan.cuts))}")
+
+
+def _trainable(plan: Plan) -> str:
+    share = 100 * plan.trainable / plan.total
+    return f"{plan.trainable:,} of {plan.total:,} parameters ({share:.2f} %), {plan.head:,} of them in the head"
+
+
+def _adapter_rows(adapters: list[Any]) -> tuple[list[str], list[list[str]]]:
+    """One row per adapter, or one per kind of module where there are many."""
+    if len(adapters) <= _MANY:
+        rows = [[a.name, f"{a.in_features}", f"{a.out_features}", f"{a.r}", f"{a.parameters:,}"] for a in adapters]
+        return ["Adapter", "in", "out", "r", "parameters"], rows
+    kinds: dict[tuple[str, int, int, int], list[int]] = {}
+    for a in adapters:
+        kind = ".".join("*" if part.isdigit() else part for part in a.name.split("."))
+        kinds.setdefault((kind, a.in_features, a.out_features, a.r), []).append(a.parameters)
+    rows = [[*map(str, kind), str(len(sizes)), f"{sum(sizes):,}"] for kind, sizes in kinds.items()]
+    return ["Adapters", "in", "out", "r", "number", "parameters"], rows
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, title in enumerate(header):
+        table.add_column(title, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    # A pipe has no width; names must not be broken there.
+    (console if console.is_terminal else Console(markup=False, highlight=False, width=160)).print(table)
+
+
+def show_result(metrics: dict[str, Any], output_dir: str) -> None:
+    """Prints what was kept, score and trainable parameters before and after, and where the files are."""
+    primary, parameters = metrics["primary"], metrics["trainable_parameters"]
+    attached, kept = metrics["adapters"]["attached"], metrics["adapters"]["kept"]
+    print()
+    if len(kept) < len(attached):
+        print(f"Kept       {len(kept)} of {len(attached)} adapters")
+        for name in kept:
+            print(f"           {name}")
+    for name in dict.fromkeys((primary, "loss")):
+        scores = [f"{metrics[phase][name]:.4f}" for phase in ("before", "after") if name in metrics[phase]]
+        print(f"{'Score' if name == primary else 'Held out':<10} {name} {' -> '.join(scores)}")
+    if metrics["test"]:
+        print(f"Test       {primary} {metrics['test'][primary]:.4f}")
+    print(f"Trainable  {parameters['before']:,} -> {parameters['after']:,} parameters")
+    print(f"Training   {metrics['seconds']['training']:.0f} s")
+    files = ["adapter/" if attached else "model/", "metrics.json", "recipe.yaml"]
+    files += [
+        name
+        for name in ("events.jsonl", "predictions.jsonl", "test_predictions.jsonl")
+        if (Path(output_dir) / name).is_file()
+    ]
+    print(f"Files      {output_dir}: {', '.join(files)}")

@@ -19,6 +19,7 @@ import yaml
 from tiny_text import questions, save_tiny_bert, write_jsonl
 from typer.testing import CliRunner
 
+from weightlora import durable
 from weightlora.bench.runner import Outcome, read_results, run_suite
 from weightlora.bench.suite import Group, TuneSpec, groups, load_suite, parse_suite, recipe, runs, trial
 from weightlora.bench.table import difference, markdown, scores_table, summarise
@@ -206,7 +207,8 @@ def test_folders_of_others_are_left_alone(folder: Path) -> None:
     from filelock import FileLock
 
     (folder / "out/thesis.tex").unlink()
-    with FileLock(folder / "out/.lock"), pytest.raises(ConfigError, match="Another process is making the runs"):
+    lock = FileLock(folder / "out" / durable.LOCK_FILE)
+    with lock, pytest.raises(ConfigError, match="Another process is making the runs"):
         (folder / "out/suite.yaml").write_text("")
         run_suite(parse_suite(raw(folder)))
 

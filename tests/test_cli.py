@@ -139,7 +139,6 @@ def test_many_adapters_are_grouped(command: Callable[..., Any], folder: Path) ->
         (["recipe.yaml", "data.columns.text=qestion"], "did you mean 'question'?"),
         (["recipe.yaml", "lora.target_modules=[querry]"], "did you mean 'query'?"),
         (["recipe.yaml", "method={name: weightlora, keep: 99}"], "99"),
-        (["recipe.yaml", "--resume"], "has no checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(

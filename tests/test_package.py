@@ -32,6 +32,7 @@ LAYERS = [
     "measure",
     "settings",
     "options",
+    "durable",
     "errors",
 ]
 # tasks know nothing of adapters, and measuring and the sparse optimisers stand on torch alone

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
 
-from weightlora.errors import ConfigError
+from weightlora.errors import CheckpointError, ConfigError
 from weightlora.methods import prepare
 from weightlora.methods.stock import head_modules
 from weightlora.tasks.data import Source
@@ -61,9 +61,9 @@ def test_metrics_are_written_last(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patched:
         patched.setattr("weightlora.training.run.model_card", fails)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(CheckpointError, match="run/adapter could not be written: disk full"):
             run(parse_recipe(recipe(folder, training=QUICK)))
-    assert (folder / "run/adapter").is_dir() and not list((folder / "run").glob("metrics*"))
+    assert not list((folder / "run").glob("adapter*")) and not list((folder / "run").glob("metrics*"))
     metrics = run(parse_recipe(recipe(folder, training=QUICK, output_dir=str(folder / "whole"))))
     card = (folder / "whole/adapter/README.md").read_text(encoding="utf-8")
     assert f"| accuracy | {metrics['before']['accuracy']:.4g} | {metrics['after']['accuracy']:.4g} |" in card
@@ -150,6 +150,7 @@ def test_the_same_seed_gives_the_same_scores(folder: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", {"name": "weightlora", "keep": 3, "after": 2}])
 def test_resume_goes_on_from_the_last_checkpoint(folder: Path, method: Any) -> None:
+    """More steps and other settings of the schedule are taken over."""
     half = {**QUICK, "max_steps": 4, "save_steps": 4, "save_strategy": "steps", "lr_scheduler_type": "constant"}
     whole = {**half, "max_steps": 8}
     run(parse_recipe(recipe(folder, method=method, training=half)))
@@ -353,7 +354,7 @@ def test_a_folder_in_use_is_left_alone(folder: Path) -> None:
     (folder / "taken/precious.txt").write_text("mine")
     assert "is not empty; choose another `output_dir`" in refusal(folder, output_dir=str(folder / "taken"))
     entries = parse_recipe(recipe(folder, output_dir=str(folder / "taken")))
-    with pytest.raises(ConfigError, match="has no checkpoint"):
+    with pytest.raises(ConfigError, match="holds files that no run has written"):
         run(entries, resume=True)
     assert [path.name for path in (folder / "taken").iterdir()] == ["precious.txt"]
 

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from weightlora.adapters import Adapter, list_adapters
+    from weightlora.durable import last_checkpoint
     from weightlora.errors import (
         CheckpointError,
         ConfigError,
@@ -71,6 +72,7 @@ _HOMES = {
     "WeightLoRAError": "errors",
     "WeightLoRAPlus": "methods",
     "export": "output",
+    "last_checkpoint": "durable",
     "list_adapters": "adapters",
     "list_methods": "methods",
     "prepare": "methods",
@@ -103,6 +105,7 @@ __all__ = [
     "WeightLoRAError",
     "WeightLoRAPlus",
     "export",
+    "last_checkpoint",
     "list_adapters",
     "list_methods",
     "prepare",

@@ -52,8 +52,15 @@ def main() -> None:
     """Console entry: a mistake of the user's is one message on stderr and exit code 2, never a traceback."""
     try:
         app()
-    except (WeightLoRAError, PermissionError) as error:
+    except WeightLoRAError as error:
         _fail(str(error))
+    except OSError as error:
+        from weightlora import durable
+
+        _fail(f"{error.filename!r}: {durable.reason(error)}." if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("weightlora: stopped at once; --resume goes on from the newest whole checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = _EXTRA.get(package)
@@ -98,7 +105,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load and check everything, show what would be trained, stop.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in output_dir.")
+    ] = False,
 ) -> None:
     """Train what a recipe says.
 
@@ -128,7 +137,14 @@ def train(
         terminal.show_plan(check(loaded, resume=resume))
         print("Dry run: nothing was trained or written.")
         return
-    terminal.show_result(run(loaded, resume=resume, progress=True, on_ready=terminal.show_plan), loaded.output_dir)
+    from weightlora.training.stopping import Stopped
+
+    try:
+        metrics = run(loaded, resume=resume, progress=True, on_ready=terminal.show_plan)
+    except Stopped as stopped:
+        print(f"weightlora: {stopped}; its checkpoint is whole, and --resume goes on from there", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
+    terminal.show_result(metrics, loaded.output_dir)
 
 
 @app.command()

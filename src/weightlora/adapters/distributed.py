@@ -51,6 +51,12 @@ def average(tensor: Tensor) -> None:
         tensor /= processes
 
 
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if _processes() > 1:
+        dist.barrier()
+
+
 def is_first() -> bool:
     """Whether this is the first process, or the only one."""
     return _processes() == 1 or dist.get_rank() == 0

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from weightlora import durable
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.training.recipe import RECIPE_FILE, parse_recipe
 
@@ -44,7 +45,7 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
         check_same(folder, done["recipe"], recipe)
         return done
     from weightlora.bench.meter import Meter
-    from weightlora.training.run import run, write_whole
+    from weightlora.training.run import run
 
     _clear(folder)
     meter = Meter()
@@ -55,13 +56,13 @@ def execute(folder: Path, recipe: dict[str, Any], keep_weights: bool) -> dict[st
             shutil.rmtree(folder / name, ignore_errors=True)
     gc.collect()  # models are in reference cycles; a few large ones fill the memory of a process that goes on
     found = {"recipe": recipe, "metrics": metrics, "costs": meter.costs()}
-    write_whole(folder / RESULT_FILE, json.dumps(found, ensure_ascii=False) + "\n")
+    durable.write_whole(folder / RESULT_FILE, json.dumps(found, ensure_ascii=False) + "\n")
     return found
 
 
 def _clear(folder: Path) -> None:
     """Throw away the remains of a killed run, recognised by the recipe that a run writes first."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE_FILE).is_file():
+    if durable.contents(folder) and not (folder / RECIPE_FILE).is_file():
         raise ConfigError(
             f"{str(folder)!r} holds files and no {RECIPE_FILE}, so no run has written them; move them away, or choose "
             "another `output_dir`."

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from weightlora import durable
 from weightlora.bench.execute import check_same, describe, execute, result
 from weightlora.bench.suite import Cell, Group, Patch, Suite, groups, place, recipe, runs, trial
 from weightlora.bench.table import markdown, summarise
@@ -110,12 +111,10 @@ def read_results(suite: Suite) -> list[tuple[Cell, dict[str, Any]]]:
 
 def write_results(suite: Suite, folder: Path) -> None:
     """results.jsonl and table.md, from the finished runs."""
-    from weightlora.training.run import write_whole
-
     found = read_results(suite)
     lines = [json.dumps({**_names(cell), **ended}, ensure_ascii=False) for cell, ended in found]
-    write_whole(folder / RESULTS_FILE, "".join(f"{line}\n" for line in lines))
-    write_whole(folder / TABLE_FILE, markdown(suite, summarise(suite, found)))
+    durable.write_whole(folder / RESULTS_FILE, "".join(f"{line}\n" for line in lines))
+    durable.write_whole(folder / TABLE_FILE, markdown(suite, summarise(suite, found)))
 
 
 def _names(cell: Cell) -> dict[str, Any]:
@@ -124,24 +123,16 @@ def _names(cell: Cell) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / SUITE_FILE).is_file()):
+    if folder.is_file() or (durable.contents(folder) and not (folder / SUITE_FILE).is_file()):
         raise ConfigError(f"`output_dir` {str(folder)!r} is not empty and not of a suite; choose another.")
 
 
 @contextmanager
 def _claimed(folder: Path, suite: Suite) -> Iterator[None]:
-    """Keeps other processes out of the folder; a killed process releases its lock."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            _save(suite, folder / SUITE_FILE)
-            yield
-    except Timeout:
-        raise ConfigError(
-            f"Another process is making the runs of {suite.output_dir!r}; wait for it or choose another `output_dir`."
-        ) from None
+    """Keeps other processes out of the folder."""
+    with durable.one_process(folder, "the runs of a suite"):
+        _save(suite, folder / SUITE_FILE)
+        yield
 
 
 @contextmanager
@@ -162,9 +153,7 @@ def _logged(file: Path) -> Iterator[None]:
 
 
 def _save(suite: Suite, file: Path) -> None:
-    from weightlora.training.run import write_whole
-
-    write_whole(file, yaml.safe_dump(suite.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    durable.write_whole(file, yaml.safe_dump(suite.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 # -- making runs -----------------------------------------------------------------------------------------------------

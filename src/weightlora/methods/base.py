@@ -38,10 +38,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from weightlora import optim, options
+from weightlora import durable, optim, options
 from weightlora.adapters import admission, attach, checkpoint, surgery
 from weightlora.adapters.attach import Adapter
-from weightlora.adapters.distributed import rewrap
+from weightlora.adapters.distributed import rewrap, wait_for_all
 from weightlora.errors import ConfigError, UnsupportedError
 from weightlora.methods._trainer import calling_trainer, refuse_sharding, steps_per_epoch
 from weightlora.selection.engine import Engine
@@ -120,9 +120,11 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._stop_looking()
         if not self.engine.done:
             self._looking = peft.register_forward_pre_hook(self._look_for_ddp)
-        # Trainer resumes with `model.load_adapter(checkpoint)` before it makes the optimizer, with no event between.
+        # Trainer resumes with `model.load_adapter(checkpoint)` before it makes the optimizer, and saves with
+        # `save_pretrained`, then removes older checkpoints, and only then calls `on_save`; it has no earlier event.
         peft._weightlora_method = self  # type: ignore[assignment]
         peft.load_adapter = MethodType(_load_adapter, peft)  # type: ignore[method-assign]
+        peft.save_pretrained = MethodType(_save_pretrained, peft)  # type: ignore[method-assign]
         self._finish_if_done()
         return self
 
@@ -329,13 +331,11 @@ class Method(TrainerCallback, ABC, Generic[E]):
         elif control.should_log and not self.engine.done and (values := self.progress()):
             self._log({f"weightlora/{name}": value for name, value in values.items()}, control)
 
-        if control.should_save:
-            self.engine.check_finite()
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        wait_for_all()  # each process writes its own random state
         if state.is_world_process_zero and folder.is_dir():
-            self.save_state(folder)
+            durable.mark(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -400,6 +400,22 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
     method._resumed = True
     method._finish_if_done()
     return loaded
+
+
+def _save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.save_pretrained`, which into a Trainer's checkpoint also writes the state needed to resume.
+
+    Raises:
+        DivergedError: gradients were NaN or infinite since the last look; nothing is written.
+    """
+    method: Method = model._weightlora_method  # type: ignore[assignment]
+    ours = durable.is_checkpoint(save_directory) and kwargs.get("is_main_process", True)
+    if ours:
+        method.engine.check_finite()
+        durable.unmark(Path(save_directory))
+    PeftModel.save_pretrained(model, save_directory, *args, **kwargs)
+    if ours:
+        method.save_state(save_directory)
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -10,7 +10,6 @@ merged     a plain transformers model
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from weightlora import durable
 from weightlora.adapters import structure, surgery
 from weightlora.adapters.attach import active_adapter, list_adapters
 from weightlora.errors import ConfigError
@@ -56,8 +56,8 @@ def export(
 
     Raises:
         ConfigError: both forms at once, a form that this adapter does not have, or `out` is in use.
-        CheckpointError: nothing to export in `run`, the base model cannot be loaded, or the outputs of what was written
-            differ; nothing is left in `out`.
+        CheckpointError: nothing to export in `run`, the base model cannot be loaded, the disk is full, or the outputs
+            of what was written differ; nothing is left in `out`.
     """
     out = Path(out)
     if portable and merged:
@@ -73,9 +73,7 @@ def export(
         model = as_lora(model)
     if portable:
         _check_portable(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with durable.whole_folder(out) as draft:
         if isinstance(model, PeftModel) and not merged:
             reload = _write_adapter(model, folder, draft, portable)
         else:
@@ -83,12 +81,6 @@ def export(
         described = draft if is_adapter(draft) else folder
         (draft / "README.md").write_text(model_card(run_folder(folder), described, merged=merged), encoding="utf-8")
         compare(expected, fingerprint(reload(base_model)))
-        draft.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        draft.replace(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return out
 
 

@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy
 
-from weightlora import methods
+from weightlora import durable, methods
 from weightlora.adapters import list_attached
 from weightlora.errors import ConfigError
 from weightlora.measure import trainable_parameters
@@ -38,7 +38,7 @@ from weightlora.training.model import (
 )
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
-from weightlora.training.recipe import GenerationSpec, Recipe, SourceSpec
+from weightlora.training.recipe import RECIPE_FILE, GenerationSpec, Recipe, SourceSpec
 
 _BATCHES = 16  # of training data, at most, for methods that need some to start
 
@@ -104,6 +104,7 @@ class Plan:
     steps: int
     steps_per_epoch: int
     cuts: tuple[int, ...]  # the steps after which adapters are dropped; none without a selection
+    bytes_written: int  # what checkpoints and results take at most, about
 
 
 def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
@@ -237,7 +238,21 @@ def make_plan(job: Job) -> Plan:
         steps=steps,
         steps_per_epoch=per_epoch,
         cuts=cuts,
+        bytes_written=_bytes_written(job, steps, per_epoch),
     )
+
+
+def _bytes_written(job: Job, steps: int, per_epoch: int) -> int:
+    """Trained weights for each checkpoint and the result, and AdamW's two moments for each checkpoint."""
+    arguments = job.arguments
+    weights = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
+    by_steps = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * steps
+    strategy = SaveStrategy(arguments.save_strategy)
+    every = {SaveStrategy.EPOCH: per_epoch, SaveStrategy.STEPS: max(1, by_steps)}.get(strategy, 1)
+    made = math.ceil(steps / every) if strategy != SaveStrategy.NO else 0
+    if arguments.save_total_limit:
+        made = min(made, arguments.save_total_limit + 1)
+    return weights * (1 + made * (1 if arguments.save_only_model else 3))
 
 
 def _count_all(model: nn.Module) -> int:
@@ -248,18 +263,19 @@ def _count_all(model: nn.Module) -> int:
 
 
 def check_output_dir(output_dir: str, resume: bool) -> None:
-    """Protects existing files: a folder in use is refused unless the run resumes from it."""
+    """Protects existing files: a folder in use is refused unless the run that made it goes on."""
     folder = Path(output_dir)
+    durable.check_writable(folder)
     if folder.is_file():
         raise ConfigError(f"`output_dir` {output_dir!r} is a file; choose another.")
-    in_use = folder.is_dir() and any(folder.iterdir())
-    if in_use and not resume:
+    files = durable.contents(folder)
+    if files and not resume:
         raise ConfigError(
-            f"`output_dir` {output_dir!r} is not empty; choose another `output_dir`, "
-            "or pass --resume to go on from its last checkpoint."
+            f"`output_dir` {output_dir!r} is not empty; choose another `output_dir`, or pass --resume to go on with "
+            "the run that is there."
         )
-    if resume and (not in_use or get_last_checkpoint(output_dir) is None):
-        raise ConfigError(f"`output_dir` {output_dir!r} has no checkpoint to resume from; start without --resume.")
+    if files and not (RECIPE_FILE in files or any(durable.is_checkpoint(name) for name in files)):
+        raise ConfigError(f"`output_dir` {output_dir!r} holds files that no run has written; choose another.")
 
 
 def _check_batches(rows: int, arguments: TrainingArguments) -> None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from weightlora import durable
 from weightlora.settings import Section, expand, read, validate
 
 LORA_DEFAULTS: dict[str, Any] = {
@@ -210,4 +211,4 @@ def parse_recipe(raw: dict[str, Any]) -> Recipe:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the recipe with every default filled in, so that it can be run again."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    durable.write_whole(path, text)

@@ -9,7 +9,7 @@ folder that has it belongs to a finished run.
 """
 
 import json
-import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
 
-from weightlora import methods
+from weightlora import durable, methods
+from weightlora.adapters.distributed import is_first
 from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
 from weightlora.measure import trainable_parameters
 from weightlora.methods.adalora import as_lora
@@ -29,6 +30,8 @@ from weightlora.tasks.base import Encoded
 from weightlora.training.generating import Generating, generation_config
 from weightlora.training.plan import Job, Plan, make_plan, prepare
 from weightlora.training.recipe import RECIPE_FILE, Recipe, save_recipe
+from weightlora.training.resume import check_same_run, start_from
+from weightlora.training.stopping import StopOnSignal
 
 PREDICTIONS_FILE = "predictions.jsonl"
 _LIBRARIES = ("weightlora", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -46,33 +49,55 @@ def run(
     """Trains as the recipe says and returns the contents of metrics.json.
 
     Args:
-        resume: go on from the last checkpoint in `output_dir`, which otherwise must be empty or new.
+        resume: go on from the newest whole checkpoint in `output_dir`, or from the beginning where there is none yet.
+            Otherwise the folder must be empty or new.
         progress: show the Trainer's progress bar and log lines.
         score_first: score the model before training too; without it `before` is None. Training is the same either way.
         on_ready: called with the plan once everything is checked, before any training.
         callbacks: for the Trainer, after the method's own.
 
     Raises:
-        ConfigError: anything in the recipe or the data that cannot work, before training starts.
+        ConfigError: anything in the recipe or the data that cannot work, before training starts, or another process is
+            at work in the folder.
+        CheckpointError: a checkpoint could not be written; those before it are whole.
+        Stopped: a signal has ended the run, after a checkpoint.
     """
     started = time.perf_counter()
     job = prepare(recipe, resume=resume, progress=progress)
-    output_dir = Path(recipe.output_dir)
-    with _no_empty_folder(output_dir):
-        trainer, validation = build_trainer(job, progress, callbacks)
-        test = job.encode(job.splits.test) if job.splits.test is not None else None
-        plan = make_plan(job)
-        if on_ready is not None:
-            on_ready(plan)
-        before = None
-        if score_first or job.arguments.metric_for_best_model is not None:
-            before = evaluate(trainer, validation, scored=job.scores_during_training)
-            _check_best(job, before)
+    with _alone(Path(recipe.output_dir)):
+        return _run(job, started, resume, progress, score_first, on_ready, callbacks)
+
+
+def _run(
+    job: Job,
+    started: float,
+    resume: bool,
+    progress: bool,
+    score_first: bool,
+    on_ready: Callable[[Plan], None] | None,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    recipe, output_dir = job.recipe, Path(job.recipe.output_dir)
+    checkpoint = start_from(recipe.output_dir) if resume else None
+    if checkpoint is not None:
+        check_same_run(recipe, output_dir)
+    stopping = StopOnSignal()
+    trainer, validation = build_trainer(job, progress, [*callbacks, stopping])
+    test = job.encode(job.splits.test) if job.splits.test is not None else None
+    plan = make_plan(job)
+    durable.check_writable(output_dir, needed=plan.bytes_written)
+    if on_ready is not None:
+        on_ready(plan)
+    before = None
+    if score_first or job.arguments.metric_for_best_model is not None:
+        before = evaluate(trainer, validation, scored=job.scores_during_training)
+        _check_best(job, before)
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
     clock = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume or None)
+    with stopping.listening():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     seconds = time.perf_counter() - clock
     after = evaluate(trainer, validation, file=output_dir / PREDICTIONS_FILE)
     tested = evaluate(trainer, test, file=output_dir / f"test_{PREDICTIONS_FILE}") if test is not None else None
@@ -102,16 +127,20 @@ def run(
     }
     if trainer.is_world_process_zero():
         _save(job, output_dir, metrics)
-        write_whole(output_dir / METRICS_FILE, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        durable.write_whole(output_dir / METRICS_FILE, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     return metrics
 
 
 def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
-    """Loads and checks everything and returns the plan of the run; writes nothing."""
+    """Loads and checks everything, the disk too, and returns the plan of the run; leaves nothing behind."""
     job = prepare(recipe, resume=resume, progress=False)
+    if resume and start_from(recipe.output_dir) is not None:
+        check_same_run(job.recipe, Path(recipe.output_dir))
     if job.method is not None:
         job.method.attach(job.model)
-    return make_plan(job)
+    plan = make_plan(job)
+    durable.check_writable(Path(recipe.output_dir), needed=plan.bytes_written)
+    return plan
 
 
 def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Trainer, Encoded]:
@@ -175,7 +204,7 @@ def _scored_by(rows: Encoded, file: Path | None = None) -> Callable[[EvalPredict
     def metrics(output: EvalPrediction) -> dict[str, float]:
         if file is not None and rows.records is not None:
             lines = [json.dumps(record, ensure_ascii=False) for record in rows.records(output.predictions)]
-            write_whole(file, "".join(f"{line}\n" for line in lines))
+            durable.write_whole(file, "".join(f"{line}\n" for line in lines))
         return score(output.predictions, output.label_ids)
 
     return metrics
@@ -202,27 +231,25 @@ def _save(job: Job, output_dir: Path, metrics: dict[str, Any]) -> None:
     """Adapter or model, tokenizer and card. Not `trainer.save_model`, which would put a pickle beside the tensors."""
     folder = output_dir / ("adapter" if job.has_adapters else "model")
     model: Any = as_lora(job.model) if isinstance(job.model, PeftModel) else job.model
-    model.save_pretrained(str(folder))
-    job.tokenizer.save_pretrained(str(folder))
-    (folder / "README.md").write_text(model_card(output_dir, folder, metrics=metrics), encoding="utf-8")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes the whole text or nothing, even if the process is killed."""
-    draft = file.with_name(f"{file.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    with durable.whole_folder(folder) as draft:
+        model.save_pretrained(str(draft))
+        job.tokenizer.save_pretrained(str(draft))
+        (draft / "README.md").write_text(model_card(output_dir, draft, metrics=metrics), encoding="utf-8")
 
 
 @contextmanager
-def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """The Trainer makes its folder before its callbacks object; take it away again if they do."""
-    try:
+def _alone(folder: Path) -> Iterator[None]:
+    """One run to a folder, which goes again if nothing was written into it."""
+    if not is_first():
         yield
-    except Exception:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+        return
+    with durable.one_process(folder, "a run"):
+        durable.remove_drafts(folder)
+        try:
+            yield
+        finally:
+            if not durable.contents(folder):
+                shutil.rmtree(folder)
 
 
 def _kept(job: Job, plan: Plan) -> list[str]:

@@ -1,19 +1,26 @@
-"""The Trainer that runs use: evaluation keeps the order of rows and does not affect training."""
+"""The Trainer that runs use: evaluation leaves training alone, and a checkpoint stays until the next is whole."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
+from weightlora import durable
+
 
 class RunTrainer(Trainer):
-    """A `Trainer` whose evaluation neither changes the order of rows nor draws random numbers.
+    """A `Trainer` whose evaluation neither changes the order of rows nor draws random numbers, and that saves safely.
 
     Predictions are scored in the order of the rows, which transformers changes where training groups rows by length.
     A run resumed from a checkpoint written before an evaluation would otherwise miss that evaluation's random draws.
+
+    transformers removes older checkpoints before the callbacks have written theirs. Here a checkpoint is first marked
+    as whole, and one that cannot be written is taken away again.
     """
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
@@ -29,3 +36,36 @@ class RunTrainer(Trainer):
         """As usual, but restores the random state, which making a data loader would change."""
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **generation)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        first = self.is_world_process_zero()
+        try:
+            with durable.saving(f"checkpoint-{self.state.global_step}"):
+                if first:
+                    durable.unmark(folder)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if first:
+                    durable.mark(folder)
+        except Exception:
+            if first:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if first and limit:
+            self._remove_old(run_dir, limit)
+
+    def _remove_old(self, run_dir: Path, limit: int) -> None:
+        """Keep the newest checkpoint and the best one, and others up to the limit."""
+        best = Path(self.state.best_model_checkpoint or "").name
+        found = durable.checkpoints(run_dir)
+        kept = {path.name for path in found[:1]} | {path.name for path in found if path.name == best}
+        for path in found:
+            if len(kept) < limit:
+                kept.add(path.name)
+            elif path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)

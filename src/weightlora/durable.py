@@ -1,0 +1,260 @@
+"""Files that survive what happens to a run: written whole or not at all, and checked before anything relies on them.
+
+A checkpoint is whole when `complete.json`, the last file written into it, lists the others with size and hash:
+
+    {"files": {"adapter_model.safetensors": {"bytes": 12345, "sha256": "..."}, ...}}
+
+One without that file, as a stock Trainer writes it, counts if its parts can be read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from weightlora.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+MARK_FILE = "complete.json"
+OURS = ".weightlora-"  # what is only there while a process is at work
+LOCK_FILE = f"{OURS}lock"
+_CHECKPOINT = "checkpoint-"
+_LAST_OF_THE_TRAINER = "trainer_state.json"  # the last file that transformers writes into a checkpoint
+_ZIPPED = (".pt", ".pth", ".bin")  # what `torch.save` writes is a zip archive, whose index comes last
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write the whole text or nothing, even if the process is killed."""
+    draft = file.with_name(f"{file.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft beside a folder, which takes its place once everything is written; if that fails nothing has changed.
+
+    Files get the permissions that the umask gives to new ones; some libraries write them for the user alone.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
+    with saving(str(folder)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=OURS, dir=folder.parent))
+    old = draft.with_name(f"{draft.name}-old")
+    try:
+        with saving(str(folder)):
+            yield draft
+            mask = os.umask(0o022)
+            os.umask(mask)
+            for path in (draft, *draft.rglob("*")):
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            if folder.is_dir():
+                folder.replace(old)
+            draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what a killed process has left half-written in a folder that no other process works in."""
+    for path in folder.glob(f"{OURS}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether it is named as a Trainer names its checkpoints."""
+    return Path(folder).name.removeprefix(_CHECKPOINT).isdigit() and Path(folder).name.startswith(_CHECKPOINT)
+
+
+def mark(folder: Path) -> None:
+    """Declare a checkpoint whole, once every process has written its files. Does nothing if it is marked."""
+    if (folder / MARK_FILE).is_file():
+        return
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    write_whole(folder / MARK_FILE, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def unmark(folder: Path) -> None:
+    """Before a checkpoint is written again."""
+    (folder / MARK_FILE).unlink(missing_ok=True)
+
+
+def flaw(folder: Path) -> str | None:
+    """Why a checkpoint is not whole, in words; None if it is."""
+    if not (folder / MARK_FILE).is_file():
+        return _unreadable(folder)
+    try:
+        files = json.loads((folder / MARK_FILE).read_text(encoding="utf-8"))["files"]
+        wanted = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MARK_FILE} cannot be read"
+    for file, (size, digest) in wanted.items():
+        if not file.is_file():
+            return f"{file.name} is missing"
+        if file.stat().st_size != size:
+            return f"{file.name} has {file.stat().st_size:,} bytes instead of {size:,}"
+        if _hash(file) != digest:
+            return f"{file.name} is not what was written"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first, whole or not."""
+    found = [path for path in folder.glob(f"{_CHECKPOINT}*") if path.is_dir() and is_checkpoint(path)]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix(_CHECKPOINT)))
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, for `trainer.train(resume_from_checkpoint=...)`; None if there is none.
+
+    Each one that is passed over is named in a warning.
+    """
+    for path in checkpoints(Path(folder)):
+        reason = flaw(path)
+        if reason is None:
+            return path
+        logger.warning("%s is not whole (%s), so it is passed over", path, reason)
+    return None
+
+
+def _unreadable(folder: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    state = folder / _LAST_OF_THE_TRAINER
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{state.name} is missing"
+    except (OSError, ValueError):
+        return f"{state.name} cannot be read"
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _ZIPPED and not zipfile.is_zipfile(file):
+            return f"{file.name} cannot be read"
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    tensors.keys()
+            except (SafetensorError, OSError):
+                return f"{file.name} cannot be read"
+    return None
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> set[str]:
+    """The names in a folder, without those of files that are there only while a process is at work."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(OURS)} if folder.is_dir() else set()
+
+
+@contextmanager
+def one_process(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if it is not there; a killed process releases its lock.
+
+    Args:
+        what: the folder's use, for the message.
+
+    Raises:
+        ConfigError: another process is at work in it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"Another process is making {what} in {str(folder)!r}; wait for it, or choose another `output_dir`."
+        ) from None
+
+
+def check_writable(folder: Path, needed: int = 0) -> None:
+    """Write and remove a file in a folder, or in the nearest one above that exists, and look at the room there.
+
+    Args:
+        needed: bytes.
+
+    Raises:
+        ConfigError: files cannot be written there, or they would not fit.
+    """
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "", str(there))
+        longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        if any(len(os.fsencode(part)) > longest for part in folder.parts):
+            raise OSError(errno.ENAMETOOLONG, "")
+        probe = there / f"{OURS}{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        raise ConfigError(f"`output_dir` {str(folder)!r} cannot be used: {reason(error)}.") from None
+    if free < needed:
+        raise ConfigError(
+            f"`output_dir` {str(folder)!r} has room for {free / 1e9:.2f} GB, and this run's checkpoints take about "
+            f"{needed / 1e9:.2f} GB; free some, lower `training.save_total_limit`, or choose another folder."
+        )
+
+
+def reason(error: OSError) -> str:
+    """Why the operating system refused, with the remedy where there is one."""
+    said = {
+        errno.ENOSPC: "the disk is full; free some space",
+        errno.EDQUOT: "the disk quota is used up; free some space",
+        errno.EROFS: "the disk is read-only; choose another folder",
+        errno.EACCES: "there is no permission to write there; choose another folder",
+        errno.EPERM: "there is no permission to write there; choose another folder",
+        errno.ENOTDIR: "a part of the path is a file; choose another folder",
+        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    }
+    return said.get(error.errno or 0, (error.strerror or str(error)).lower())
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Turn what libraries raise when a file cannot be written into one message.
+
+    Raises:
+        CheckpointError: writing failed.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what} could not be written: {reason(error)}.") from error
+    except (SafetensorError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not any(sign in text for sign in ("I/O error", "os error", "writing file", "PytorchStreamWriter")):
+            raise
+        full = "No space left" in text or "writing file" in text or "PytorchStreamWriter" in text
+        why = "the disk is full; free some space" if full else text
+        raise CheckpointError(f"{what} could not be written: {why}.") from error

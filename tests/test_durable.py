@@ -1,0 +1,357 @@
+"""What survives: checkpoints that are whole or passed over, folders of one run, and disks that are full."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from helpers import make_trainer, trainable_state
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from transformers import TrainerCallback
+
+from weightlora import CheckpointError, ConfigError, WeightLoRA, WeightLoRAPlus, durable, last_checkpoint
+from weightlora.adapters.checkpoint import STATE_FILE
+from weightlora.training.recipe import parse_recipe
+from weightlora.training.run import dry_run, run
+from weightlora.training.stopping import Stopped
+
+STEPS: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "save_strategy": "steps", "per_device_train_batch_size": 8}
+METHOD = {"name": "weightlora_plus", "keep": 3, "after": 6}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tiny_bert(tmp_path / "model")
+    write_jsonl(tmp_path / "train.jsonl", questions())
+    return tmp_path
+
+
+def trained(folder: Path, *, resume: bool = False, callbacks: tuple[TrainerCallback, ...] = (), **entries: Any) -> Any:
+    given = {"method": METHOD, "training": STEPS, **entries}
+    return run(parse_recipe(recipe(folder, **given)), resume=resume, score_first=False, callbacks=callbacks)
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_folder / "adapter/adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole one, written by a stock Trainer with a method."""
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(folder, WeightLoRA(keep=3, after=2), max_steps=4, save_steps=4).train()
+    return folder / "checkpoint-4"
+
+
+FILES = ("adapter_model.safetensors", STATE_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("harm", ["empty", "half", "gone"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(name, harm, marked, checkpoint, tmp_path, caplog):
+    older, newer = tmp_path / "checkpoint-4", tmp_path / "checkpoint-12"
+    for copy in (older, newer):
+        shutil.copytree(checkpoint, copy)
+        if not marked:
+            durable.unmark(copy)
+    assert last_checkpoint(tmp_path) == newer
+    whole = (newer / name).read_bytes()
+    (newer / name).write_bytes(b"" if harm == "empty" else whole[: len(whole) // 2])
+    if harm == "gone":
+        (newer / name).unlink()
+        if not marked and name != "trainer_state.json":  # a save may do without it, as far as anyone can see
+            return
+    assert last_checkpoint(tmp_path) == older
+    assert f"checkpoint-12 is not whole ({name} " in caplog.text
+
+
+def test_a_changed_byte_is_found(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-4")
+    file = tmp_path / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    assert durable.flaw(tmp_path / "checkpoint-4") == "optimizer.pt is not what was written"
+    assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', '{"files": {"a": 1}}', "\udcff"])
+def test_a_mark_that_cannot_be_read_is_no_mark(text, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / durable.MARK_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert "cannot be read" in (durable.flaw(tmp_path / "checkpoint-4") or "")
+
+
+def test_the_state_is_there_before_an_older_checkpoint_goes(tmp_path, monkeypatch):
+    """transformers removes them before it calls `on_save`; a kill between the two lost the run."""
+    seen = []
+
+    def look(output_dir: str, **_: Any) -> None:
+        newest = durable.checkpoints(Path(output_dir))[0]
+        seen.append((newest / STATE_FILE).is_file())
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", look)
+    make_trainer(tmp_path, WeightLoRA(keep=3, after=2), max_steps=6, save_steps=2, save_total_limit=1).train()
+    assert seen == [True, True, True]
+
+
+def test_the_command_marks_a_checkpoint_before_an_older_one_goes(folder, monkeypatch):
+    removed = []
+    remove = shutil.rmtree
+
+    def look(path: Any, *args: Any, **kwargs: Any) -> None:
+        if durable.is_checkpoint(path):
+            newest = durable.checkpoints(Path(path).parent)[0]
+            removed.append((Path(path).name, durable.flaw(newest), (newest / durable.MARK_FILE).is_file()))
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr("weightlora.training.trainer.shutil.rmtree", look)
+    trained(folder, training={**STEPS, "save_total_limit": 1})
+    assert removed == [("checkpoint-4", None, True), ("checkpoint-8", None, True)]
+    assert [path.name for path in durable.checkpoints(folder / "run")] == ["checkpoint-12"]
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(folder):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 4}
+    trained(folder, training={**STEPS, **best, "learning_rate": 0.0, "save_total_limit": 2}, method="lora")
+    assert [path.name for path in durable.checkpoints(folder / "run")] == ["checkpoint-12", "checkpoint-4"]
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(folder, caplog):
+    trained(folder, output_dir=str(folder / "straight"))
+    trained(folder)
+    expected = weights(folder / "straight")
+    (folder / "run/checkpoint-12/optimizer.pt").write_bytes(b"")
+    for name in ("metrics.json", "events.jsonl"):
+        (folder / "run" / name).unlink()
+    shutil.rmtree(folder / "run/adapter")
+    metrics = trained(folder, resume=True)
+    assert "checkpoint-12 is not whole (optimizer.pt has 0 bytes instead of" in caplog.text
+    assert metrics["steps"] == 12 and same(weights(folder / "run"), expected)
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_beginning(folder, caplog):
+    trained(folder, output_dir=str(folder / "straight"))
+    caplog.set_level("INFO", logger="weightlora")
+    (folder / "run").mkdir()
+    shutil.copy(folder / "straight/recipe.yaml", folder / "run")
+    with pytest.raises(ConfigError, match=r"is not empty; .*or pass --resume"):
+        trained(folder)
+    trained(folder, resume=True)
+    assert "so the run starts from the beginning" in caplog.text
+    assert same(weights(folder / "run"), weights(folder / "straight"))
+
+
+# -- another run than it was -------------------------------------------------------------------------------------------
+
+MORE = {**STEPS, "max_steps": 16}
+
+
+@pytest.mark.parametrize(
+    ("entries", "key"),
+    [
+        ({"lora": {"r": 2, "lora_dropout": 0.0}}, "lora.r"),
+        ({"lora": {"r": 4, "lora_dropout": 0.0, "lora_alpha": 5}}, "lora.lora_alpha"),
+        ({"lora": {"r": 4, "lora_dropout": 0.0, "target_modules": ["query"]}}, "lora.target_modules"),
+        ({"method": {**METHOD, "after": 7}}, "method.after"),
+        ({"method": {"name": "weightlora", "keep": 3, "after": 6}}, "method.name"),
+        ({"seed": 7}, "seed"),
+        ({"data": {"limit": 50}}, "data.limit"),
+    ],
+)
+def test_what_a_checkpoint_depends_on_is_compared_first(entries, key, folder):
+    trained(folder)
+    before = sorted((folder / "run").rglob("*"))
+    raw = recipe(folder, **{"method": METHOD, "training": MORE, **entries})
+    raw["data"] = {**recipe(folder)["data"], **entries.get("data", {})}
+    for go in (run, dry_run):
+        with pytest.raises(ConfigError, match=f"`{key}` was .* and is now .*depends on it"):
+            go(parse_recipe(raw), resume=True)
+    assert sorted((folder / "run").rglob("*")) == before
+
+
+def test_the_schedule_and_what_only_watches_may_change(folder, caplog):
+    trained(folder)
+    changed = {**MORE, "logging_steps": 1, "learning_rate": 1e-3}
+    metrics = trained(folder, resume=True, training=changed, generation={})
+    assert metrics["steps"] == 16
+    assert "`training.learning_rate` was 0.0005 and is now 0.001; the run goes on with that" in caplog.text
+    assert not any("logging_steps" in record.message for record in caplog.records if "weightlora" in record.name)
+
+
+def test_a_recipe_that_cannot_be_read_does_not_stop_a_resume(folder, caplog):
+    trained(folder)
+    (folder / "run/recipe.yaml").write_text("]")
+    assert trained(folder, resume=True, training=MORE)["steps"] == 16
+    assert "recipe.yaml cannot be read" in caplog.text
+
+
+# -- folders and disks -------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder_are_refused(folder):
+    (folder / "run").mkdir()
+    with (
+        FileLock(folder / "run" / durable.LOCK_FILE),
+        pytest.raises(ConfigError, match="Another process is making a run"),
+    ):
+        trained(folder)
+    assert durable.contents(folder / "run") == set()
+    trained(folder)
+
+
+@pytest.mark.parametrize("path", ["file/below", "a" * 300, "x/" + "b" * 300])
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_loaded(path, folder):
+    (folder / "file").write_text("")
+    for go in (run, dry_run):
+        with pytest.raises(ConfigError, match=r"`output_dir` .* cannot be used: "):
+            go(parse_recipe(recipe(folder, output_dir=str(folder / path), model="no/such/model")))
+
+
+@pytest.mark.parametrize(("number", "says"), [(errno.EROFS, "the disk is read-only"), (errno.EACCES, "no permission")])
+def test_the_dry_run_tries_to_write(number, says, folder, monkeypatch):
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(ConfigError, match=says):
+        dry_run(parse_recipe(recipe(folder)))
+
+
+def test_the_room_is_looked_at_before_training(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10))
+    for go in (run, dry_run):
+        with pytest.raises(ConfigError, match=r"has room for 0.00 GB, and this run's checkpoints take about"):
+            go(parse_recipe(recipe(folder)))
+    assert not (folder / "run").exists()
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0: PytorchStreamWriter failed"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_is_one_message_and_leaves_no_half_checkpoint(error, folder, monkeypatch):
+    trained(folder, output_dir=str(folder / "straight"))
+    save = torch.save
+
+    def fail(thing: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        save(thing, path, *args, **kwargs)
+        if "checkpoint-8/optimizer" in str(path):
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", fail)
+        with pytest.raises(
+            CheckpointError, match="checkpoint-8 could not be written: the disk is full; free some space"
+        ):
+            trained(folder)
+    assert [path.name for path in durable.checkpoints(folder / "run")] == ["checkpoint-4"]
+    trained(folder, resume=True)
+    assert same(weights(folder / "run"), weights(folder / "straight"))
+
+
+def test_other_errors_while_saving_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"), durable.saving("x"):
+        raise RuntimeError("shapes differ")
+
+
+def test_results_have_the_permissions_of_new_files(folder):
+    mask = os.umask(0o027)
+    try:
+        trained(folder)
+    finally:
+        os.umask(mask)
+    files = list((folder / "run/adapter").iterdir())
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
+    assert stat.S_IMODE((folder / "run/adapter").stat().st_mode) == 0o750
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "adapter"
+    with durable.whole_folder(target) as draft:
+        (draft / "one").write_text("1")
+    with pytest.raises(KeyError), durable.whole_folder(target) as draft:
+        (draft / "two").write_text("2")
+        raise KeyError
+    assert [file.name for file in tmp_path.rglob("*")] == ["adapter", "one"]
+    with durable.whole_folder(target) as draft:
+        (draft / "two").write_text("2")
+    assert [file.name for file in tmp_path.rglob("*")] == ["adapter", "two"]
+    (tmp_path / f"{durable.OURS}abc").mkdir()
+    durable.remove_drafts(tmp_path)
+    assert durable.contents(tmp_path) == {"adapter"} == {file.name for file in tmp_path.iterdir()}
+
+
+# -- being asked to stop -----------------------------------------------------------------------------------------------
+
+
+class Send(TrainerCallback):
+    """Signals for this process, within the same step."""
+
+    def __init__(self, step: int, *numbers: int) -> None:
+        self.step, self.numbers = step, numbers
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [2, 8])
+def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(step, number, folder):
+    """Before the cut at step 6 and after it; nothing is cut because the run was stopped."""
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    trained(folder, output_dir=str(folder / "straight"))
+    with pytest.raises(Stopped, match=f"stopped by {number.name} after step {step + 1}") as stopped:
+        trained(folder, callbacks=(Send(step, number),))
+    assert (stopped.value.signal, stopped.value.step) == (number, step + 1)
+    assert last_checkpoint(folder / "run") == folder / f"run/checkpoint-{step + 1}"
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    events = [json.loads(line)["event"] for line in (folder / "run/events.jsonl").read_text().splitlines()]
+    assert ("cut" in events) == (step > 6)
+    trained(folder, resume=True)
+    assert same(weights(folder / "run"), weights(folder / "straight"))
+
+
+def test_interrupted_twice_it_stops_at_once(folder):
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder, callbacks=(Send(5, signal.SIGINT, signal.SIGINT),))
+    assert last_checkpoint(folder / "run") == folder / "run/checkpoint-4"
+
+
+def test_a_stock_trainer_resumes_from_the_last_whole_checkpoint(tmp_path):
+    def trainer(folder: Path) -> Any:
+        return make_trainer(folder, WeightLoRAPlus(keep=3, after=6), max_steps=12, save_steps=4)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "part/checkpoint-4")
+    (tmp_path / "part/checkpoint-8").mkdir()
+    part = trainer(tmp_path / "part")
+    part.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "part")))
+    assert same(trainable_state(part.model), trainable_state(whole.model))

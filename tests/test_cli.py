@@ -1,5 +1,6 @@
 """The command, as a user meets it: help, lists, runs, exit codes and messages."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -190,3 +191,43 @@ def test_unreadable_data_is_one_line(command, folder: Path) -> None:
     code, _, error = command("train", path)
     assert code == 2 and error.startswith("weightlora: Data file ") and error.count("\n") == 1
     assert not (folder / "run").exists()
+
+
+def test_a_run_that_was_asked_to_stop_says_how_to_go_on(command: Callable[..., Any], folder: Path) -> None:
+    from transformers import Trainer
+
+    def interrupt(number: int) -> Any:
+        step = Trainer.training_step
+
+        def stepping(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 3:
+                signal.raise_signal(number)
+            return step(self, *args, **kwargs)
+
+        return stepping
+
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Trainer, "training_step", interrupt(number))
+            ended, _, err = command("train", folder / "recipe.yaml", f"output_dir={folder / str(code)}")
+        assert ended == code
+        assert (
+            f"weightlora: stopped by {number.name} after step 4; its checkpoint is whole, and --resume goes on" in err
+        )
+        assert command("train", folder / "recipe.yaml", f"output_dir={folder / str(code)}", "--resume")[0] == 0
+
+
+def test_only_the_first_process_speaks(
+    command: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert command("train", folder / "recipe.yaml", "--dry-run") == (0, "", "")
+    assert command("train", folder / "recipe.yaml", "metod=lora") == (2, "", "")
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    from weightlora import terminal
+
+    terminal._print_table(["[bold]a[/bold]", "b"], [["[red]x", "[/nothing]"], ["[link=y]z[/link]", ":smile:"]])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[bold]a[/bold]", "[red]x", "[/nothing]", "[link=y]z[/link]", ":smile:"))

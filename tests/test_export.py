@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
-from weightlora import CheckpointError, ConfigError, RLoRA, WeightLoRA, export, list_adapters
+from weightlora import CheckpointError, ConfigError, RLoRA, WeightLoRA, export, list_adapters, read_events
 from weightlora.adapters import disconnect, structure, surgery
+from weightlora.output import model_card
 
 FORMS = {"stock": {}, "portable": {"portable": True}, "merged": {"merged": True}}
 WEIGHTS = "adapter_model.safetensors"
@@ -390,6 +392,42 @@ def test_a_decoder_with_several_end_tokens_in_either_precision(form, dtype, tmp_
     model = get_peft_model(model, tiny.lora(made, init_lora_weights=False, rank_pattern={"q_proj": 5}))
     model.save_pretrained(tmp_path / "run")
     assert (export(tmp_path / "run", tmp_path / "out", **FORMS[form]) / "config.json").is_file() == (form == "merged")
+
+
+@pytest.mark.parametrize("harm", ["", "{", "[]", "null", '{"before": 3, "rows": [1]}', "\x00", "a: [", '{"labels": 3}'])
+@pytest.mark.parametrize("name", ["metrics.json", "recipe.yaml", "events.jsonl"])
+def test_a_damaged_record_does_not_stop_the_export_of_a_whole_adapter(name, harm, run, tmp_path):
+    (run.folder / name).write_text(harm, encoding="utf-8")
+    out = export(run.folder, tmp_path / "out")
+    assert load_file(out / WEIGHTS).keys() == load_file(run.adapter / WEIGHTS).keys()
+    assert "## Data and scores" not in (out / "README.md").read_text() or harm == '{"labels": 3}'
+
+
+def test_events_survive_a_line_that_was_cut(run, caplog):
+    file = run.folder / "events.jsonl"
+    whole = read_events(file)
+    file.write_bytes(file.read_bytes()[:-20])
+    assert read_events(file) == whole[:-1]
+    assert f"events.jsonl: line {len(whole)} is no event" in caplog.text
+
+
+HOSTILE = "a: b\n---\n<script>alert(1)</script> `x` | [y](http://z) *w*"
+
+
+def test_nothing_in_a_name_is_markup_in_the_card(run):
+    from huggingface_hub import ModelCard
+
+    run.method.engine.events.events[:] = [e for e in run.method.events if e["event"] == "attach"]
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = HOSTILE
+    (run.adapter / "adapter_config.json").write_text(json.dumps(config))
+    metrics = {"method": HOSTILE, "task": HOSTILE, "rows": {HOSTILE: 3}, "after": {HOSTILE: 0.5}}
+    card = ModelCard(model_card(run.folder, run.adapter, metrics=metrics))
+    assert card.data.base_model == " ".join(HOSTILE.split()) and card.data.library_name == "peft"
+    outside = re.sub(r"`[^`\n]*`", "", card.text)
+    assert "<script>" not in outside and "[y](" not in outside and " *w*" not in outside
+    table = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in table[-3:]} == {4}
 
 
 def test_the_card_says_what_was_done(run, tmp_path):

@@ -1,5 +1,6 @@
 """A recipe is read, overridden, checked and written back without losing or inventing anything."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_bad_overrides(file: Path, override: str, says: str) -> None:
         ("just words", "holds a str"),
         ("", "is empty"),
         ("model: \x00", "is not YAML"),
-        ("seed: 1\nmodel: a\nseed: 2\n", "the key 'seed' is there twice .*line 3"),
+        ("seed: 1\nmodel: a\nseed: 2\n", "line 3.*the key 'seed' is there twice"),
         ("data: {columns: {text: a, label: b, text: c}}", "the key 'text' is there twice"),
     ],
 )
@@ -113,6 +114,54 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         load_recipe(path)
     assert "\n" not in str(caught.value)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 5000, "line 1, column 30: more than 30 levels"),
+        ("- " * 5000, "more than 30 levels"),
+        (BOMB, "line 6, column .*: more than 100,000 entries"),
+        ("x: &a [*a]", "stands inside what it names"),
+        ("model: a\n? [b]\n: c", "line 2, column 3: a list or mapping cannot be a key"),
+        ("seed: !!int x", "line 1, column 7: 'x' is no int"),
+        ("seed: !!timestamp 2024-13-45", "is no timestamp"),
+        ("seed: " + "9" * 5000, "line 1, column 7: '9+... is no int"),
+        ("model: !!map x", "a mapping is needed here"),
+        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("model: a\nx: " + "y" * 2**20, "1,048,588 bytes; a recipe has at most 1,048,576"),
+    ],
+)
+def test_yaml_that_is_out_of_hand_is_one_short_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+def test_dates_are_text_and_aliases_work(file: Path) -> None:
+    again = "[&a {text: question, label: topic}, *a]"
+    with pytest.raises(ConfigError, match=r"`data.columns` is \[\{'text'"):
+        load_recipe(file, [f"data.columns={again}"])
+    assert load_recipe(file, ["model=2024-01-02"]).model.name == "2024-01-02"
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(file, [f"seed={'z' * 10_000}"])
+    assert len(str(caught.value)) < 300
+
+
+def test_a_secret_is_not_kept_beside_the_results(file: Path) -> None:
+    from weightlora.training.arguments import training_arguments
+
+    recipe = load_recipe(file, ["training.hub_token=hf_secret"])
+    with pytest.raises(ConfigError, match=r"`training.hub_token` cannot be set: .*HF_TOKEN") as caught:
+        training_arguments(recipe.training, recipe.output_dir, 0, progress=False)
+    assert "hf_secret" not in str(caught.value)
 
 
 def test_a_missing_or_binary_file(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_a_class_in_validation_that_train_never_saw() -> None:
         ("a.jsonl", "{oops\n", "cannot be read as JSONL: line 1, character 2: Expecting property name"),
         ("a.jsonl", '{"question": "a"}\n\n{"question":\n', "JSONL: line 3, character 14: Expecting value"),
         ("a.jsonl", '["a", "x"]\n["b", "y"]\n', 'JSONL: line 1 is not an object such as {"text": ...}'),
-        ("a.jsonl", b"\x89PNG\r\n", "JSONL: line 1: 'utf-8' codec can't decode byte 0x89"),
+        ("a.jsonl", b"\x89PNG\r\n", "is not UTF-8 from line 1 on"),
         ("a.csv", "question,topic\na,x\nb,y,z\n", "cannot be read as CSV: Error tokenizing data"),
         ("a.csv", 'question,topic\n"a,x\nb,y\n', "cannot be read as CSV: Error tokenizing data"),
         ("a.csv", "question,topic\ncaf\xe9,x\n".encode("latin-1"), "; save the file as UTF-8"),

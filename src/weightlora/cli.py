@@ -3,7 +3,10 @@
 Nothing heavy is imported before a command runs, so that `--help` stays quick.
 """
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -58,9 +61,6 @@ def main() -> None:
         from weightlora import durable
 
         _fail(f"{error.filename!r}: {durable.reason(error)}." if error.filename else str(error))
-    except KeyboardInterrupt:
-        print("weightlora: stopped at once; --resume goes on from the newest whole checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = _EXTRA.get(package)
@@ -69,9 +69,28 @@ def main() -> None:
         _fail(f"This needs the package {package!r}, which is not installed: pip install 'weightlora[{extra}]'")
 
 
-def _fail(message: str) -> None:
-    print(f"weightlora: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _fail(message: str, code: int = 2) -> None:
+    if _is_first():
+        print(f"weightlora: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _is_first() -> bool:
+    """Whether this process speaks: the first, or the only one, of those that `torchrun` has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _interruptible(then: str) -> Iterator[None]:
+    """Ctrl-C is one line and exit code 130, SIGTERM after a checkpoint 143."""
+    from weightlora.training.stopping import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        _fail(f"{stopped}; its checkpoint is whole, and {then}", 128 + stopped.signal)
+    except KeyboardInterrupt:
+        _fail(f"stopped at once; {then}", 130)
 
 
 def _print_version(wanted: bool) -> None:
@@ -133,18 +152,17 @@ def train(
     from weightlora.training.run import dry_run as check
     from weightlora.training.run import run
 
-    if dry_run:
-        terminal.show_plan(check(loaded, resume=resume))
+    show_plan = terminal.show_plan if _is_first() else None
+    with _interruptible("--resume goes on from the newest whole checkpoint"):
+        if dry_run:
+            plan = check(loaded, resume=resume)
+        else:
+            metrics = run(loaded, resume=resume, progress=_is_first(), on_ready=show_plan)
+    if dry_run and _is_first():
+        terminal.show_plan(plan)
         print("Dry run: nothing was trained or written.")
-        return
-    from weightlora.training.stopping import Stopped
-
-    try:
-        metrics = run(loaded, resume=resume, progress=True, on_ready=terminal.show_plan)
-    except Stopped as stopped:
-        print(f"weightlora: {stopped}; its checkpoint is whole, and --resume goes on from there", file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
-    terminal.show_result(metrics, loaded.output_dir)
+    elif _is_first():
+        terminal.show_result(metrics, loaded.output_dir)
 
 
 @app.command()
@@ -221,7 +239,8 @@ def bench(
         runner.check(loaded)
         print("Dry run: nothing was trained or written.")
         return
-    failed = [] if table else terminal.make_runs(loaded, jobs)
+    with _interruptible("the same command goes on"):
+        failed = [] if table else terminal.make_runs(loaded, jobs)
     terminal.show_suite(loaded)
     if failed:
         raise typer.Exit(1)
@@ -272,6 +291,7 @@ def _log_to_stderr(level: str = "INFO") -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one dependency about another
     logging.basicConfig(format="%(message)s")
+    level = level if _is_first() else "ERROR"
     logging.getLogger().handlers[0].setLevel(level)
     logging.getLogger("weightlora").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -25,6 +25,7 @@ from weightlora.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
+RECIPE_FILE = "recipe.yaml"  # in a run's folder, written before anything else
 MARK_FILE = "complete.json"
 OURS = ".weightlora-"  # what is only there while a process is at work
 LOCK_FILE = f"{OURS}lock"
@@ -100,10 +101,14 @@ def unmark(folder: Path) -> None:
     (folder / MARK_FILE).unlink(missing_ok=True)
 
 
-def flaw(folder: Path) -> str | None:
-    """Why a checkpoint is not whole, in words; None if it is."""
+def flaw(folder: Path, *, to_resume: bool = True) -> str | None:
+    """Why a checkpoint is not whole, in words; None if it is.
+
+    Args:
+        to_resume: a Trainer must be able to go on from it; else its weights are enough.
+    """
     if not (folder / MARK_FILE).is_file():
-        return _unreadable(folder)
+        return _unreadable(folder, to_resume)
     try:
         files = json.loads((folder / MARK_FILE).read_text(encoding="utf-8"))["files"]
         wanted = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
@@ -125,27 +130,28 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix(_CHECKPOINT)))
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
+def last_checkpoint(folder: str | Path, *, to_resume: bool = True) -> Path | None:
     """The newest whole checkpoint of a run, for `trainer.train(resume_from_checkpoint=...)`; None if there is none.
 
-    Each one that is passed over is named in a warning.
+    Each one that is passed over is named in a warning. `to_resume`: as in `flaw`.
     """
     for path in checkpoints(Path(folder)):
-        reason = flaw(path)
+        reason = flaw(path, to_resume=to_resume)
         if reason is None:
             return path
         logger.warning("%s is not whole (%s), so it is passed over", path, reason)
     return None
 
 
-def _unreadable(folder: Path) -> str | None:
+def _unreadable(folder: Path, to_resume: bool) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     state = folder / _LAST_OF_THE_TRAINER
     try:
         json.loads(state.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"{state.name} is missing"
+        if to_resume:
+            return f"{state.name} is missing"
     except (OSError, ValueError):
         return f"{state.name} cannot be read"
     for file in sorted(folder.iterdir()):

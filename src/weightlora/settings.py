@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from weightlora.errors import ConfigError, did_you_mean
+from weightlora.errors import ConfigError, did_you_mean, short
 
 SectionT = TypeVar("SectionT", bound="Section")
+
+# More than any recipe or suite needs, and little enough to read at once.
+MOST_BYTES = 2**20
+MOST_LEVELS = 30
+MOST_SHOWN = 500  # characters of a message
+MOST_ENTRIES = 100_000  # counted with what aliases stand for
 
 
 class Section(BaseModel):
@@ -49,8 +55,10 @@ def read(path: Path, overrides: list[str] | None, root: type[Section], entries: 
     named = f"{root.what.capitalize()} {str(path)!r}"
     if not path.is_file():
         raise ConfigError(f"{named} is not a file; give the path of a YAML {root.what}.")
+    if path.stat().st_size > MOST_BYTES:
+        raise ConfigError(f"{named} has {path.stat().st_size:,} bytes; a {root.what} has at most {MOST_BYTES:,}.")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = _load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{named} is not YAML: {_one_line(error)}.") from None
     if not isinstance(raw, dict):
@@ -82,27 +90,42 @@ def set_entry(raw: dict[str, Any], keys: list[str], value: Any, root: type[BaseM
         if isinstance(inner, str):
             inner = _spell_out(keys[:depth], inner, root)
         if inner is not None and not isinstance(inner, dict):
-            raise ConfigError(f"Override {said!r}: `{'.'.join(keys[:depth])}` is a value, not a section.")
+            raise ConfigError(f"Override {short(said)}: `{'.'.join(keys[:depth])}` is a value, not a section.")
         section[key] = inner if inner is not None else {}
         section = section[key]
     section[keys[-1]] = value
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.safe_load`, reading 5e-4 as a number and `no` as text, as YAML 1.2 does, and refusing a key given twice."""
+    """`yaml.safe_load`, reading 5e-4 as a number and `no` and dates as text, as YAML 1.2 does.
+
+    A key given twice is refused, and so is what no Python value can be made of, with its line.
+    """
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+            tag = node.tag.rpartition(":")[2]
+            raise _refused(f"{short(node.value)} is no {tag} ({short(str(error))})", node) from None
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise _refused("a mapping is needed here", node)
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) and not isinstance(self.construct_object(key, deep=True), Hashable):
+                raise _refused("a list or mapping cannot be a key", key)
             if key.value in seen and isinstance(key, yaml.ScalarNode):
-                where = key.start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", where)
+                raise _refused(f"the key {short(key.value)} is there twice", key)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -115,25 +138,70 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _load(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        yaml.YAMLError: it is none, or too deep or too long.
+    """
+    _measure(text)
+    return yaml.load(text, Loader=_Loader)
+
+
+def _measure(text: str) -> None:
+    """Refuse a document that would take a long time to build: the values are counted before any is made."""
+    sizes: dict[str, int] = {}  # of what an anchor names, with aliases inside it spelled out
+    open_: list[tuple[str | None, int]] = [(None, 0)]  # (anchor, size so far) of each list or mapping around
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_.pop()
+            _count(open_, size)
+            if anchor is not None:
+                sizes[anchor] = size
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_):
+                raise _refused(f"the alias *{event.anchor} stands inside what it names", event)
+            _count(open_, sizes.get(event.anchor, 1))
+        elif isinstance(event, yaml.ScalarEvent):
+            _count(open_, 1)
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if len(open_) > MOST_LEVELS:
+            raise _refused(f"more than {MOST_LEVELS} levels of lists and mappings", event)
+        if open_[-1][1] > MOST_ENTRIES:
+            raise _refused(f"more than {MOST_ENTRIES:,} entries, aliases spelled out", event)
+
+
+def _count(open_: list[tuple[str | None, int]], size: int) -> None:
+    anchor, before = open_[-1]
+    open_[-1] = anchor, before + size
+
+
+def _refused(what: str, node: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
 def _parse_override(override: str) -> tuple[list[str], Any]:
     """`key.key=value` as its keys and the value, which is YAML."""
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"Override {override!r} is not key=value, such as `training.learning_rate=1e-3`.")
+        raise ConfigError(f"Override {short(override)} is not key=value, such as `training.learning_rate=1e-3`.")
     try:
-        return keys, yaml.load(text, Loader=_Loader)
+        return keys, _load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r}: the value is not YAML: {_one_line(error)}.") from None
+        raise ConfigError(f"Override {short(override)}: the value is not YAML: {_one_line(error)}.") from None
 
 
 def _spell_out(keys: list[str], value: str, root: type[BaseModel]) -> dict[str, str]:
     """`model: name` as the mapping `model: {name: name}`, for the sections that have such a short form."""
     _, section = _follow(keys, root)
-    short = getattr(section, "shorthand", None)
-    if short is None:
-        raise ConfigError(f"`{'.'.join(keys)}` is {value!r}, a value, not a section; drop the key behind it.")
-    return {short: value}
+    form = getattr(section, "shorthand", None)
+    if form is None:
+        raise ConfigError(f"`{'.'.join(keys)}` is {short(value)}, a value, not a section; drop the key behind it.")
+    return {form: value}
 
 
 def _parts(annotation: Any, kind: type) -> list[type]:
@@ -162,7 +230,7 @@ def _explain(error: ValidationError, root: type[Section]) -> str:
     text = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] in ("model_type", "dict_type"):
         text = f"should be a mapping with the keys {', '.join(section.model_fields) if section else 'it takes'}"
-    return f"`{key}` is {mistake['input']!r}: {text[0].lower()}{text[1:]}."
+    return f"`{key}` is {short(mistake['input'])}: {text[0].lower()}{text[1:]}."
 
 
 def _follow(place: Sequence[Any], root: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
@@ -186,4 +254,10 @@ def _follow(place: Sequence[Any], root: type[BaseModel]) -> tuple[list[str], typ
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    mark = getattr(error, "problem_mark", None)
+    if isinstance(error, yaml.MarkedYAMLError) and mark is not None:
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        text = f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(said.split())}"
+    else:
+        text = " ".join(str(error).split())
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

@@ -18,6 +18,7 @@ from weightlora.bench.table import chosen_table, differences_table, scores_table
 from weightlora.errors import ConfigError
 from weightlora.training.plan import Plan
 
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 _MANY = 40  # from this many adapters on, layers are shown as one line per kind
 
 
@@ -37,7 +38,9 @@ def make_runs(suite: Suite, jobs: int) -> list[str]:
             else:
                 metrics = outcome.result["metrics"]
                 said = f"{metrics['after'][metrics['primary']]:.4f} in {metrics['seconds']['total']:.0f} s"
-            progress.console.print(f"{outcome.cell}: {said}", highlight=False, markup=False, soft_wrap=True)
+            progress.console.print(
+                f"{outcome.cell}: {said}", markup=False, emoji=False, highlight=False, soft_wrap=True
+            )
 
         run_suite(suite, jobs=jobs, report=report)
     return failed
@@ -95,9 +98,9 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
         table.add_column(title, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(markup=False, highlight=False)
+    console = Console(**_PLAIN)
     # A pipe has no width; names must not be broken there.
-    (console if console.is_terminal else Console(markup=False, highlight=False, width=160)).print(table)
+    (console if console.is_terminal else Console(**_PLAIN, width=160)).print(table)
 
 
 def show_result(metrics: dict[str, Any], output_dir: str) -> None:

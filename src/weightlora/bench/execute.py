@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from weightlora import durable
+from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, WeightLoRAError
-from weightlora.training.recipe import RECIPE_FILE, parse_recipe
+from weightlora.training.recipe import parse_recipe
 
 RESULT_FILE = "result.json"
 _WEIGHTS = ("adapter", "model")

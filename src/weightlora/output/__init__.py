@@ -1,6 +1,7 @@
 """Adapters and models that other programs load, and the page that describes them."""
 
-from weightlora.output.card import METRICS_FILE, model_card
+from weightlora.output.card import model_card
 from weightlora.output.export import export
+from weightlora.output.records import METRICS_FILE
 
 __all__ = ["METRICS_FILE", "export", "model_card"]

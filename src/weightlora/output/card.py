@@ -1,56 +1,76 @@
-"""The model card of an adapter or model: method, adapters, parameters, data and scores, from what the run wrote."""
+"""The model card of an adapter or model: method, adapters, parameters, data and scores, from what the run wrote.
+
+Names of models, files, labels and metrics come from others, and nothing in them is read as markup. The front matter is
+written by the hub's own library.
+"""
 
 from __future__ import annotations
 
-import json
+import html
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weightlora.selection.events import EVENTS_FILE, Event, read_events
+from huggingface_hub import ModelCardData
 
-METRICS_FILE = "metrics.json"
+from weightlora.output import records
+from weightlora.selection.events import Event
+
+logger = logging.getLogger(__name__)
 
 
 def model_card(run: Path, adapter: Path, *, merged: bool = False, metrics: dict[str, Any] | None = None) -> str:
     """Markdown with the front matter the hubs read.
 
     Args:
-        run: folder with `events.jsonl` and `metrics.json`, as far as there are any.
+        run: folder with `events.jsonl` and `metrics.json`, as far as there are any and they can be read.
         adapter: folder with `adapter_config.json`; without one the card is for a plain model.
         merged: the card is for the model with the adapter in its weights.
         metrics: the later content of `metrics.json`, while the run has not written it.
     """
-    config = _json(adapter / "adapter_config.json")
-    metrics = _json(run / METRICS_FILE) if metrics is None else metrics
+    config = records.adapter_config(adapter)
+    metrics = records.metrics(run) if metrics is None else metrics
+    events = records.events(run)
     base = config.get("base_model_name_or_path") or metrics.get("model")
     plain = merged or not config
-    events = read_events(run / EVENTS_FILE) if (run / EVENTS_FILE).is_file() else []
+    method = str(metrics.get("method") or _method(events))
     parts = [
         _front_matter(base, plain),
         "# Fine-tuned model" if plain else f"# {_kind(config)} adapter",
-        _origin(base, metrics.get("method") or _method(events), config, merged),
-        *_adapters(events),
-        *_data_and_scores(run, metrics),
+        _origin(base, method, config, merged),
+        *_section(lambda: _adapters(events), "events.jsonl"),
+        *_section(lambda: _data_and_scores(run, metrics), "metrics.json and recipe.yaml"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def _section(make: Callable[[], list[str]], source: str) -> list[str]:
+    """A part of the card; none where its source is not what a run writes."""
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
+        logger.warning("%s does not hold what a run writes, so the model card leaves it out", source)
+        return []
+
+
 def _kind(config: dict[str, Any]) -> str:
     names = {"LORA": "DoRA" if config.get("use_dora") else "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}
-    return names.get(config.get("peft_type", "LORA"), str(config.get("peft_type")))
+    kind = str(config.get("peft_type", "LORA"))
+    return names.get(kind, _text(kind))
 
 
 def _method(events: list[Event]) -> str:
-    return next((e["method"] for e in events if e["event"] == "attach"), "lora")
+    return next((str(e.get("method")) for e in events if e["event"] == "attach"), "lora")
 
 
 def _front_matter(base: str | None, plain: bool) -> str:
-    lines = [
-        f"base_model: {base}",
-        f"library_name: {'transformers' if plain else 'peft'}",
-        "tags: [lora, weightlora]",
-    ]
-    return "\n".join(["---", *lines, "---"])
+    data = ModelCardData(
+        base_model=None if base is None else " ".join(str(base).split()),
+        library_name="transformers" if plain else "peft",
+        tags=["lora", "weightlora"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _origin(base: str | None, method: str, config: dict[str, Any], merged: bool) -> str:
@@ -58,7 +78,7 @@ def _origin(base: str | None, method: str, config: dict[str, Any], merged: bool)
     if merged or not config:
         where = "The adapter is merged into the weights" if config else "The weights are its own"
         loading = f"{where}: `from_pretrained(this_folder)` of transformers loads it."
-    return f"Trained from `{base}` with the method `{method}`. {loading}"
+    return f"Trained from {_code(base)} with the method {_code(method)}. {loading}"
 
 
 def _adapters(events: list[Event]) -> list[str]:
@@ -70,7 +90,7 @@ def _adapters(events: list[Event]) -> list[str]:
     for event in events:
         ranks |= event.get("ranks", {})
     parameters = next((e["parameters_after"] for e in reversed(events) if "parameters_after" in e), 0)
-    rows = [f"| `{name}` | {ranks[name]} | {_text(last['scores'].get(name))} |" for name in last["kept"]]
+    rows = [f"| {_code(name)} | {ranks[name]} | {_number(last['scores'].get(name))} |" for name in last["kept"]]
     return [
         "## Adapters",
         f"{len(last['kept'])} of {len(attached['adapters'])} adapters were kept at step {last['step']}: {parameters:,} "
@@ -83,7 +103,7 @@ def _adapters(events: list[Event]) -> list[str]:
 def _shared(events: list[Event]) -> list[str]:
     """Which modules hold one adapter together."""
     groups = [found for e in events if e["event"] == "share" for found in e["shared"].items()]
-    return [f"One adapter for {len(names)} more modules of type `{kind}`." for kind, names in groups]
+    return [f"One adapter for {len(names)} more modules of type {_code(kind)}." for kind, names in groups]
 
 
 def _data_and_scores(run: Path, metrics: dict[str, Any]) -> list[str]:
@@ -92,7 +112,9 @@ def _data_and_scores(run: Path, metrics: dict[str, Any]) -> list[str]:
     parts = ["## Data and scores", *_data(run, metrics)]
     phases = {phase: metrics[phase] for phase in ("before", "after", "test") if metrics.get(phase)}
     names = list(dict.fromkeys(name for scores in phases.values() for name in scores))
-    rows = [f"| {name} | {' | '.join(_text(scores.get(name)) for scores in phases.values())} |" for name in names]
+    rows = [
+        f"| {_text(name)} | {' | '.join(_number(scores.get(name)) for scores in phases.values())} |" for name in names
+    ]
     if rows:
         parts.append("\n".join([f"| | {' | '.join(phases)} |", "|---" * (1 + len(phases)) + "|", *rows]))
     return parts
@@ -100,15 +122,12 @@ def _data_and_scores(run: Path, metrics: dict[str, Any]) -> list[str]:
 
 def _data(run: Path, metrics: dict[str, Any]) -> list[str]:
     """Task, number of rows and, from the recipe beside them, where the rows came from."""
-    facts = [f"Task: {metrics['task']}."] if metrics.get("task") else []
-    rows = ", ".join(f"{count:,} {part}" for part, count in metrics.get("rows", {}).items())
+    facts = [f"Task: {_text(metrics['task'])}."] if metrics.get("task") else []
+    rows = ", ".join(f"{count:,} {_text(part)}" for part, count in metrics.get("rows", {}).items())
     facts += [f"Rows: {rows}."] if rows else []
-    if (run / "recipe.yaml").is_file():
-        import yaml
-
-        data = (yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) or {}).get("data", {})
-        sources = [f"{part} {_source(data[part])}" for part in ("train", "validation", "test") if data.get(part)]
-        facts += [f"Data: {', '.join(sources)}."] if sources else []
+    data = records.recipe(run).get("data") or {}
+    sources = [f"{part} {_source(data[part])}" for part in ("train", "validation", "test") if data.get(part)]
+    facts += [f"Data: {', '.join(sources)}."] if sources else []
     return [" ".join(facts)] if facts else []
 
 
@@ -118,14 +137,22 @@ def _source(source: Any) -> str:
         return f"{source:.4g} of train"
     if isinstance(source, dict):
         source = " ".join(str(value) for value in source.values() if value is not None)
-    return f"`{source}`"
+    return _code(source)
 
 
-def _text(value: float | int | None) -> str:
+def _number(value: float | int | None) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _code(text: Any) -> str:
+    """A code span, on one line and in one cell of a table."""
+    line = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{line}`"
+
+
+def _text(text: Any) -> str:
+    """Plain words, on one line and in one cell of a table."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return "".join(f"\\{letter}" if letter in "\\`*[]|" else letter for letter in line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from weightlora import durable
 from weightlora.adapters import structure
 from weightlora.adapters.attached import list_attached
 from weightlora.errors import CheckpointError
-from weightlora.output.card import METRICS_FILE
+from weightlora.output import records
 from weightlora.selection.events import EVENTS_FILE
 
 _AUTO_CLASSES = {
@@ -29,19 +29,24 @@ _AUTO_CLASSES = {
 
 
 def find_result(run: Path) -> Path:
-    """The folder with what a run has trained: itself, its `adapter` or `model`, or its last checkpoint.
+    """The folder with what a run has trained: itself, its `adapter` or `model`, or its newest whole checkpoint.
 
     Raises:
         CheckpointError: there is none.
     """
-    numbered = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
-    checkpoints = sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
-    for folder in (run, run / "adapter", run / "model", *checkpoints):
-        if is_adapter(folder) or ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
+    for folder in (run, run / "adapter", run / "model"):
+        if _holds_weights(folder):
             return folder
+    checkpoint = durable.last_checkpoint(run, to_resume=False)
+    if checkpoint is not None and _holds_weights(checkpoint):
+        return checkpoint
     raise CheckpointError(
         f"{run} holds no adapter (adapter_config.json) and no model (config.json); give the folder of a finished run."
     )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return is_adapter(folder) or ((folder / "config.json").is_file() and any(folder.glob("*.safetensors")))
 
 
 def is_adapter(folder: Path) -> bool:
@@ -103,12 +108,8 @@ def gguf_options(file: str | None) -> dict[str, Any]:
 
 def gguf_file(folder: Path) -> str | None:
     """The GGUF file that the run of an adapter took its base model from."""
-    recipe = run_folder(folder) / "recipe.yaml"
-    if not recipe.is_file():
-        return None
-    import yaml
-
-    return (yaml.safe_load(recipe.read_text(encoding="utf-8")).get("model") or {}).get("gguf_file")
+    model = records.recipe(run_folder(folder)).get("model")
+    return model.get("gguf_file") if isinstance(model, dict) else None
 
 
 def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) -> nn.Module:
@@ -152,8 +153,8 @@ def _set_padding(model: Any, folder: Path) -> None:
 
 def run_folder(adapter: Path) -> Path:
     """The folder with the records of the run an adapter belongs to: the adapter's own or the one above."""
-    records = (EVENTS_FILE, METRICS_FILE)
-    return next((f for f in (adapter, adapter.parent) if any((f / name).is_file() for name in records)), adapter)
+    names = (EVENTS_FILE, records.METRICS_FILE)
+    return next((f for f in (adapter, adapter.parent) if any((f / name).is_file() for name in names)), adapter)
 
 
 def _model_class(task: str, recorded: str | None) -> Any:
@@ -175,9 +176,8 @@ def _head_options(folder: Path) -> dict[str, Any]:
     if labels is None:
         return {}
     options: dict[str, Any] = {"num_labels": labels, "ignore_mismatched_sizes": True}
-    metrics = run_folder(folder) / METRICS_FILE
-    names = json.loads(metrics.read_text(encoding="utf-8")).get("labels") if metrics.is_file() else None
-    if names and len(names) == labels:
+    names = records.metrics(run_folder(folder)).get("labels")
+    if isinstance(names, list) and len(names) == labels:
         options["id2label"] = dict(enumerate(names))
         options["label2id"] = {name: index for index, name in enumerate(names)}
         del options["num_labels"]  # follows from the names

@@ -20,9 +20,12 @@ Every line carries `event` and `step` (optimizer steps done).
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
@@ -30,8 +33,18 @@ EVENTS_FILE = "events.jsonl"
 
 
 def read_events(path: str | Path) -> list[Event]:
-    """All events of a run, oldest first."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    """All events of a run, oldest first. A line that is none, as when a kill has cut it, is named and left out."""
+    events = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        try:
+            event = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            event = {}
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
+            events.append(event)
+        elif event is not None:
+            logger.warning("%s: line %d is no event, so it is left out", path, number)
+    return events
 
 
 class EventLog:

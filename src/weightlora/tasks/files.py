@@ -71,6 +71,8 @@ def _open_file(path: Path, source: Source) -> Dataset:
         raise ConfigError(f"Data file {source.path!r} is empty; it needs at least one row.")
     if source.split or source.name:
         raise ConfigError(f"{source}: a single file has no `name` or `split`; give its path alone.")
+    if path.suffix.lower() in (".json", ".jsonl"):
+        _check_text(path, source)
     builder, options = _BUILDERS[path.suffix.lower()]
     try:
         return load_dataset(builder, data_files=str(path), split="train", **options)  # pyright: ignore
@@ -83,11 +85,41 @@ def _open_file(path: Path, source: Source) -> Dataset:
         ) from error
 
 
+def _check_text(path: Path, source: Source) -> None:
+    """Text in another encoding would fail only where its row is used, and a bare `null` crashes the process."""
+    first = ""
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for line in lines:
+                first = first or line.strip()[:1]
+    except UnicodeDecodeError:
+        with path.open("rb") as raw:
+            number = next(n for n, line in enumerate(raw, start=1) if not _is_utf8(line))
+        raise ConfigError(
+            f"Data file {source.path!r} is not UTF-8 from line {number} on; save the file as UTF-8."
+        ) from None
+    if first not in ("{", "["):
+        raise ConfigError(
+            f'Data file {source.path!r} has no rows; they are objects such as {{"text": ...}}, one a line or in a list.'
+        )
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _open_folder(path: Path, source: Source) -> Dataset:
     from datasets import load_dataset, load_from_disk
 
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     files = [] if saved else _split_files(path / (source.name or ""), source.split or "train")
+    for file in files:
+        if file.suffix.lower() in (".json", ".jsonl"):
+            _check_text(file, Source(str(file)))
     try:
         if files:
             builder, options = _BUILDERS[files[0].suffix.lower()]
@@ -147,7 +179,7 @@ def _bad_line(path: Path) -> str | None:
                     return f'line {number} is not an object such as {{"text": ...}}'
             except json.JSONDecodeError as error:
                 return f"line {number}, character {error.pos + 1}: {error.msg}"
-            except UnicodeDecodeError as error:
+            except (UnicodeDecodeError, RecursionError) as error:
                 return f"line {number}: {_cause(error)}"
     return None
 

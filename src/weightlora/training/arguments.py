@@ -23,7 +23,11 @@ from weightlora.training.recipe import LORA_DEFAULTS
 logger = logging.getLogger(__name__)
 
 _ELSEWHERE = {
-    "training": {"output_dir": "set it at the top of the recipe", "seed": "set it at the top of the recipe"},
+    "training": {
+        "output_dir": "set it at the top of the recipe",
+        "seed": "set it at the top of the recipe",
+        "hub_token": "a recipe is kept beside the results, which is no place for a secret; set HF_TOKEN instead",
+    },
     "lora": {
         "task_type": "it follows from `task`",
         "peft_type": "it follows from `method`",

@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from weightlora import durable, methods
 from weightlora.adapters import list_attached
+from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError
 from weightlora.measure import trainable_parameters
 from weightlora.methods import Method
@@ -38,7 +39,7 @@ from weightlora.training.model import (
 )
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
-from weightlora.training.recipe import RECIPE_FILE, GenerationSpec, Recipe, SourceSpec
+from weightlora.training.recipe import GenerationSpec, Recipe, SourceSpec
 
 _BATCHES = 16  # of training data, at most, for methods that need some to start
 

@@ -39,8 +39,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
 }
 
-RECIPE_FILE = "recipe.yaml"  # in a run's folder, written before anything else
-
 
 class ModelSpec(Section):
     """The base model: a local folder or a hub id, loaded in `dtype` (or `auto`: as it was saved).

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from weightlora import durable
+from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, short
-from weightlora.training.recipe import RECIPE_FILE, Recipe
+from weightlora.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
+from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
 from weightlora.measure import trainable_parameters
 from weightlora.methods.adalora import as_lora
@@ -29,7 +30,7 @@ from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import Encoded
 from weightlora.training.generating import Generating, generation_config
 from weightlora.training.plan import Job, Plan, make_plan, prepare
-from weightlora.training.recipe import RECIPE_FILE, Recipe, save_recipe
+from weightlora.training.recipe import Recipe, save_recipe
 from weightlora.training.resume import check_same_run, start_from
 from weightlora.training.stopping import StopOnSignal
 

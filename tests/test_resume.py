@@ -66,11 +66,14 @@ def run_of(row: str, folder: Path, seed: int) -> Trainer:
 
 @pytest.mark.parametrize("row", RUNS)
 def test_resuming_is_exact(row, tmp_path):
-    """From checkpoints before, between and after whatever is decided on the way."""
+    """From checkpoints before, between and after whatever is decided on the way, and from the very last.
+
+    There the Trainer takes a step more, which leaves the weights alone since the rate is 0 by then.
+    """
     whole = run_of(row, tmp_path / "whole", seed=0)
     whole.train()
     expected = trainable_state(whole.model)
-    for step in (5, 10):
+    for step in (5, 10, 15):
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         part = run_of(row, folder, seed=step)

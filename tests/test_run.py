@@ -239,6 +239,9 @@ def test_steps_are_counted_as_the_trainer_counts(
         ({"task": "text-clasification"}, "did you mean 'text-classification'?"),
         ({"method": "weightlra"}, "did you mean 'weightlora'?"),
         ({"method": {"name": "weightlora", "kep": 3}}, "did you mean 'keep'?"),
+        ({"lora": {"target_modules": "*"}}, "`lora.target_modules` is '*', no regular expression: nothing to repeat"),
+        ({"lora": {"rank_pattern": {"*": 2}}}, "LoraConfig does not fit this model: nothing to repeat"),
+        ({"training": {"max_steps": None}}, "`training.max_steps` is None: input should be a valid integer"),
         ({"method": {"name": "weightlora", "keep": 0}}, "keep"),
         ({"method": {"name": "weightlora", "keep": 14}}, "14"),
         ({"method": {"name": "weightlora", "keep": 3, "after": 4000}}, "4000"),
@@ -347,6 +350,14 @@ def test_heads_and_position_limits_across_architectures(
     trained = {name.split(".modules_to_save")[0] for name, p in lora.named_parameters() if p.requires_grad}
     assert {f"base_model.model.{head}" for head in heads} <= trained
     assert not any(".lora_" in name and head in name.split(".") for name in trained for head in heads)
+
+
+def test_a_module_that_is_trained_whole_gets_no_adapter_inside(folder: Path) -> None:
+    """`all-linear` names what is inside of it as well."""
+    method = {"name": "weightlora", "keep": 3, "after": 2}
+    whole = recipe(folder, method=method, lora={"modules_to_save": ["pooler"]}, training=QUICK)
+    metrics = run(parse_recipe(whole))
+    assert len(metrics["adapters"]["attached"]) == 12 and len(metrics["adapters"]["kept"]) == 3
 
 
 def test_a_folder_in_use_is_left_alone(folder: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from weightlora.errors import WeightLoRAError
+from weightlora.errors import WeightLoRAError, short
 
 try:
     import typer
@@ -30,6 +30,7 @@ _EXTRA = {
     "yaml": "train",
     "trl": "llm",
 }
+_MOST_SHOWN = 2000  # characters of a message
 _SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
 
 app = typer.Typer(
@@ -60,7 +61,7 @@ def main() -> None:
     except OSError as error:
         from weightlora import durable
 
-        _fail(f"{error.filename!r}: {durable.reason(error)}." if error.filename else str(error))
+        _fail(f"{short(error.filename)}: {durable.reason(error)}." if error.filename else str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = _EXTRA.get(package)
@@ -70,6 +71,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> None:
+    if len(message) > _MOST_SHOWN:  # a value of theirs may be of any length
+        message = f"{message[: _MOST_SHOWN // 2]} ... {message[-_MOST_SHOWN // 2 :]}"
     if _is_first():
         print(f"weightlora: {message}", file=sys.stderr)
     raise SystemExit(code)

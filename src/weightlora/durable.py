@@ -9,19 +9,19 @@ One without that file, as a stock Trainer writes it, counts if its parts can be 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from weightlora.errors import CheckpointError, ConfigError
+from weightlora.errors import CheckpointError, ConfigError, short
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ _ZIPPED = (".pt", ".pth", ".bin")  # what `torch.save` writes is a zip archive, 
 
 def write_whole(file: Path, text: str) -> None:
     """Write the whole text or nothing, even if the process is killed."""
-    draft = file.with_name(f"{file.name}.tmp")
+    draft = file.with_name(f"{OURS}{file.name}")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, file)
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A draft beside a folder, which takes its place once everything is written; if that fails nothing has changed.
 
@@ -52,7 +52,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     with saving(str(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=OURS, dir=folder.parent))
+        _remove_orphans(folder)
+        draft = folder.with_name(f"{OURS}{folder.name}.{os.getpid()}")
+        draft.mkdir()
     old = draft.with_name(f"{draft.name}-old")
     try:
         with saving(str(folder)):
@@ -69,11 +71,31 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _remove_orphans(folder: Path) -> None:
+    """Remove the drafts of a folder whose process is gone."""
+    for draft in folder.parent.glob(f"{OURS}{glob.escape(folder.name)}.*"):
+        number = draft.suffix[1:].removesuffix("-old")
+        if number.isdigit() and not _is_alive(int(number)):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return process != os.getpid()
+
+
 def remove_drafts(folder: Path) -> None:
     """Remove what a killed process has left half-written in a folder that no other process works in."""
     for path in folder.glob(f"{OURS}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK_FILE:
+            path.unlink(missing_ok=True)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -179,7 +201,7 @@ def contents(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith(OURS)} if folder.is_dir() else set()
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_process(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if it is not there; a killed process releases its lock.
 
@@ -202,31 +224,35 @@ def one_process(folder: Path, what: str) -> Iterator[None]:
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:
-    """Write and remove a file in a folder, or in the nearest one above that exists, and look at the room there.
+    """Make a folder, write a file into it, look at the room there, and take away again what was not there before.
 
     Args:
         needed: bytes.
 
     Raises:
-        ConfigError: files cannot be written there, or they would not fit.
+        ConfigError: the folder cannot be made or written to, or the bytes would not fit.
     """
+    made: list[Path] = []
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "", str(there))
-        longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-        if any(len(os.fsencode(part)) > longest for part in folder.parts):
-            raise OSError(errno.ENAMETOOLONG, "")
-        probe = there / f"{OURS}{os.getpid()}"
+        for path in (*reversed(folder.absolute().parents), folder):
+            if not path.is_dir():
+                path.mkdir()
+                made.append(path)
+        probe = folder / f"{OURS}{os.getpid()}"
         probe.touch()
         probe.unlink()
-        free = shutil.disk_usage(there).free
-    except OSError as error:
-        raise ConfigError(f"`output_dir` {str(folder)!r} cannot be used: {reason(error)}.") from None
+        free = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"`output_dir` {short(str(folder))} cannot be used: {why}.") from None
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                path.rmdir()
     if free < needed:
         raise ConfigError(
-            f"`output_dir` {str(folder)!r} has room for {free / 1e9:.2f} GB, and this run's checkpoints take about "
-            f"{needed / 1e9:.2f} GB; free some, lower `training.save_total_limit`, or choose another folder."
+            f"`output_dir` {short(str(folder))} has room for {free / 1e9:.2f} GB, and this run's checkpoints take "
+            f"about {needed / 1e9:.2f} GB; free some, lower `training.save_total_limit`, or choose another folder."
         )
 
 
@@ -239,12 +265,13 @@ def reason(error: OSError) -> str:
         errno.EACCES: "there is no permission to write there; choose another folder",
         errno.EPERM: "there is no permission to write there; choose another folder",
         errno.ENOTDIR: "a part of the path is a file; choose another folder",
+        errno.EEXIST: "it is a file; choose another folder",
         errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     }
     return said.get(error.errno or 0, (error.strerror or str(error)).lower())
 
 
-@contextmanager
+@contextlib.contextmanager
 def saving(what: str) -> Iterator[None]:
     """Turn what libraries raise when a file cannot be written into one message.
 

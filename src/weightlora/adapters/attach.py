@@ -193,12 +193,14 @@ def _check_every_target_matches(
 ) -> None:
     """PEFT is silent when some of several target names match nothing; a typo then costs the layers it meant.
 
-    "all-linear" may name the head as well, which is trained `whole` and gets no adapter.
+    "all-linear" also names what is inside modules that are trained `whole`, which get no adapter.
     """
     if targets is None or isinstance(targets, str):
         return
     names = [a.name for a in adapters]
-    for target in sorted(set(targets) - set(whole)):
+    for target in sorted(targets):
+        if any(f".{module}." in f".{target}." for module in whole):
+            continue
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ConfigError(
                 f"target module {target!r} matches nothing in the model, while the other names match "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch.distributed as dist
@@ -58,8 +59,10 @@ def wait_for_all() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the first process, or the only one."""
-    return _processes() == 1 or dist.get_rank() == 0
+    """Whether this is the first process, or the only one; also before they have found each other."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # as torchrun sets it
 
 
 def share(tensor: Tensor) -> None:

@@ -131,6 +131,7 @@ def _check_folder(folder: Path) -> None:
 def _claimed(folder: Path, suite: Suite) -> Iterator[None]:
     """Keeps other processes out of the folder."""
     with durable.one_process(folder, "the runs of a suite"):
+        durable.remove_drafts(folder)
         _save(suite, folder / SUITE_FILE)
         yield
 

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ class Attach:
                 return get_peft_model(model, self.config(**{**values, **self.sets, **own}))  # type: ignore[arg-type, return-value]
         except WeightLoRAError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, re.error) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{self.config.__name__} does not fit this model: {reason}") from error
 

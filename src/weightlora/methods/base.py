@@ -45,7 +45,7 @@ from weightlora.adapters.distributed import rewrap, wait_for_all
 from weightlora.errors import ConfigError, UnsupportedError
 from weightlora.methods._trainer import calling_trainer, refuse_sharding, steps_per_epoch
 from weightlora.selection.engine import Engine
-from weightlora.selection.events import EVENTS_FILE, Event
+from weightlora.selection.events import EVENTS_FILE, Event, spelled_out
 from weightlora.selection.selector import Selector, Strategy
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._hooks: list[Any] = []
         self._looking: Any = None  # the hook that looks for a DDP wrapper
         self._planned: tuple[int, ...] = ()
+        self._last: int | None = None  # step of the run
         self._resumed = False
         self._reported = 0
 
@@ -135,7 +136,13 @@ class Method(TrainerCallback, ABC, Generic[E]):
             ConfigError: a cut lies beyond the run or before anything is known.
         """
         self._planned = self.engine.plan(total_steps, steps_per_epoch)
+        self._last = total_steps
         return self._planned
+
+    @property
+    def _is_over(self) -> bool:
+        """A run resumed from its last checkpoint: the Trainer takes one step more than there are."""
+        return self._last is not None and self.engine.global_step >= self._last
 
     def bind(self, optimizer: torch.optim.Optimizer, ddp: DistributedDataParallel | None = None) -> None:
         """Run `observe` and `step` as hooks of `optimizer.step`, as long as there is something to do.
@@ -190,12 +197,12 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call after backward, before `optimizer.step()`; idle while `accelerator.accumulate` only accumulates."""
-        if optim.is_at_boundary(optimizer):
+        if optim.is_at_boundary(optimizer) and not self._is_over:
             self.engine.observe(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Call after `optimizer.step()`; returns whether adapters were cut."""
-        cut = optim.is_at_boundary(optimizer) and self.engine.step(optimizer)
+        cut = optim.is_at_boundary(optimizer) and not self._is_over and self.engine.step(optimizer)
         if cut:
             self._rewrap()
             self._finish_if_done()
@@ -282,8 +289,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
     @property
     def events(self) -> list[Event]:
-        """Everything that was decided, as in `events.jsonl`."""
-        return self.engine.events.events
+        """Everything that was decided, as `read_events` reads it from `events.jsonl`."""
+        return spelled_out(self.engine.events.events)
 
     # -- as a callback of HF Trainer -----------------------------------------------------------------------------
 
@@ -312,7 +319,9 @@ class Method(TrainerCallback, ABC, Generic[E]):
             goes_on = state.global_step if state.global_step > 0 else None
             self.engine.events.open(_folder(args) / EVENTS_FILE, resume_at=goes_on)
         if self._resumed:
-            self._reported = len(self.events)  # a cut before the checkpoint is old news; its best model stands
+            self._reported = len(
+                self.engine.events.events
+            )  # a cut before the checkpoint is old news; its best model stands
         wrapped = getattr(trainer, "model_wrapped", None)
         self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
         self._finish_if_done()  # the Trainer has switched checkpointing on since
@@ -320,8 +329,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
             logger.info("%s: adapters are cut after step %s", type(self).__name__, cuts)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        new = self.events[self._reported :]
-        self._reported = len(self.events)
+        new = self.engine.events.events[self._reported :]
+        self._reported += len(new)
         if any(e["event"] == "cut" for e in new):
             # A checkpoint from before the cut is not the model that was asked for, so it cannot be the best one.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None

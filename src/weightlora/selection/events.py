@@ -1,7 +1,7 @@
 """`events.jsonl`: one JSON line for every decision, written as it happens and read by everything else.
 
     attach   which adapters there are             method, adapters: {name: {r, parameters}}
-    gates    omega while it is trained            gates: {name: value}
+    gates    omega while it is trained            gates: {name: value}; in the file a list, in module order
     cut      what was kept and why                kept, dropped, scores, parameters_before, parameters_after;
                                                where `keep` is a cost: predicted, shares of memory and time
     expand   new ranks of the survivors           ranks: {name: r}
@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from weightlora import durable
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,29 @@ EVENTS_FILE = "events.jsonl"
 
 def read_events(path: str | Path) -> list[Event]:
     """All events of a run, oldest first. A line that is none, as when a kill has cut it, is named and left out."""
+    return spelled_out(_read(Path(path)))
+
+
+def spelled_out(events: Iterable[Event]) -> list[Event]:
+    """Events with omega by name. As they are kept, a record of it only lists the values of the modules still there."""
+    names: list[str] = []
+    found = []
+    for event in events:
+        gates, gone = event.get("gates"), event.get("dropped")
+        if event["event"] == "gates" and isinstance(gates, list):
+            event = {**event, "gates": dict(zip(names, gates, strict=False))}
+        found.append(event)
+        if event["event"] == "attach":
+            names = list(event.get("adapters", ()))
+        elif isinstance(gone, list):
+            left = set(names) - set(map(str, gone))
+            names = [name for name in names if name in left]
+    return found
+
+
+def _read(path: Path) -> list[Event]:
     events = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             event = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError):
@@ -63,6 +86,10 @@ class EventLog:
                 file.write(json.dumps(record) + "\n")
         return record
 
+    def add_gates(self, step: int, values: Iterable[float]) -> None:
+        """Record omega of the modules still there, in their order; seven digits are enough to look at."""
+        self.add("gates", step, gates=[float(f"{value:.7g}") for value in values])
+
     @property
     def decisions(self) -> list[Event]:
         """The events a run cannot do without: all but omega while it is trained."""
@@ -80,10 +107,8 @@ class EventLog:
         if path.exists() and resume_at is None:
             path.rename(_free_name(path))
         elif path.exists():
-            self.events = [e for e in read_events(path) if e["step"] <= resume_at]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(e) + "\n" for e in self.events), encoding="utf-8")
-        os.replace(temporary, path)
+            self.events = [e for e in _read(path) if e["step"] <= resume_at]
+        durable.write_whole(path, "".join(json.dumps(e) + "\n" for e in self.events))
         self._path = path
 
 

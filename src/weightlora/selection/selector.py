@@ -34,7 +34,8 @@ from weightlora.selection.scores import Score
 
 logger = logging.getLogger(__name__)
 
-GATE_RECORDS = 50  # how many times omega is written to the events during a run's selection
+GATE_RECORDS = 50  # how many times omega is written to the events during a run's selection; less often for very many
+MOST_GATES_RECORDED = 200_000  # values in all, a few MB
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,8 @@ class Selector(Engine):
         self._gates.write(moved)
         self._omega = Reading(moved) if moved.is_cuda else None
         self._informed = self._informed or bool(gradients.norm() > NO_GRADIENT)
-        every = max(1, (self._cuts or (1,))[-1] // GATE_RECORDS)
+        records = max(2, min(GATE_RECORDS, MOST_GATES_RECORDED // len(self.adapters)))
+        every = max(1, (self._cuts or (1,))[-1] // records)
         if self.global_step % every == 0:
             self._due = self.global_step, self._omega or Reading(moved)
             if not moved.is_cuda:
@@ -316,7 +318,7 @@ class Selector(Engine):
         if self._due is not None:
             step, omega = self._due
             self._due = None
-            self.events.add("gates", step, gates=dict(zip(self._names, omega.get().tolist(), strict=True)))
+            self.events.add_gates(step, omega.get().tolist())
 
     def _report(self, cut: Cut, scores: torch.Tensor, before: int) -> None:
         self.kept = [a.name for a in cut.kept]

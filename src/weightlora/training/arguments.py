@@ -16,7 +16,7 @@ from peft import LoraConfig
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
+from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean, short
 from weightlora.methods import MethodInfo
 from weightlora.training.recipe import LORA_DEFAULTS
 
@@ -116,22 +116,22 @@ def lora_values(values: Mapping[str, Any], info: MethodInfo) -> dict[str, Any]:
 def check_fields(section: str, values: Mapping[str, Any], cls: type) -> dict[str, Any]:
     """A copy of the values, numbers converted; names and types are those of the dataclass `cls`."""
     hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls) if field.init]
-    return {name: _checked(section, name, value, known, hints) for name, value in values.items()}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls) if field.init}
+    return {name: _checked(section, name, value, defaults, hints) for name, value in values.items()}
 
 
-def _checked(section: str, name: str, value: Any, known: list[str], hints: dict[str, Any]) -> Any:
+def _checked(section: str, name: str, value: Any, defaults: dict[str, Any], hints: dict[str, Any]) -> Any:
     where = f"{section}.{name}"
     if name in _ELSEWHERE[section]:
         raise ConfigError(f"`{where}` cannot be set: {_ELSEWHERE[section][name]}.")
-    if name not in known:
-        raise ConfigError(f"`{where}` is not a key of that section{did_you_mean(name, known)}.")
-    if value is None or name in _UNCHECKED:
+    if name not in defaults:
+        raise ConfigError(f"`{where}` is not a key of that section{did_you_mean(name, list(defaults))}.")
+    if (value is None and defaults[name] is None) or name in _UNCHECKED:
         return value
     try:
         converted = TypeAdapter(hints[name]).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(f"`{where}` is {value!r}: {_wishes(error)}.") from None
+        raise ConfigError(f"`{where}` is {short(value)}: {_wishes(error)}.") from None
     if isinstance(converted, int | float):
         _check_range(where, name, converted)
     return converted if isinstance(converted, bool | int | float) else copy.deepcopy(value)

@@ -10,7 +10,7 @@ from peft import TaskType
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from weightlora.errors import ConfigError, did_you_mean
+from weightlora.errors import ConfigError, did_you_mean, short
 from weightlora.methods.stock import head_modules
 from weightlora.training.chat_templates import read_chat_template
 from weightlora.training.heads import HeadKind
@@ -202,7 +202,11 @@ def check_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
 def _check_targets(model: nn.Module, targets: Any) -> None:
     linear = linear_modules(model)
     if isinstance(targets, str) and targets.lower() != "all-linear":
-        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
+        try:
+            pattern = re.compile(targets)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"`lora.target_modules` is {short(targets)}, no regular expression: {error}.") from None
+        if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
             raise ConfigError(
                 f"`lora.target_modules` is {targets!r}, a pattern for full names that matches nothing"
                 f"{did_you_mean(targets, [*PRESETS, 'all-linear'])}; for plain names write a list such as [{targets}] "

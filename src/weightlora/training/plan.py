@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from weightlora import durable, methods
 from weightlora.adapters import list_attached
+from weightlora.adapters.distributed import is_first
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError
 from weightlora.measure import trainable_parameters
@@ -266,9 +267,8 @@ def _count_all(model: nn.Module) -> int:
 def check_output_dir(output_dir: str, resume: bool) -> None:
     """Protects existing files: a folder in use is refused unless the run that made it goes on."""
     folder = Path(output_dir)
-    durable.check_writable(folder)
-    if folder.is_file():
-        raise ConfigError(f"`output_dir` {output_dir!r} is a file; choose another.")
+    if is_first():
+        durable.check_writable(folder)
     files = durable.contents(folder)
     if files and not resume:
         raise ConfigError(

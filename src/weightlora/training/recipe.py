@@ -115,7 +115,7 @@ class DataSpec(Section):
             raise ValueError(
                 "should be a file, a `datasets` id, a share of train between 0 and 1 or a number of its rows"
             )
-        if isinstance(value, int | float) and not 0 < value < 1 and not (value >= 1 and value == int(value)):
+        if isinstance(value, int | float) and not 0 < value < 1 and not (value >= 1 and float(value).is_integer()):
             raise ValueError(
                 "what is carved from train must be a share between 0 and 1, such as 0.1, or a whole number"
             )

@@ -86,7 +86,8 @@ def _run(
     trainer, validation = build_trainer(job, progress, [*callbacks, stopping])
     test = job.encode(job.splits.test) if job.splits.test is not None else None
     plan = make_plan(job)
-    durable.check_writable(output_dir, needed=plan.bytes_written)
+    if is_first():
+        durable.check_writable(output_dir, needed=plan.bytes_written)
     if on_ready is not None:
         on_ready(plan)
     before = None
@@ -140,7 +141,8 @@ def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
     if job.method is not None:
         job.method.attach(job.model)
     plan = make_plan(job)
-    durable.check_writable(Path(recipe.output_dir), needed=plan.bytes_written)
+    if is_first():
+        durable.check_writable(Path(recipe.output_dir), needed=plan.bytes_written)
     return plan
 
 

@@ -37,6 +37,13 @@ class RunTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **generation)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not where a run goes on from the checkpoint of its last step: transformers would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
@@ -44,8 +51,9 @@ class RunTrainer(Trainer):
         first = self.is_world_process_zero()
         try:
             with durable.saving(f"checkpoint-{self.state.global_step}"):
-                if first:
-                    durable.unmark(folder)
+                if first and folder.is_dir():  # PEFT would read the model card there, whatever state it is in
+                    shutil.rmtree(folder, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if first:

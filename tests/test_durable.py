@@ -20,7 +20,16 @@ from safetensors.torch import load_file
 from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
 from transformers import TrainerCallback
 
-from weightlora import CheckpointError, ConfigError, WeightLoRA, WeightLoRAPlus, durable, last_checkpoint
+from weightlora import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    OnNan,
+    WeightLoRA,
+    WeightLoRAPlus,
+    durable,
+    last_checkpoint,
+)
 from weightlora.adapters.checkpoint import STATE_FILE
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import dry_run, run
@@ -366,3 +375,47 @@ def test_a_stock_trainer_resumes_from_the_last_whole_checkpoint(tmp_path):
     part = trainer(tmp_path / "part")
     part.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "part")))
     assert same(trainable_state(part.model), trainable_state(whole.model))
+
+
+# -- NaN ---------------------------------------------------------------------------------------------------------------
+
+
+class Break(TrainerCallback):
+    """NaN in one gradient of some steps, counted from 1."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 in self.steps:
+            next(p.grad for p in kwargs["model"].parameters() if p.grad is not None)[0] = float("nan")
+
+
+def final(folder: Path, *callbacks: TrainerCallback) -> dict[str, torch.Tensor]:
+    trainer = make_trainer(folder, *callbacks, max_steps=12, save_steps=4)
+    trainer.train()
+    return trainable_state(trainer.model)
+
+
+@pytest.mark.parametrize("method", [(), (WeightLoRA(keep=3, after=6),)], ids=["lora", "weightlora"])
+def test_nan_stops_before_an_update_with_it(method, tmp_path):
+    with pytest.raises(DivergedError, match=r"step 7: gradients are NaN .*weights are those of the step before"):
+        final(tmp_path, *method, Break(7), OnNan())
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_a_step_with_nan_is_left_out(tmp_path, caplog):
+    """Gates included; afterwards all numbers are finite and training has gone on."""
+    state = final(tmp_path, WeightLoRA(keep=3, after=6), Break(3, 9), skip := OnNan("skip"))
+    assert skip.skipped == 2 and "step 9: gradients are NaN or infinite" in caplog.text
+    assert all(value.isfinite().all() for value in state.values())
+    with pytest.raises(DivergedError, match="in 11 steps in a row"):
+        final(tmp_path / "all", Break(*range(2, 20)), OnNan("skip"))
+    with pytest.raises(ConfigError, match="`on_nan='ignore'` is unknown"):
+        OnNan("ignore")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_looking_for_nan_changes_nothing(policy, tmp_path):
+    one = final(tmp_path / "one", WeightLoRA(keep=3, after=6), OnNan(policy))
+    assert same(one, final(tmp_path / "two", WeightLoRA(keep=3, after=6)))

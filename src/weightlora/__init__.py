@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from weightlora.output import export
     from weightlora.savings import GrowBatch, ReusePrefix
     from weightlora.selection import read_events
+    from weightlora.training.diverging import OnNan
 
 _HOMES = {
     "ALoRA": "methods",
@@ -61,6 +62,7 @@ _HOMES = {
     "LoRADrop": "methods",
     "Method": "methods",
     "NoRA": "methods",
+    "OnNan": "training.diverging",
     "RLoRA": "methods",
     "ReusePrefix": "savings",
     "S2LoRA": "methods",
@@ -94,6 +96,7 @@ __all__ = [
     "LoRADrop",
     "Method",
     "NoRA",
+    "OnNan",
     "RLoRA",
     "ReusePrefix",
     "S2LoRA",

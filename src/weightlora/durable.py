@@ -91,7 +91,7 @@ def _is_alive(process: int) -> bool:
 
 def remove_drafts(folder: Path) -> None:
     """Remove what a killed process has left half-written in a folder that no other process works in."""
-    for path in folder.glob(f"{OURS}*"):
+    for path in (*folder.glob(f"{OURS}*"), *folder.glob(f"{_CHECKPOINT}*/{OURS}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != LOCK_FILE:
@@ -197,8 +197,14 @@ def _hash(file: Path) -> str:
 
 
 def contents(folder: Path) -> set[str]:
-    """The names in a folder, without those of files that are there only while a process is at work."""
-    return {path.name for path in folder.iterdir() if not path.name.startswith(OURS)} if folder.is_dir() else set()
+    """What is in a folder, without empty folders and files that are there only while a process is at work."""
+    return {path.name for path in folder.iterdir() if _counts(path)} if folder.is_dir() else set()
+
+
+def _counts(path: Path) -> bool:
+    if path.name.startswith(OURS):
+        return False
+    return not path.is_dir() or any(map(_counts, path.iterdir()))
 
 
 @contextlib.contextmanager

@@ -74,8 +74,11 @@ class Expand:
     def __call__(self, cut: Cut) -> tuple[str, dict[str, Any]]:
         grown = [*cut.kept, *cut.dropped] if self.double else list(cut.kept)
         before = sum(a.parameters for a in grown)
+        swapped: dict[nn.Parameter, nn.Parameter] = {}
         for adapter, r in zip(grown, self._ranks(grown, cut), strict=True):
-            self._extend(adapter, r, cut)
+            swapped |= self._extend(adapter, r, cut)
+        if cut.optimizer is not None:
+            optim.swap_params(cut.optimizer, swapped)
         return "expand", {
             "init": self.init,
             "ranks": {a.name: a.r for a in grown},
@@ -91,9 +94,10 @@ class Expand:
         costs = [a.in_features + a.out_features for a in grown]
         return fill(costs, cut.capacity - fixed, caps, [a.r for a in grown])
 
-    def _extend(self, adapter: Adapter, r: int, cut: Cut) -> None:
+    def _extend(self, adapter: Adapter, r: int, cut: Cut) -> dict[nn.Parameter, nn.Parameter]:
+        """The old parameters with the new ones in their places."""
         if r == adapter.r:
-            return
+            return {}
         # The seed knows step and name, so that every process draws the same noise for the same adapter.
         seed = surgery.name_seed(cut.seed, cut.step, adapter.name)
         noise = None
@@ -102,9 +106,7 @@ class Expand:
             noise = torch.rand(r - adapter.r, adapter.in_features, generator=generator, dtype=torch.float64)
         extend = surgery.extend_qr if self.init == "qr" else surgery.extend_gaussian
         A, B = extend(adapter.A.weight.detach(), adapter.B.weight.detach(), r, noise, seed=seed)
-        swapped = surgery.resize(adapter, A, B)
-        if cut.optimizer is not None:
-            optim.swap_params(cut.optimizer, swapped)
+        return surgery.resize(adapter, A, B)
 
 
 @dataclass(frozen=True)
@@ -125,20 +127,19 @@ class Settle:
         if not cut.last:
             return None
         values = {a.name: a.gate.item() for a in cut.kept if a.gate is not None}
-        for adapter in cut.kept:
-            self._settle(adapter, cut.optimizer)
+        gone = [gate for adapter in cut.kept for gate in self._settle(adapter, cut.optimizer)]
+        if cut.optimizer is not None:
+            optim.drop_params(cut.optimizer, gone)
         return "settle", {"gate": self.gate, "gates": values}
 
-    def _settle(self, adapter: Adapter, optimizer: torch.optim.Optimizer | None) -> None:
+    def _settle(self, adapter: Adapter, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+        """The gate that the optimizer has to forget, if there is one."""
         if adapter.gate is None:
-            return
+            return []
         if self.gate == "hold":
             seam.freeze_gate(adapter.layer, adapter.key)
-            gone = [adapter.gate]
-        else:
-            gate = surgery.fold(adapter)
-            gone = [gate]
-            for parameter in adapter.B.parameters() if optimizer is not None else ():
-                optim.rescale_moments(optimizer, parameter, gate.item())  # type: ignore[arg-type]
-        if optimizer is not None:
-            optim.drop_params(optimizer, gone)
+            return [adapter.gate]
+        gate = surgery.fold(adapter)
+        for parameter in adapter.B.parameters() if optimizer is not None else ():
+            optim.rescale_moments(optimizer, parameter, gate.item())  # type: ignore[arg-type]
+        return [gate]

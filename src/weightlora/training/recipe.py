@@ -161,7 +161,8 @@ class Recipe(Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
     After the cut, `reuse_prefix` runs frozen blocks once per example (true, or the type of the kept output) and
-    `grow_batch` merges accumulated micro-batches (true, or how many).
+    `grow_batch` merges accumulated micro-batches (true, or how many). `on_nan` says what becomes of a step whose
+    gradients are NaN or infinite.
     """
 
     what: ClassVar[str] = "recipe"
@@ -176,6 +177,7 @@ class Recipe(Section):
     generation: GenerationSpec = GenerationSpec()
     reuse_prefix: bool | Literal["float32", "bfloat16"] = False
     grow_batch: bool | int = False
+    on_nan: Literal["stop", "skip"] = "stop"
     output_dir: str
     seed: int = Field(42, ge=0, lt=2**32)
 

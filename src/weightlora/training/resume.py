@@ -34,7 +34,7 @@ _FREE = (
     "training.push_to_hub",
 )
 # What may change on the way: the schedule. `method.keep` is judged by the method, which knows whether anything was cut.
-_TAKEN_OVER = ("training", "grow_batch", "reuse_prefix", "method.keep")
+_TAKEN_OVER = ("training", "on_nan", "grow_batch", "reuse_prefix", "method.keep")
 
 
 def start_from(output_dir: str) -> Path | None:

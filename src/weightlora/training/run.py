@@ -28,6 +28,7 @@ from weightlora.measure import trainable_parameters
 from weightlora.methods.adalora import as_lora
 from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import Encoded
+from weightlora.training.diverging import OnNan
 from weightlora.training.generating import Generating, generation_config
 from weightlora.training.plan import Job, Plan, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
@@ -148,7 +149,8 @@ def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
 
 def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Trainer, Encoded]:
     """The Trainer with the method as its callback, and the rows that score it."""
-    own: list[TrainerCallback] = [*([job.method] if job.method is not None else []), *job.after]
+    acting: list[TrainerCallback] = [] if job.method is None else [job.method]
+    own = [*acting, *job.after, OnNan(job.recipe.on_nan)]
     validation = job.encode(job.splits.validation)
     try:
         trainer = job.head.trainer(job.model.config)(

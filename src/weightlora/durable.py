@@ -80,6 +80,8 @@ def _remove_orphans(folder: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 is Ctrl-C
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -103,7 +105,8 @@ def remove_drafts(folder: Path) -> None:
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether it is named as a Trainer names its checkpoints."""
-    return Path(folder).name.removeprefix(_CHECKPOINT).isdigit() and Path(folder).name.startswith(_CHECKPOINT)
+    name = Path(folder).name
+    return name.startswith(_CHECKPOINT) and name.removeprefix(_CHECKPOINT).isdecimal()
 
 
 def mark(folder: Path) -> None:
@@ -220,13 +223,17 @@ def one_process(folder: Path, what: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:
-        with FileLock(folder / LOCK_FILE, timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
         raise ConfigError(
             f"Another process is making {what} in {str(folder)!r}; wait for it, or choose another `output_dir`."
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:

@@ -59,7 +59,7 @@ class RunTrainer(Trainer):
                 if first:
                     durable.mark(folder)
         except Exception:
-            if first:
+            if first and folder.is_dir() and durable.flaw(folder) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:

@@ -352,6 +352,20 @@ def disturb(row: Row, folder: Path, expected: Any, touches: int, seconds: float,
     return found
 
 
+def workplace(prefix: str) -> Path:
+    """A new folder with a tiny model and its rows in `shared`; nothing here asks a hub."""
+    import datasets
+
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    top = Path(tempfile.mkdtemp(prefix=prefix))
+    datasets.config.HF_DATASETS_CACHE = top / "cache"
+    (top / "shared").mkdir()
+    save_tiny_bert(top / "shared/model")
+    write_jsonl(top / "shared/train.jsonl", questions())
+    return top
+
+
 SHARED = Path()
 
 
@@ -363,16 +377,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the places")
     parser.add_argument("--only", default="", help="rows whose kind or name contains this")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    top = Path(tempfile.mkdtemp(prefix="faults-"))
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = top / "cache"
+    top = workplace("faults-")
     SHARED = top / "shared"
-    SHARED.mkdir()
-    save_tiny_bert(SHARED / "model")
-    write_jsonl(SHARED / "train.jsonl", questions())
     wanted = [row for row in rows() if given.only in f"{row.kind} {row.name}"]
     draw, total, table = random.Random(given.seed), Found(), {}
     with Progress() as progress:

@@ -26,12 +26,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.progress import Progress
-from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from tiny_text import questions, recipe
 
-from weightlora import cli
+from benchmarks.faults import workplace
+from weightlora import cli, methods
 
 LIMIT = 5  # seconds
 WEIRD: list[Any] = [
@@ -326,19 +326,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=list(KINDS), help="one kind of case")
     parser.add_argument("--keep", action="store_true", help="leave the folders of cases that went wrong")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    top = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    import datasets
-
-    from weightlora import methods
-
-    datasets.config.HF_DATASETS_CACHE = top / "cache"
+    top = workplace("fuzz-")
     METHODS.extend(info.name for info in methods.list_methods())
     SHARED = top / "shared"
-    SHARED.mkdir()
-    save_tiny_bert(SHARED / "model")
-    write_jsonl(SHARED / "train.jsonl", questions())
     raw = valid(SHARED)
     raw["training"] |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     (SHARED / "recipe.yaml").write_text(yaml.safe_dump(raw))

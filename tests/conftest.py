@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_text import questions, save_tiny_bert, write_jsonl
 from torch import Tensor
 
 WORKER = Path(__file__).parent / "stock_worker.py"
@@ -33,6 +34,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny BERT in `model`, questions in `train.jsonl`, and a cache of its own for `datasets`."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tiny_bert(tmp_path / "model")
+    write_jsonl(tmp_path / "train.jsonl", questions())
+    return tmp_path
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from tiny_text import recipe, save_tiny_bert
 from tiny_writer import save_writer
 
 from weightlora import cli
@@ -34,12 +34,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    save_tiny_bert(tmp_path / "model")
-    write_jsonl(tmp_path / "train.jsonl", questions())
-    write_recipe(tmp_path)
-    return tmp_path
+def folder(folder: Path) -> Path:
+    """With a recipe too."""
+    write_recipe(folder)
+    return folder
 
 
 def write_recipe(folder: Path, **entries: Any) -> Path:

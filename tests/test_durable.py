@@ -17,7 +17,7 @@ from filelock import FileLock
 from helpers import make_trainer, trainable_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from tiny_text import recipe
 from transformers import TrainerCallback
 
 from weightlora import (
@@ -37,14 +37,6 @@ from weightlora.training.stopping import Stopped
 
 STEPS: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "save_strategy": "steps", "per_device_train_batch_size": 8}
 METHOD = {"name": "weightlora_plus", "keep": 3, "after": 6}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    save_tiny_bert(tmp_path / "model")
-    write_jsonl(tmp_path / "train.jsonl", questions())
-    return tmp_path
 
 
 def trained(folder: Path, *, resume: bool = False, callbacks: tuple[TrainerCallback, ...] = (), **entries: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from tiny_text import questions, recipe, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from weightlora import export
@@ -105,14 +105,6 @@ def test_a_row_without_tokens_is_named(tmp_path: Path) -> None:
 
 
 # -- 4 and 8 bits ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    save_tiny_bert(tmp_path / "model")
-    write_jsonl(tmp_path / "train.jsonl", questions())
-    return tmp_path
 
 
 def quantised(folder: Path, bits: str, **entries: Any) -> Any:

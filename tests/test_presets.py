@@ -10,7 +10,7 @@ import papers
 import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
-from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from tiny_text import recipe
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -100,14 +100,6 @@ def test_what_cannot_be_known_is_said_with_the_modules_there_are() -> None:
 
 
 # -- in recipes --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    save_tiny_bert(tmp_path / "model")
-    write_jsonl(tmp_path / "train.jsonl", questions())
-    return tmp_path
 
 
 @pytest.mark.parametrize(("preset", "number"), [("self-attention", 6), ("query-value", 4), ("block-linear", 12)])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from tiny_text import questions, recipe, write_jsonl
 
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.methods import prepare
@@ -18,14 +18,6 @@ from weightlora.training.recipe import load_recipe, parse_recipe
 from weightlora.training.run import dry_run, run
 
 QUICK = {"num_train_epochs": 1, "per_device_train_batch_size": 16}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    save_tiny_bert(tmp_path / "model")
-    write_jsonl(tmp_path / "train.jsonl", questions())
-    return tmp_path
 
 
 def refusal(folder: Path, **entries: Any) -> str:

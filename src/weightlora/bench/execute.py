@@ -16,7 +16,7 @@ from typing import Any
 from weightlora import durable
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, WeightLoRAError
-from weightlora.training.recipe import parse_recipe
+from weightlora.training.recipe import leaves, parse_recipe
 
 RESULT_FILE = "result.json"
 _WEIGHTS = ("adapter", "model")
@@ -77,21 +77,13 @@ def check_same(folder: Path, made: dict[str, Any], wanted: dict[str, Any], but: 
     Raises:
         ConfigError: it names a key in which the recipes differ.
     """
-    one, other = dict(_leaves(made)), dict(_leaves(json.loads(json.dumps(wanted))))
+    one, other = dict(leaves(made)), dict(leaves(json.loads(json.dumps(wanted))))
     for key in sorted((one.keys() | other.keys()) - set(but)):
         if one.get(key) != other.get(key):
             raise ConfigError(
                 f"The run in {str(folder)!r} was made with `{key}` = {one.get(key)!r}, and the suite now says "
                 f"{other.get(key)!r}; choose another `output_dir`, or remove that folder to make the run again."
             )
-
-
-def _leaves(values: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in values.items():
-        inner = isinstance(value, dict) and value
-        found += _leaves(value, f"{above}{key}.") if inner else [(f"{above}{key}", value)]
-    return found
 
 
 def describe(error: Exception) -> str:

@@ -10,6 +10,7 @@ A task that is a benchmark knows its `data`. Everything else has a default; `Rec
 of a run shows all of them.
 """
 
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -212,3 +213,12 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the recipe with every default filled in, so that it can be run again."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     durable.write_whole(path, text)
+
+
+def leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of a recipe as dotted keys and values, in order; an empty mapping is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

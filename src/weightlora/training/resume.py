@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from weightlora import durable
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, short
-from weightlora.training.recipe import Recipe
+from weightlora.output import records
+from weightlora.training.recipe import Recipe, leaves
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +50,11 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
     Raises:
         ConfigError: they differ in what a checkpoint depends on; it names the key.
     """
-    file = folder / RECIPE_FILE
-    try:
-        was = dict(_leaves(yaml.safe_load(file.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        logger.warning("%s cannot be read, so nothing tells whether this is still the same run", file)
+    was = dict(leaves(records.recipe(folder)))
+    if not was:
+        logger.warning("without %s nothing tells whether this is still the same run", folder / RECIPE_FILE)
         return
-    now = dict(_leaves(recipe.model_dump(mode="json")))
+    now = dict(leaves(recipe.model_dump(mode="json")))
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) == now.get(key) or _is_one_of(key, _FREE):
             continue
@@ -74,11 +69,3 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
 
 def _is_one_of(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(name if name.endswith("_") else f"{name}.") for name in names)
-
-
-def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value

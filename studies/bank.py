@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALING = 2.0  # lora_alpha / r
+MOST = 64  # the highest rank
 
 
 class Site(NamedTuple):
@@ -37,6 +38,7 @@ class _Stack:
     """The adapters of one site, A (m, R, d_in) and B (m, d_out, R), for the m arms that have one."""
 
     def __init__(self, site: Site, ranks: Tensor, start: tuple[Tensor, Tensor] | Tensor, device: torch.device) -> None:
+        """`start` is A and B; or A alone, whose first rows are taken, for all arms or for each of them."""
         users = ranks.nonzero().flatten()
         r = int(ranks.max())
         self.site = site
@@ -47,7 +49,8 @@ class _Stack:
         if isinstance(start, tuple):
             A, B = start
         else:
-            A, B = start[:r], torch.zeros(site.d_out, r)
+            A, B = start[..., :r, :], torch.zeros(site.d_out, r)
+            A = A[users] if A.dim() == 3 else A
         self.A = nn.Parameter(A.to(device).expand(m, -1, -1).clone())
         self.B = nn.Parameter(B.to(device).expand(m, -1, -1).clone())
 
@@ -68,7 +71,8 @@ class Bank:
     Args:
         backbone: see `studies.backbones`; its model is in eval mode, so that nothing but the arms differs.
         ranks: (M, n) rank of each arm's adapter at each of the n sites; 0 is none.
-        seed: of A, equal in all arms.
+        seed: of A, equal in all arms that have no `starts`.
+        starts: for each arm what its A begin with, by site, (R, d_in), and random rows beyond; None is random.
         weights: adapters to start from instead, by site; shared by all arms.
         head: classifier (C, d) and bias (C,) to start from, or None where the backbone has its own.
     """
@@ -79,6 +83,7 @@ class Bank:
         ranks: Tensor,
         *,
         seed: int = 0,
+        starts: Sequence[dict[str, Tensor] | None] = (),
         weights: dict[str, tuple[Tensor, Tensor]] | None = None,
         head: tuple[Tensor, Tensor] | None = None,
     ) -> None:
@@ -90,6 +95,9 @@ class Bank:
         for i, site in enumerate(backbone.sites):
             if ranks[:, i].any():
                 start = weights[site.name] if weights else starting_a(site, i, seed)
+                if any(starts):
+                    first = [own[site.name].cpu() if own else start[:0] for own in starts]
+                    start = torch.stack([torch.cat([own, start[len(own) :]]) for own in first])
                 self.stacks[site.name] = _Stack(site, ranks[:, i], start, device)
         self.head = None
         if head is not None:
@@ -213,9 +221,9 @@ def _like(tensor: Tensor, values: Tensor, users: Tensor | None) -> Tensor:
 
 
 def starting_a(site: Site, index: int, seed: int) -> Tensor:
-    """A as PEFT starts it, (64, d_in) of which an adapter takes the first r rows: uniform in +-1/sqrt(d_in)."""
+    """A as PEFT starts it, (MOST, d_in) of which an adapter takes the first r rows: uniform in +-1/sqrt(d_in)."""
     random = torch.Generator().manual_seed(1_000_003 * seed + index)
-    return (2 * torch.rand(64, site.d_in, generator=random) - 1) / math.sqrt(site.d_in)
+    return (2 * torch.rand(MOST, site.d_in, generator=random) - 1) / math.sqrt(site.d_in)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from studies import sets
-from studies.bank import SCALING, Bank
+from studies.bank import MOST, SCALING, Bank
 from weightlora.optim import StoIHT, top_k
 
 DAMPING = 1e-2
@@ -49,6 +49,7 @@ class Pass:
 
     def __init__(self, bank: Bank, batches: Sequence[Batch]) -> None:
         backbone, sites = bank.backbone, bank.backbone.sites
+        self.sites = sites
         new = {"device": backbone.device}
         self.G = [torch.zeros(s.d_out, s.d_in, **new) for s in sites]
         self.Sx = [torch.zeros(s.d_in, s.d_in, **new) for s in sites]
@@ -110,6 +111,46 @@ class Pass:
             add("kfac of B", 0.5 * _whitened(g, self.Gam[i], inner).square().sum())
         return {name: torch.tensor(values) for name, values in found.items()}
 
+    def starts(self, how: str, r: int = MOST) -> dict[str, Tensor]:
+        """What A can begin with instead of noise, by site, (r, d_in), best row first.
+
+        Args:
+            how: "gradient", the right singular vectors of G; "kfac", what the best step of rank r under K-FAC's
+                curvature reads, V' Sx^-1/2; "inputs", the main directions of the inputs. Every row is scaled so that
+                its product with x is as large as a random row's.
+        """
+        found = {}
+        for i, site in enumerate(self.sites):
+            G, Sx = self.G[i], self.Sx[i]
+            q = min(r, *G.shape)
+            if how == "gradient":
+                A = _right(G, q)
+            else:
+                damped = Sx + math.sqrt(DAMPING) * Sx.diagonal().mean() * torch.eye(len(Sx), device=Sx.device)
+                if how == "inputs":
+                    A = _right(Sx, q)
+                else:
+                    L = torch.linalg.cholesky(damped)
+                    V = _right(_whitened(G, self.Gam[i], Sx), q)
+                    A = torch.linalg.solve_triangular(L.T, V.T, upper=True).T
+            size = ((A @ Sx) * A).sum(1, keepdim=True)
+            found[site.name] = A * (Sx.diagonal().mean() / 3 / size.clamp(min=1e-30)).sqrt()
+        return found
+
+    def ranks(self, budget: int, most: int = 32) -> dict[int, int]:
+        """Ranks that spend `budget` parameters on the singular values of the whitened gradients, by site: the largest
+        squares for their parameters first, no more than `most` of one site."""
+        gains = []
+        for i, site in enumerate(self.sites):
+            values = _top(_whitened(self.G[i], self.Gam[i], self.Sx[i]), most)
+            gains += [(float(v) ** 2 / site.parameters(1), i) for v in values[:most]]
+        found: dict[int, int] = {}
+        for _, i in sorted(gains, reverse=True):
+            if self.sites[i].parameters(1) <= budget:
+                found[i] = found.get(i, 0) + 1
+                budget -= self.sites[i].parameters(1)
+        return found
+
 
 def _whitened(G: Tensor, gam: Tensor | None, sx: Tensor | None) -> Tensor:
     """Gam^-1/2 G Sx^-1/2 up to rotations; None is the identity. Damped as K-FAC is, by the factors' mean traces."""
@@ -123,6 +164,12 @@ def _whitened(G: Tensor, gam: Tensor | None, sx: Tensor | None) -> Tensor:
         L = torch.linalg.cholesky(sx + root * b * torch.eye(len(sx), device=sx.device))
         G = torch.linalg.solve_triangular(L, G.T, upper=False).T
     return G
+
+
+def _right(W: Tensor, r: int) -> Tensor:
+    """The first r right singular vectors, as rows."""
+    torch.manual_seed(0)
+    return torch.svd_lowrank(W, q=min(2 * r, *W.shape), niter=4)[2][:, :r].T
 
 
 def _top(W: Tensor, r: int) -> Tensor:

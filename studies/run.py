@@ -8,6 +8,7 @@ FOLDER is what `python -m studies.prepare` wrote. A group of runs that is in FIL
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import time
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from studies import rules, sets
 from studies.backbones import FEED_FORWARD, Decoder, Encoder
-from studies.bank import Bank, fit_head
+from studies.bank import MOST, Bank, fit_head
 from studies.tasks import TASKS, Rows, Task
 
 RATES = (3e-4, 1e-3, 3e-3, 9e-3)
@@ -40,12 +41,13 @@ CONFIRMED = (
 
 @dataclass(frozen=True)
 class Arm:
-    """Which modules, at which rank; `kind` groups arms in the tables."""
+    """Which modules, at which rank or ranks; `kind` groups arms in the tables, `start` names what A begins with."""
 
     kind: str
     name: str
     modules: sets.Set
-    r: int = sets.RANK
+    r: int | tuple[int, ...] = sets.RANK
+    start: str = ""
 
 
 @dataclass
@@ -151,8 +153,16 @@ class TaskRuns:
 
     # -- runs ----------------------------------------------------------------------------------------------------
 
-    def run(self, part: str, arms: Sequence[Arm], *, times: float = 1.0, head: Any = None) -> None:
-        """Train every arm at every rate, and write a line for each."""
+    def run(
+        self,
+        part: str,
+        arms: Sequence[Arm],
+        *,
+        times: float = 1.0,
+        head: Any = None,
+        starts: dict[str, Any] | None = None,
+    ) -> None:
+        """Train every arm at every rate, and write a line for each. `starts` gives what an arm's `start` names."""
         if pattern := self.study.arms:
             arms, part = [arm for arm in arms if re.search(pattern, arm.name)], f"{part} /{pattern}/"
         started, key = time.time(), (self.task.name, self.seed, part)
@@ -163,17 +173,18 @@ class TaskRuns:
         batches = self.training(times)
         lines: list[dict[str, Any]] = []
         for start in range(0, len(pairs), self.at_once):
-            lines += self._bank(part, pairs[start : start + self.at_once], batches, head or self.head)
+            lines += self._bank(part, pairs[start : start + self.at_once], batches, head or self.head, starts or {})
         self.study.write(lines)
         self.study.finish(started, *key)
 
     def _bank(
-        self, part: str, pairs: Sequence[tuple[Arm, float]], batches: Sequence[dict[str, Tensor]], head: Any
+        self, part: str, pairs: Sequence[tuple[Arm, float]], batches: Sequence[Any], head: Any, starts: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
         ranks = torch.zeros(len(pairs), len(self.sites), dtype=torch.long)
         for row, (arm, _) in zip(ranks, pairs, strict=True):
-            row[list(arm.modules)] = arm.r
-        bank = Bank(self.backbone, ranks, seed=self.seed, head=head)
+            row[list(arm.modules)] = torch.tensor(arm.r)
+        own = [starts.get(arm.start) for arm, _ in pairs]
+        bank = Bank(self.backbone, ranks, seed=self.seed, starts=own, head=head)
         encoder = self.task.model == "encoder"
         valid = self.held_out("valid", len(pairs), 1000)
         some = valid if encoder else self.held_out("valid", len(pairs), 48)
@@ -199,7 +210,8 @@ class TaskRuns:
                 "steps": len(batches),
                 "r": arm.r,
                 "modules": list(arm.modules),
-                "parameters": sets.size(self.sites, arm.modules, arm.r),
+                "parameters": sum(s.parameters(r) for s, r in zip(self.sites, ranks[i].tolist(), strict=True)),
+                **({"start": arm.start} if arm.start else {}),
                 "valid": [round(v, 5) for v in points[:, i].tolist()],
                 "loss": round(float(loss[i]), 5),
                 "right": round(float(right[i]), 5),
@@ -251,6 +263,37 @@ class TaskRuns:
             Arm("pattern", "last feed-forward", patterns["last feed-forward"]),
             Arm("random stratified", "stratified 0", sets.stratified(s, b, 0)),
         ]
+
+    def started(self) -> tuple[list[Arm], dict[str, Any]]:
+        """A few sets with every start of A, and ranks dealt out by the same evidence: a thirtieth of the run's batches,
+        or 16."""
+        s, b = self.sites, self.budget
+        patterns = sets.patterns(s, b)
+        everything, half = tuple(range(len(s))), sets.blocks_from(s, 1 / 2)
+        spread, whole = patterns["spread feed-forward"], sets.size(s, everything)
+        as_lora = min(MOST, int(whole / sets.size(s, spread, 1)))
+        bases = [
+            Arm("all", "all", everything),
+            Arm("all", "all, r=2", everything, 2),
+            Arm("all", "all, r=1", everything, 1),
+            Arm("pattern", "spread feed-forward", spread),
+            Arm("pattern", "spread up", patterns["spread up"]),
+            Arm("covering", "spread feed-forward, LoRA's parameters", spread, as_lora),
+            Arm("upper", "upper half", half),
+            *(Arm("random stratified", f"stratified {i}", sets.stratified(s, b, i)) for i in range(3)),
+        ]
+        rows, starts, arms = self.training(seed=1000 + self.seed), {}, []
+        full = Bank(self.backbone, torch.full((1, len(s)), sets.RANK), seed=self.seed, head=self.head)
+        few = max(2, round(len(rows) / 30))
+        for count, end, names in ((few, "", ("gradient", "kfac", "inputs")), (16, ", 16 batches", ("kfac",))):
+            evidence = rules.Pass(full, rows[:count])
+            starts |= {f"{name}{end}": evidence.starts(name) for name in names}
+            for name, budget in (("kfac ranks", b), ("kfac ranks, LoRA's parameters", whole)):
+                ranks = evidence.ranks(budget)
+                own = Arm("rule", f"{name}{end}", tuple(ranks), tuple(ranks.values()))
+                arms += [own, _from(own, f"kfac{end}")]
+            del evidence
+        return bases + arms + [_from(arm, start) for start in starts for arm in bases], starts
 
     # -- rules ---------------------------------------------------------------------------------------------------
 
@@ -330,6 +373,9 @@ def run_task(study: Study, task: Task, seed: int) -> None:
     """All groups of one task and seed, the most telling first."""
     runs = TaskRuns(study, task, seed)
     tried = runs.random(*((1, 1, 0, 0) if study.quick else RANDOM[task.role]))
+    if study.group(task.name, seed, "starts"):
+        arms, starts = runs.started()
+        runs.run("starts", arms, starts=starts)
     runs.run("sets", runs.fixed() + tried)
     if task.role == "check":
         return
@@ -339,6 +385,10 @@ def run_task(study: Study, task: Task, seed: int) -> None:
         runs.run("rules", _different(runs.picks(tried)))
     if task.role == "choose" and seed == 0 and runs.head is not None:
         runs.run("random head", runs.fixed()[:3] + tried[:4], head=runs.random_head())
+
+
+def _from(arm: Arm, start: str) -> Arm:
+    return dataclasses.replace(arm, name=f"{arm.name}, {start} start", start=start)
 
 
 def _different(arms: Sequence[Arm]) -> list[Arm]:

@@ -65,7 +65,11 @@ class Results:
 
     def __init__(self, lines: Sequence[Line]) -> None:
         self.lines, self.runs = lines, best_rates(lines)
-        self.tasks = [task for task in TASKS if any(run.task == task for run in self.runs)]
+        self.tasks = self.with_part("sets")
+
+    def with_part(self, part: str) -> list[str]:
+        """Tasks for which there are runs of this part."""
+        return [task for task in TASKS if self.of(task, part)]
 
     def of(self, task: str, part: str = "sets") -> list[Run]:
         return [run for run in self.runs if run.task == task and run.part == part]
@@ -76,20 +80,19 @@ class Results:
     def loss(self, task: str, seed: int, arm: str, part: str = "sets") -> float | None:
         return next((r.loss for r in self.of(task, part) if r.seed == seed and r.arm == arm), None)
 
-    def above(self, task: str, arm: str) -> list[float]:
+    def above(self, task: str, arm: str, part: str = "sets") -> list[float]:
         """By how much an arm's loss is above that of LoRA on all, as a share, one for each seed."""
         found = []
-        for seed in self.seeds(task):
-            loss, full = self.loss(task, seed, arm), self.loss(task, seed, "all")
+        for seed in self.seeds(task, part):
+            loss, full = self.loss(task, seed, arm, part), self.loss(task, seed, "all", part)
             if loss is not None and full is not None:
                 found.append(loss / full - 1)
         return found
 
     def kind_above(self, task: str, kind: str) -> list[float]:
         """The same for all sets of a kind and all seeds."""
-        return [
-            x for arm in dict.fromkeys(r.arm for r in self.of(task) if r.kind == kind) for x in self.above(task, arm)
-        ]
+        arms = dict.fromkeys(r.arm for r in self.of(task) if r.kind == kind)
+        return [x for arm in arms for x in self.above(task, arm)]
 
 
 # ---- Tables --------------------------------------------------------------------------------------------------
@@ -246,6 +249,73 @@ def ranks_of_choice(results: Results) -> str:
     return _markdown(rows)
 
 
+STARTS = ("", "gradient", "kfac", "kfac, 16 batches", "inputs")
+STRATIFIED = ("stratified 0", "stratified 1", "stratified 2")
+STARTED = {
+    "all": "every module",
+    "spread feed-forward": "spread feed-forward, a tenth",
+    "spread up": "spread up, a tenth",
+    "random": "random stratified, a tenth",
+    "upper half": "upper half",
+    "spread feed-forward, LoRA's parameters": "spread feed-forward, LoRA's parameters",
+    "kfac ranks": "ranks by K-FAC, a tenth",
+    "kfac ranks, LoRA's parameters": "ranks by K-FAC, LoRA's parameters",
+}
+
+
+def starts(results: Results) -> str:
+    """What A begins with: held-out loss above that of a stock LoRA on every module, in percent."""
+    tasks = results.with_part("starts")
+    rows = [["adapters", "A starts from", *(f"{t} ({len(results.seeds(t, 'starts'))})" for t in tasks), "mean"]]
+    for arm, title in STARTED.items():
+        for start in STARTS:
+            means = [_mean_above(results, task, arm, start) for task in tasks]
+            known = [m for m in means if m is not None]
+            if known and (arm, start) != ("all", ""):
+                mean = f"{100 * statistics.mean(known):+.1f}" if len(known) == len(tasks) else ""
+                cells = ["" if m is None else f"{100 * m:+.1f}" for m in means]
+                rows.append([title, start or "noise", *cells, mean])
+    return _markdown(_once(rows))
+
+
+def _mean_above(results: Results, task: str, arm: str, start: str) -> float | None:
+    """Mean over the seeds, and over the random sets if `arm` is "random"."""
+    end = ", 16 batches" if arm.startswith("kfac") and start.endswith("16 batches") else ""
+    arms = STRATIFIED if arm == "random" else [f"{arm}{end}"]
+    found = [x for a in arms for x in results.above(task, f"{a}, {start} start" if start else a, "starts")]
+    return statistics.mean(found) if found else None
+
+
+def default(results: Results) -> str:
+    """A tenth of the modules, spread, from the gradient's directions: against LoRA and against random sets."""
+    rows = [["task", "seeds", "against LoRA on every module", "against random sets, equal parameters", "those, too"]]
+    tasks = results.with_part("starts")
+    pick, columns = "spread feed-forward", [[], [], []]
+    for task in tasks:
+        own = [_mean_above(results, task, pick, "gradient") or 0.0]
+        for start in ("", "gradient"):
+            random = _mean_above(results, task, "random", start) or 0.0
+            own.append((1 + own[0]) / (1 + random) - 1)
+        for column, value in zip(columns, own, strict=True):
+            column.append(value)
+        seeds = len(results.seeds(task, "starts"))
+        role = ", confirms" if TASKS[task].role == "confirm" else ""
+        rows.append([f"{task}{role}", str(seeds), *(f"{100 * v:+.1f}" for v in own)])
+    rows.append(["mean, 95 % interval over tasks", "", *map(_interval, columns)])
+    return _markdown(rows)
+
+
+T975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t by number of values
+
+
+def _interval(values: Sequence[float]) -> str:
+    mean, n = statistics.mean(values), len(values)
+    if n < 2:
+        return f"{100 * mean:+.1f}"
+    half = T975[n] * statistics.stdev(values) / n**0.5
+    return f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]"
+
+
 TABLES = {
     "where": where,
     "variance": variance,
@@ -253,6 +323,8 @@ TABLES = {
     "lengths": lengths,
     "head-first": head_first,
     "effective-rank": ranks_of_choice,
+    "starts": starts,
+    "default": default,
 }
 
 

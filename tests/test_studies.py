@@ -125,6 +125,31 @@ def test_gauss_newton_predicts_the_change_of_the_logits(backbone: Backbone) -> N
     assert newton.Q[i, i] == pytest.approx(curvature.item(), rel=0.25)
 
 
+@pytest.mark.parametrize("how", ["gradient", "kfac", "inputs"])
+def test_a_start_reads_the_main_directions_at_the_usual_size(backbone: Backbone, how: str) -> None:
+    bank = Bank(backbone, torch.full((1, len(backbone.sites)), 2), head=head_of(backbone))
+    evidence = rules.Pass(bank, batches(isinstance(backbone, Encoder)))
+    starts = evidence.starts(how, r=2)
+    for i, site in enumerate(backbone.sites):
+        A, G, Sx = starts[site.name], evidence.G[i], evidence.Sx[i]
+        usual = Sx.diagonal().mean() / 3  # of a random row, uniform in +-1/sqrt(d_in)
+        torch.testing.assert_close(((A @ Sx) * A).sum(1), usual.expand(2), rtol=1e-3, atol=0)
+        if how != "kfac":  # whose rows are the main directions of whitened inputs
+            seen = G if how == "gradient" else Sx
+            caught = (seen @ torch.linalg.qr(A.T)[0]).square().sum()
+            assert caught == pytest.approx(float(torch.linalg.svdvals(seen)[:2].square().sum()), rel=1e-2)
+
+
+def test_an_arm_with_a_start_is_the_arm_alone(backbone: Backbone) -> None:
+    ranks, data = arms(len(backbone.sites)), batches(isinstance(backbone, Encoder))
+    start = {s.name: torch.randn(4, s.d_in) / 4 for s in backbone.sites}
+    together = Bank(backbone, ranks, starts=[None, start, start], head=head_of(backbone))
+    alone = Bank(backbone, ranks[1:2], starts=[start], head=head_of(backbone))
+    for bank, rates in ((together, RATES), (alone, RATES[1:2])):
+        bank.train(data, torch.tensor(rates))
+    torch.testing.assert_close(together.evaluate(data)[0][1:2], alone.evaluate(data)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_sets_keep_to_their_budget(backbone: Backbone) -> None:
     sites, budget = backbone.sites, 3 * max(s.parameters(8) for s in backbone.sites)
     least = min(s.parameters(8) for s in sites)

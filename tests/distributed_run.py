@@ -19,6 +19,7 @@ from weightlora import (
     AdaLoRA,
     ALoRA,
     DynamicLoRA,
+    Fixed,
     Flexora,
     IncreLoRA,
     LoRADrop,
@@ -40,6 +41,7 @@ METHODS = {
     "weightlora": (lambda: WeightLoRA(keep=3, after=6), True),
     "weightlora_plus": (lambda: WeightLoRAPlus(keep=3, after=6, rounds=2), False),
     "rlora": (lambda: RLoRA(keep=3, after=6), False),
+    "fixed": (lambda: Fixed(keep=3, init_after=4), False),
     "adalora": (lambda: AdaLoRA(tfinal=6), False),
     "flexora": (lambda: Flexora(keep=1, after=6, val_rows=16, val_batches=2), False),
 }

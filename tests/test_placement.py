@@ -128,7 +128,7 @@ def test_it_is_the_same_run_as_a_random_choice_of_the_same_adapters():
     one, other = bert(lora_dropout=0.0).eval(), bert(lora_dropout=0.0).eval()  # without the base model's own dropout
     train(one, drawn, 4)
     names = [name.split("encoder.")[1] for name in drawn.kept]
-    train(other, Fixed(keep=None, modules=names), 4)
+    train(other, Fixed(keep=None, modules=names, init=None), 4)
     for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -140,6 +140,9 @@ def test_it_is_the_same_run_as_a_random_choice_of_the_same_adapters():
         ({"keep": "50% memory"}, "where='last'"),
         ({"keep": "50% memory", "where": "last"}, "needs one training step"),
         ({"modules": 3}, "must be one of"),
+        ({"init": "pissa"}, "use one of 'gradient', None"),
+        ({"init_after": 0}, "`init_after=0` must be a number of optimizer steps"),
+        ({"init_after": 5, "init": None}, "has no effect"),
         ({"modules": []}, "must be one of"),
         ({"keep": 2, "modules": ["v_proj"]}, r"matches none of the adapters; there are \['key', 'query', 'value'\]"),
         ({"keep": 5, "modules": "value"}, "only 3 of 9 are in question"),

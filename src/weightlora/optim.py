@@ -225,6 +225,12 @@ def swap_params(optimizer: torch.optim.Optimizer, swapped: dict[nn.Parameter, nn
         optimizer.state.pop(old, None)
 
 
+def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Start the moments of parameters afresh; they stay in their groups."""
+    for parameter in parameters:
+        host(optimizer).state.pop(parameter, None)
+
+
 def narrow_param(
     optimizer: torch.optim.Optimizer,
     old: nn.Parameter,

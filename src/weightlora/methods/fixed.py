@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+from peft import PeftModel
 
 from weightlora import options
 from weightlora.errors import ConfigError
@@ -11,13 +13,14 @@ from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import SelectionMethod
 from weightlora.selection import budgets
 from weightlora.selection.actions import Disconnect
+from weightlora.selection.directions import DirectedSelector
 from weightlora.selection.placement import EVERYTHING, GROUPS, WHERE, Placement, Where
 from weightlora.selection.schedules import After
-from weightlora.selection.selector import Strategy
+from weightlora.selection.selector import Selector, Strategy
 
 
 class Fixed(SelectionMethod):
-    """Keep adapters by a pattern over the depth, and disconnect the rest before the first step.
+    """Keep adapters by a pattern over the depth, disconnect the rest before the first step, and learn what A reads.
 
         Fixed(keep=0.1)                                          a tenth, feed-forward, at equal distances
         Fixed(keep=10, modules=["v_proj", "o_proj"])             ten of these, at equal distances
@@ -33,6 +36,9 @@ class Fixed(SelectionMethod):
             feed-forward ones, or all if none of those has an adapter.
         after: the optimizer step of the cut.
         seed: of the random draws; default the Trainer's.
+        init: "gradient" (default) trains a few steps to see the gradient, then starts the adapters again, with A its
+            main directions and B at 0 (`selection.directions`). None keeps the start that PEFT gave them.
+        init_after: when that is, in steps or as a share of the run. Default: after a thirtieth of it.
         share_dropout: as in `WeightLoRA`.
 
     Raises:
@@ -46,9 +52,17 @@ class Fixed(SelectionMethod):
         *,
         modules: str | Sequence[str] | None = None,
         after: int | float | None = 0,
+        init: Literal["gradient"] | None = "gradient",
+        init_after: int | float | None = None,
         seed: int | None = None,
         share_dropout: bool = False,
     ) -> None:
+        options.one_of("init", init, ("gradient", None))
+        if init_after is not None:
+            options.steps_or_share("init_after", init_after, 1)
+            if init is None:
+                raise ConfigError(f"`init_after={init_after}` has no effect without `init='gradient'`; leave one out.")
+        self.init, self.init_after = init, init_after
         options.one_of("where", where, WHERE)
         self.keep = EVERYTHING if keep is None else budgets.parse(keep)
         if self.keep.in_cost and where == "spread":
@@ -68,6 +82,18 @@ class Fixed(SelectionMethod):
             keep=self.keep,
             when=self.when,
             then=(Disconnect(),),
+        )
+
+    def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Selector:
+        if self.init is None:
+            return super().start(model, adapter_name, seed)
+        return DirectedSelector(
+            model,
+            self.strategy(seed),
+            adapter_name=adapter_name,
+            seed=seed,
+            share_dropout=self.share_dropout,
+            init_after=self.init_after,
         )
 
 

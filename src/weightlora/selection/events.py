@@ -8,7 +8,8 @@
     importance  what LoRA-drop compares       importance: {name: I}, energy: {name: g}, rows,
                                               types: {type: {modules, importance, kept}}, in module order
     share    modules that hold one adapter    shared: {type: [name, ...]}
-    restart  the survivors start afresh           adapters: names
+    restart  adapters start afresh                adapters: names; where A reads the gradient's directions:
+                                               shares: {name: share of the gradient's squares in them}
     ranks    ranks that left or joined            ranks: {name: r}, parameters_after
     round    ALoRA: ranks moved                   scores, closed: {name: ranks}, dropped
     stage    SoRA: one value of lambda is over    lambda2, ranks_on

@@ -243,7 +243,7 @@ def test_a_merged_model_is_refused():
 
 def test_a_model_without_peft_is_refused():
     with pytest.raises(ConfigError, match="get_peft_model"):
-        WeightLoRA(keep=2, after=2).attach(bert().get_base_model())
+        WeightLoRA(keep=2, after=2).attach(bert().unload())
 
 
 def test_adapters_of_another_type_are_refused():

@@ -83,6 +83,6 @@ def _give_own_config(model: PeftModel, key: str) -> None:
     """A cut rewrites the config, and its object may belong to another adapter or model as well, as in TRL's DPO."""
     config = model.peft_config[key]
     model.peft_config[key] = own = copy.deepcopy(config)
-    allocator: Any = getattr(model.base_model, "rankallocator", None)
+    allocator: Any = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is not None and allocator.peft_config is config:
         allocator.peft_config = own

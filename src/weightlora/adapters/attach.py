@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from weightlora.adapters import seam
+from weightlora.adapters.host import active_adapter, base_of, find_host
 from weightlora.adapters.kernel import SharedDropout
 from weightlora.errors import ConfigError, UnsupportedError
 
@@ -78,41 +78,6 @@ class Adapter:
         return sum(p.numel() * p.element_size() for p in self.weights)
 
 
-def peft_model(model: nn.Module) -> PeftModel:
-    """The `PeftModel` inside a DDP or compiled wrapper.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    inner = model
-    while not isinstance(inner, PeftModel):
-        wrapped = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if wrapped is None:
-            break
-        inner = wrapped
-    if not isinstance(inner, PeftModel):
-        raise ConfigError(
-            f"expected a PEFT model, got {type(inner).__name__}; wrap it first: "
-            "`model = peft.get_peft_model(model, LoraConfig(...))`."
-        )
-    return inner
-
-
-def active_adapter(model: PeftModel) -> str:
-    """The one active adapter, which is the one that is trained.
-
-    Raises:
-        ConfigError: none or several are active, so name one.
-    """
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        raise ConfigError(
-            f"the model has {len(active)} active adapters {active}; activate the one to select in with "
-            "`model.set_adapter(name)`."
-        )
-    return active[0]
-
-
 def list_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
     """The LoRA adapters of a model in module order.
 
@@ -120,11 +85,11 @@ def list_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Ada
         model: a `PeftModel` with a stock `LoraConfig`.
         adapter_name: PEFT's name of the adapter. Default: the active one.
     """
-    peft = peft_model(model)
+    peft = find_host(model)
     key = adapter_name or active_adapter(peft)
     return [
         Adapter(name, module, key)
-        for name, module in peft.get_base_model().named_modules()
+        for name, module in base_of(peft).named_modules()
         if isinstance(module, LoraLayer)
         and not isinstance(module, AdaLoraLayer)
         and (key in module.lora_A or key in module.lora_embedding_A)
@@ -164,7 +129,7 @@ def use_kernel(
 
 def checked_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
     """The adapters of a model that selection can work on; raises as `add_gates` does, and changes nothing."""
-    peft = peft_model(model)
+    peft = find_host(model)
     key = adapter_name or active_adapter(peft)
     if key not in peft.peft_config:
         raise ConfigError(f"the model has no adapter {key!r}; it has {sorted(peft.peft_config)}.")

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from weightlora.adapters import seam
-from weightlora.adapters.attach import active_adapter, peft_model
+from weightlora.adapters.host import active_adapter, base_of, find_host
 
 # Referred to by every layer of a model and owned by none.
 _SHARED = ("vblora_vector_bank",)
@@ -69,10 +69,10 @@ class Attached:
 
 def list_attached(model: nn.Module, adapter_name: str | None = None) -> list[Attached]:
     """The adapters of a `PeftModel` of any type, in module order."""
-    peft = peft_model(model)
+    peft = find_host(model)
     key = adapter_name or active_adapter(peft)
     return [
         Attached(name, module, key)
-        for name, module in peft.get_base_model().named_modules()
+        for name, module in base_of(peft).named_modules()
         if isinstance(module, BaseTunerLayer) and key in getattr(module, "r", {})
     ]

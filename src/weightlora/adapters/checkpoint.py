@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
 from weightlora.adapters import attach, seam, surgery
@@ -83,6 +83,27 @@ def _exact(adapter: Adapter) -> dict[str, Tensor]:
         return {}
     factors = {f"{adapter.name}.lora_B.{part}": p for part, p in adapter.B.named_parameters()}
     return {f"{adapter.name}.{seam.GATES}": adapter.gate, **factors}
+
+
+def load_adapter(host: Any, folder: Path, adapter_name: str) -> None:
+    """Load a saved adapter's weights into a model that is no `PeftModel` and has the adapter already.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not of this structure.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"the adapter in {folder} cannot be read ({error}); resume from an earlier one."
+        ) from None
+    plain = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+    unexpected = set_peft_model_state_dict(host, plain, adapter_name).unexpected_keys
+    if unexpected:
+        raise CheckpointError(f"the adapter in {folder} has {unexpected[0]}, which this model does not; start anew.")
 
 
 def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int]) -> None:

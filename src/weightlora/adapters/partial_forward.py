@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from weightlora.adapters.attach import peft_model
 from weightlora.adapters.blocks import Stack, find_stacks
+from weightlora.adapters.host import base_of, find_host
 
 
 class Lower:
@@ -30,7 +30,7 @@ class Lower:
 
     def __init__(self, model: nn.Module, run: Callable[[], float]) -> None:
         self._run = run
-        self._stacks = find_stacks(peft_model(model).get_base_model())
+        self._stacks = find_stacks(base_of(find_host(model)))
         self._reached: tuple[str, int] = ("", 0)  # a stack, and how many of its blocks `_output` stands for
         self._output: Any = None
         self.works = True

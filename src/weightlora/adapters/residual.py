@@ -20,7 +20,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weightlora.adapters.attach import Adapter, active_adapter, list_adapters
+from weightlora.adapters.attach import Adapter, list_adapters
+from weightlora.adapters.host import active_adapter
 from weightlora.errors import CheckpointError, ConfigError, UnsupportedError, WeightLoRAError
 
 START_A, START_B, START_OF = "weightlora_start_A", "weightlora_start_B", "weightlora_start_of"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from weightlora.adapters.attach import list_adapters, peft_model
+from weightlora.adapters.attach import list_adapters
+from weightlora.adapters.host import base_of, find_host
 from weightlora.adapters.surgery import alpha_for
 from weightlora.errors import CheckpointError
 
@@ -23,10 +24,10 @@ def sync_config(model: nn.Module, adapter_name: str) -> None:
 
     The commonest rank becomes `r`; the others go into `rank_pattern` and `alpha_pattern` under anchored full names.
     """
-    peft = peft_model(model)
+    peft = find_host(model)
     adapters = list_adapters(peft, adapter_name)
     config = peft.peft_config[adapter_name]
-    others = {n for n, m in peft.get_base_model().named_modules() if not _inside_adapter(n)}
+    others = {n for n, m in base_of(peft).named_modules() if not _inside_adapter(n)}
     config.target_modules = target_modules([a.name for a in adapters], others)  # type: ignore[attr-defined]
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # type: ignore[attr-defined]
     form = Counter((a.r, alpha_for(a)) for a in adapters)

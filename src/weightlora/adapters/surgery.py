@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from weightlora.adapters import seam
-from weightlora.adapters.attach import Adapter, peft_model
+from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
+from weightlora.adapters.host import base_of, find_host
 
 
 def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Parameter]:
@@ -21,7 +22,7 @@ def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Paramet
     Returns:
         The parameters that are no longer part of the model, gates included, for the optimizer to forget.
     """
-    base = peft_model(model).get_base_model()
+    base = base_of(find_host(model))
     removed: list[nn.Parameter] = []
     for adapter in adapters:
         removed += [*adapter.weights, *([adapter.gate] if adapter.gate is not None else [])]
@@ -43,7 +44,7 @@ def release_inputs(model: nn.Module) -> None:
     block, adapters or not. That hook is removed with the checkpoints of the frozen blocks at the bottom. The reentrant
     kind of checkpointing needs an input that requires a gradient: the lowest block that trains makes its own.
     """
-    base: Any = peft_model(model).get_base_model()
+    base: Any = base_of(find_host(model))
     reentrant = reentrant_checkpointing(base)
     if reentrant is None:
         return

@@ -39,11 +39,17 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightlora import durable, optim, options
-from weightlora.adapters import admission, attach, checkpoint, surgery
+from weightlora.adapters import admission, checkpoint, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap, wait_for_all
+from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, UnsupportedError
-from weightlora.methods._trainer import calling_trainer, refuse_sharding, steps_per_epoch
+from weightlora.methods._trainer import (
+    calling_trainer,
+    load_through,
+    refuse_sharding,
+    steps_per_epoch,
+)
 from weightlora.selection.engine import Engine
 from weightlora.selection.events import EVENTS_FILE, Event, spelled_out
 from weightlora.selection.selector import Selector, Strategy
@@ -88,6 +94,13 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Write the state needed to resume beside an adapter that `model.save_pretrained(folder)` wrote."""
         self.engine.save(Path(folder))
 
+    def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
+        """Bring the model back to a checkpoint of this method; `load` loads the weights, and its result is returned."""
+        loaded = self.engine.restore(folder, load)
+        self._resumed = True
+        self._finish_if_done()
+        return loaded
+
     def held_out(self, rows: int) -> int:
         """How many of `rows` rows of training data it holds out when a Trainer is built."""
         return 0
@@ -102,30 +115,33 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Start work on a model's adapters. Create the optimizer afterwards.
 
         Args:
-            model: a `PeftModel`, bare or inside DDP.
+            model: a `PeftModel`, or a model given its LoRA by `add_adapter` or `inject_adapter_in_model`; bare, or
+                inside DDP or another module.
             adapter_name: which of several adapters to work on. Default: the active one.
             seed: used where the method itself was given none. Default 0.
 
         Raises:
             ConfigError, UnsupportedError: the model or the budget cannot work; nothing was changed.
         """
-        peft = attach.peft_model(model)
-        adapter_name = adapter_name or attach.active_adapter(peft)
-        admission.admit(peft, adapter_name)
+        host = find_host(model)
+        adapter_name = adapter_name or active_adapter(host)
+        admission.admit(host, adapter_name)
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
-        self._engine = self.start(peft, adapter_name, chosen)
+        self._engine = self.start(host, adapter_name, chosen)
         self._engine.arguments = self.arguments
         if isinstance(model, DistributedDataParallel):
             self._ddp = weakref.ref(model)
             self._rewrap()  # it was made before this changed the model
         self._stop_looking()
         if not self.engine.done:
-            self._looking = peft.register_forward_pre_hook(self._look_for_ddp)
+            self._looking = host.register_forward_pre_hook(self._look_for_ddp)
         # Trainer resumes with `model.load_adapter(checkpoint)` before it makes the optimizer, and saves with
         # `save_pretrained`, then removes older checkpoints, and only then calls `on_save`; it has no earlier event.
-        peft._weightlora_method = self  # type: ignore[assignment]
-        peft.load_adapter = MethodType(_load_adapter, peft)  # type: ignore[method-assign]
-        peft.save_pretrained = MethodType(_save_pretrained, peft)  # type: ignore[method-assign]
+        host._weightlora_method = self
+        if isinstance(host, PeftModel):
+            host.load_adapter = MethodType(_load_adapter, host)  # type: ignore[method-assign]
+        if hasattr(host, "save_pretrained"):
+            host.save_pretrained = MethodType(_save_pretrained, host)
         self._finish_if_done()
         return self
 
@@ -297,6 +313,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The trainer is built and its optimizer is not: what is trained can still change."""
         self.attach(kwargs["model"], seed=args.seed)
+        if not isinstance(kwargs["model"], PeftModel) and (trainer := calling_trainer()) is not None:
+            load_through(trainer, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -304,7 +322,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Report every problem with the schedule here, before the first step."""
         trainer = calling_trainer()
         refuse_sharding(trainer)
-        if self._engine is None or attach.peft_model(kwargs["model"]) is not self._engine.model:
+        if self._engine is None or find_host(kwargs["model"]) is not self._engine.model:
             # The callback came after the trainer was built, or `model_init` made a new model.
             self.attach(kwargs["model"], seed=args.seed)
             optim.keep_only(kwargs["optimizer"], kwargs["model"].parameters())
@@ -405,24 +423,21 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
     folder = Path(str(model_id))
     if adapter_name != method.engine.key or not (folder / checkpoint.STATE_FILE).is_file():
         return load()
-    loaded = method.engine.restore(folder, load)
-    method._resumed = True
-    method._finish_if_done()
-    return loaded
+    return method.restore(folder, load)
 
 
-def _save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """`PeftModel.save_pretrained`, which into a Trainer's checkpoint also writes the state needed to resume.
+def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """The model's own `save_pretrained`, which into a Trainer's checkpoint also writes the state needed to resume.
 
     Raises:
         DivergedError: gradients were NaN or infinite since the last look; nothing is written.
     """
-    method: Method = model._weightlora_method  # type: ignore[assignment]
+    method: Method = model._weightlora_method
     ours = durable.is_checkpoint(save_directory) and kwargs.get("is_main_process", True)
     if ours:
         method.engine.check_finite()
         durable.unmark(Path(save_directory))
-    PeftModel.save_pretrained(model, save_directory, *args, **kwargs)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if ours:
         method.save_state(save_directory)
 

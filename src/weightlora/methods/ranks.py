@@ -29,6 +29,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from weightlora import optim
 from weightlora.adapters import admission, attach, structure, surgery
 from weightlora.adapters.attach import Adapter
+from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods.base import Method
 from weightlora.selection.engine import Engine
@@ -53,7 +54,7 @@ class RankEngine(Engine):
     gated: ClassVar[bool] = True
 
     def __init__(self, model: PeftModel, adapter_name: str | None, seed: int) -> None:
-        super().__init__(model, adapter_name or attach.active_adapter(model), seed)
+        super().__init__(model, adapter_name or active_adapter(model), seed)
         self.ends: int | None = None
         self.settled = False
         self.cuts: tuple[int, ...] | None = None
@@ -336,7 +337,7 @@ class RankMethod(Method[R]):
         return self.engine.adapters
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._engine is None or self._engine.model is not attach.peft_model(kwargs["model"]):
+        if self._engine is None or self._engine.model is not find_host(kwargs["model"]):
             super().on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from weightlora.adapters.attached import list_attached
+from weightlora.adapters.host import base_of
 from weightlora.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def _difference(name: str, expected: Tensor, found: Tensor) -> float:
 
 def outputs(model: nn.Module) -> Tensor:
     """The first output of a model on a fixed small input, in evaluation mode."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = base_of(model)
     device = next(inner.parameters()).device
     generator = torch.Generator().manual_seed(0)
     if inner.main_input_name == "pixel_values":

@@ -19,7 +19,8 @@ from torch import nn
 
 from weightlora import durable
 from weightlora.adapters import structure, surgery
-from weightlora.adapters.attach import active_adapter, list_adapters
+from weightlora.adapters.attach import list_adapters
+from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError
 from weightlora.methods.adalora import as_lora
 from weightlora.output.card import model_card

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import options
-from weightlora.adapters.attach import peft_model
+from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError
 from weightlora.measure import saved_bytes
 from weightlora.methods._trainer import calling_trainer
@@ -110,7 +110,7 @@ class GrowBatch(TrainerCallback):
         if len(batches) == 1:
             return batches
         tokenizer = self._trainer.processing_class
-        config = getattr(peft_model(model).get_base_model(), "config", None)
+        config = getattr(base_of(find_host(model)), "config", None)
         pad_token = next((i for o in (tokenizer, config) if (i := getattr(o, "pad_token_id", None)) is not None), 0)
         merged = merge(batches, pad_token, left=getattr(tokenizer, "padding_side", "right") == "left")
         return batches if merged is None else [merged]
@@ -136,7 +136,7 @@ class GrowBatch(TrainerCallback):
 
     def _bytes_per_token(self, model: Any, inputs: Mapping[str, Any]) -> float:
         """Bytes a forward pass keeps for backward, per entry of the largest input."""
-        kept = saved_bytes(lambda: self._loss(model, inputs, None), exclude=peft_model(model))
+        kept = saved_bytes(lambda: self._loss(model, inputs, None), exclude=find_host(model))
         return kept / max(value.numel() for value in inputs.values() if torch.is_tensor(value))
 
     def _loss_adds_up(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> bool:
@@ -154,7 +154,7 @@ class GrowBatch(TrainerCallback):
 
     def _loss(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Tensor:
         """The loss of a forward pass that leaves no trace: it bypasses DDP and restores the random state."""
-        bare = peft_model(model)
+        bare = find_host(model)
         bare.train()
         with torch.random.fork_rng(), self._trainer.compute_loss_context_manager():
             prepared = self._trainer._prepare_inputs(dict(inputs))
@@ -207,5 +207,5 @@ def _padded(values: Sequence[Tensor], fill: int, left: bool) -> Tensor:
 
 
 def _engine_of(model: Any) -> Any:
-    method = getattr(peft_model(model), "_weightlora_method", None)
+    method = getattr(find_host(model), "_weightlora_method", None)
     return None if method is None else method.engine

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightlora.adapters.attach import peft_model
 from weightlora.adapters.blocks import Stack, evaluating, find_stacks
+from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import UnsupportedError
 
 
@@ -39,7 +39,7 @@ class Prefix:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self._model = model
-        self.stacks = [stack for stack in find_stacks(peft_model(model).get_base_model()) if stack.frozen]
+        self.stacks = [stack for stack in find_stacks(base_of(find_host(model))) if stack.frozen]
         self._widths = [0] * len(self.stacks)  # of the tuples the blocks return, 0 where they return a tensor
         if self.stacks:
             self._check(inputs)
@@ -54,7 +54,7 @@ class Prefix:
 
     def in_decoder(self, place: int) -> bool:
         """Whether a stack belongs to the decoder of an encoder-decoder."""
-        base: Any = peft_model(self._model).get_base_model()
+        base: Any = base_of(find_host(self._model))
         if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
             return False
         return any(module is self.stacks[place].blocks for module in base.get_decoder().modules())

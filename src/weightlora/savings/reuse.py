@@ -32,8 +32,8 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.adapters import surgery
-from weightlora.adapters.attach import peft_model
 from weightlora.adapters.blocks import find_stacks
+from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError, UnsupportedError
 from weightlora.savings.examples import Examples
 from weightlora.savings.prefix import Prefix
@@ -87,7 +87,7 @@ class ReusePrefix(TrainerCallback):
             UnsupportedError: a model without a list of blocks, with trainable embeddings, or compiled.
         """
         self.close()
-        peft = peft_model(model)
+        peft = find_host(model)
         _check_model(model, peft)
         self._examples = examples
         self._store = RowStore(self._make_home(Path(str(self.folder or folder or tempfile.gettempdir()))), rank=_rank())
@@ -121,7 +121,7 @@ class ReusePrefix(TrainerCallback):
         """Refuse an unsuitable model when the Trainer is built."""
         if args.torch_compile:
             raise UnsupportedError(f"{_CANNOT} a compiled model runs as one piece; leave `torch_compile` out.")
-        _check_model(kwargs["model"], peft_model(kwargs["model"]))
+        _check_model(kwargs["model"], find_host(kwargs["model"]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,7 +133,7 @@ class ReusePrefix(TrainerCallback):
             shutil.rmtree(stale)  # left by a run that was killed
         parent = Path(str(self.folder or output_dir))
         parent.mkdir(parents=True, exist_ok=True)
-        _announce(peft_model(kwargs["model"]), loader, self.dtype, parent)
+        _announce(find_host(kwargs["model"]), loader, self.dtype, parent)
         self.attach(kwargs["model"], folder=parent, examples=len(loader.dataset))
 
     def on_epoch_end(
@@ -248,13 +248,13 @@ def _rank() -> int:
 
 
 def _is_encoder_decoder(model: PeftModel) -> bool:
-    return bool(getattr(getattr(model.get_base_model(), "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
 
 
 def _check_model(model: nn.Module, peft: PeftModel) -> None:
     if hasattr(model, "_orig_mod"):
         raise UnsupportedError(f"{_CANNOT} a compiled model runs as one piece; leave `torch.compile` out.")
-    base: Any = peft.get_base_model()
+    base: Any = base_of(peft)
     if not find_stacks(base):
         raise UnsupportedError(f"{_CANNOT} {type(base).__name__} has no list of blocks; leave it out.")
     embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
@@ -280,7 +280,7 @@ def _announce(model: PeftModel, loader: Any, dtype: torch.dtype | None, parent: 
             f"{_CANNOT} the same rows of the dataset come out different each time (data augmentation or random "
             "masking), so there is nothing to reuse; leave it out."
         )
-    base: Any = model.get_base_model()
+    base: Any = base_of(model)
     width = getattr(base.config.get_text_config(), "hidden_size", 0)
     sides = [first.side(decoder=decoder) for decoder in ((False, True) if encoder_decoder else (False,))]
     tokens = sum(sum(side.lengths or ()) for side in sides) / first.size * len(loader.dataset)

@@ -22,6 +22,7 @@ from torch import nn
 
 from weightlora import optim
 from weightlora.adapters import attach, seam, structure, surgery
+from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.optim import NO_GRADIENT, GateRule
 from weightlora.selection import costs
@@ -89,8 +90,8 @@ class Selector(Engine):
         seed: int = 0,
         share_dropout: bool = False,
     ) -> None:
-        peft = attach.peft_model(model)
-        super().__init__(peft, adapter_name or attach.active_adapter(peft), seed)
+        peft = find_host(model)
+        super().__init__(peft, adapter_name or active_adapter(peft), seed)
         self.strategy = copy.deepcopy(strategy)
         self.method = strategy.method
         self.rounds_done = 0

@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from weightlora import durable, methods
 from weightlora.adapters import list_attached
 from weightlora.adapters.distributed import is_first
+from weightlora.adapters.host import base_of
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError
 from weightlora.measure import trainable_parameters
@@ -224,7 +225,7 @@ def make_plan(job: Job) -> Plan:
     cuts = job.method.plan(total_steps=steps, steps_per_epoch=per_epoch) if job.method is not None else ()
     splits = job.splits
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    base = job.model.get_base_model() if isinstance(job.model, PeftModel) else job.model
+    base = base_of(job.model)
     heads = [base.get_submodule(name) for name in head_modules(base)]
     return Plan(
         recipe=job.recipe,

@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from weightlora.adapters import structure, surgery
-from weightlora.adapters.attach import active_adapter, list_adapters
+from weightlora.adapters.attach import list_adapters
 from weightlora.adapters.attached import Attached, list_attached
+from weightlora.adapters.host import active_adapter
 
 
 def as_lora(model: PeftModel) -> PeftModel:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim, options
-from weightlora.adapters import admission, attach, structure
+from weightlora.adapters import admission, structure
 from weightlora.adapters.attached import Attached, list_attached
+from weightlora.adapters.host import active_adapter, base_of
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods._registry import Attach, MethodInfo, register
 from weightlora.methods.base import Method
@@ -80,7 +81,7 @@ class AdaLoRA(Method["RankAllocation"]):
         self.tfinal = options.steps_or_share("tfinal", tfinal)
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> RankAllocation:
-        key = adapter_name or attach.active_adapter(model)
+        key = adapter_name or active_adapter(model)
         config = _checked_config(model, key)
         for name in _OF_THE_ADAPTER:
             wanted, there = getattr(self, name), getattr(config, name)
@@ -247,7 +248,7 @@ class RankAllocation(Engine):
 
     def _remove(self, pattern: dict[str, list[bool]], optimizer: torch.optim.Optimizer | None) -> None:
         """Shrink every module to its row of `pattern`, and record that in the config in PEFT's own way."""
-        base = self.model.get_base_model()
+        base = base_of(self.model)
         for adapter in self.adapters:
             kept = torch.tensor(pattern[adapter.name]).nonzero().flatten()
             if len(kept):

@@ -26,6 +26,7 @@ from weightlora import optim, options
 from weightlora.adapters import attach, seam, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
+from weightlora.adapters.host import base_of
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.selection.actions import Cut, Disconnect, Settle
 from weightlora.selection.engine import Engine
@@ -114,7 +115,7 @@ class LayerSearch(Engine):
 
     def _find_layers(self) -> dict[str, list[Adapter]]:
         layers: dict[str, list[Adapter]] = {}
-        for stack in find_stacks(self.model.get_base_model()):
+        for stack in find_stacks(base_of(self.model)):
             for index in range(len(stack.blocks)):
                 name = f"{stack.name}.{index}"
                 if inside := [a for a in self.adapters if a.name.startswith(f"{name}.")]:

@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import options
-from weightlora.adapters import attach
+from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods._trainer import calling_trainer
@@ -101,7 +101,7 @@ class Flexora(Method[LayerSearch]):
         return self
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> LayerSearch:
-        search = LayerSearch(model, self.strategy, adapter_name or attach.active_adapter(model), seed)
+        search = LayerSearch(model, self.strategy, adapter_name or active_adapter(model), seed)
         search.batches = self._batches
         return search
 

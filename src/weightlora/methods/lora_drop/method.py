@@ -31,6 +31,7 @@ from weightlora import optim, options
 from weightlora.adapters import admission, attach, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import from_first
+from weightlora.adapters.host import active_adapter
 from weightlora.errors import CheckpointError, ConfigError, DivergedError
 from weightlora.measure import saved_bytes
 from weightlora.methods._registry import MethodInfo, register
@@ -112,7 +113,7 @@ class LoRADrop(Method["OutputSelection"]):
         self.count_padding, self.type_of = count_padding, type_of
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> OutputSelection:
-        return OutputSelection(model, adapter_name or attach.active_adapter(model), self, seed)
+        return OutputSelection(model, adapter_name or active_adapter(model), self, seed)
 
     def progress(self) -> dict[str, float]:
         return {}

@@ -13,7 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weightlora.adapters.attach import Adapter, peft_model
+from weightlora.adapters.attach import Adapter
+from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError
 
 IGNORED_LABEL = -100
@@ -31,21 +32,21 @@ class OutputEnergy:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter], *, count_padding: bool = False) -> None:
-        self._model = peft_model(model)
+        self._model = find_host(model)
         self._adapters = adapters
         self._count_padding = count_padding
         self._sums: list[Tensor | None] = [None] * len(adapters)
         self._masks: tuple[Tensor | None, Tensor | None] = (None, None)  # of encoder (or all) and decoder
         self._encoded: Tensor | None = None  # the encoder's output, which the decoder reads
         self._hooks: list[Any] = []
-        base: Any = self._model.get_base_model()
+        base: Any = base_of(self._model)
         self._two_sides = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
         self._in_decoder = {id(m) for m in base.get_decoder().modules()} if self._two_sides else set()
 
     def __enter__(self) -> Self:
         self._hooks = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         if self._two_sides:
-            encoder: Any = self._model.get_base_model()
+            encoder: Any = base_of(self._model)
             self._hooks.append(encoder.get_encoder().register_forward_hook(self._catch))
         for i, adapter in enumerate(self._adapters):
             self._hooks.append(adapter.layer.register_forward_pre_hook(partial(self._add, i)))  # type: ignore[attr-defined]

@@ -257,6 +257,28 @@ def test_a_run_that_ends_early_ends_within_its_budget_and_says_so(name, tmp_path
     assert gates == []
 
 
+@every_acting_method
+def test_a_run_that_starts_over_with_a_smaller_batch_plans_anew(name, tmp_path):
+    """As `auto_find_batch_size` does when memory runs out in the fourth step, before anything was decided."""
+    model, method, _ = made(name)
+    trainer = make_trainer(tmp_path, method, model=model, auto_find_batch_size=True, max_steps=-1, num_train_epochs=2)
+    step, calls = trainer.training_step, 0
+
+    def training_step(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step(*args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert trainer.state.max_steps > STEPS + 2 and method.engine.done
+    cuts = [e["step"] for e in method.events if e["event"] == "cut"]
+    planned = [min(step, trainer.state.max_steps) for step in method._planned]
+    assert not cuts or not planned or cuts[-1] in (0, planned[-1])
+
+
 @pytest.mark.parametrize("steps", [4, CUT, CUT + 1, STEPS])
 @every_acting_method
 def test_a_plain_loop_resumes_where_it_was(name, steps, tmp_path):

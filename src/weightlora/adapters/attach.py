@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from weightlora.adapters import seam
 from weightlora.adapters.host import active_adapter, base_of, find_host
 from weightlora.adapters.kernel import SharedDropout
 from weightlora.errors import ConfigError, UnsupportedError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +82,29 @@ class Adapter:
 
 
 def list_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
-    """The LoRA adapters of a model in module order.
+    """The LoRA adapters on a model's linear layers, in module order.
 
     Args:
-        model: a `PeftModel` with a stock `LoraConfig`.
+        model: one that carries a stock `LoraConfig`.
         adapter_name: PEFT's name of the adapter. Default: the active one.
     """
-    peft = find_host(model)
-    key = adapter_name or active_adapter(peft)
+    host = find_host(model)
+    key = adapter_name or active_adapter(host)
+    return [Adapter(name, layer, key) for name, layer in _layers(host, key) if seam.takes_gate(layer)]
+
+
+def list_others(host: Any, key: str) -> list[tuple[str, Any]]:
+    """Names and LoRA layers of an adapter that are not linear: embeddings, convolutions, experts' parameters.
+
+    They are trained as they are, outside of any choice and its budget.
+    """
+    return [(name, layer) for name, layer in _layers(host, key) if not seam.takes_gate(layer)]
+
+
+def _layers(host: Any, key: str) -> list[tuple[str, Any]]:
     return [
-        Adapter(name, module, key)
-        for name, module in base_of(peft).named_modules()
+        (name, module)
+        for name, module in base_of(host).named_modules()
         if isinstance(module, LoraLayer)
         and not isinstance(module, AdaLoraLayer)
         and (key in module.lora_A or key in module.lora_embedding_A)
@@ -139,22 +154,44 @@ def checked_adapters(model: nn.Module, adapter_name: str | None = None) -> list[
             f"adapter {key!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}; selection works on "
             "LoRA: use `peft.LoraConfig`."
         )
-    if getattr(config, "target_parameters", None):
-        raise UnsupportedError(
-            f"`target_parameters={config.target_parameters}` attaches to bare parameters, which take no gate; "
-            "target modules instead."
-        )
-    adapters = list_adapters(peft, key)
+    adapters, others = list_adapters(peft, key), list_others(peft, key)
     for adapter in adapters:
         seam.check_supported(adapter.name, adapter.layer, key)
+    if not adapters and others:
+        kinds = ", ".join(sorted({kind_of(layer) for _, layer in others}))
+        raise UnsupportedError(
+            f"adapter {key!r} lies on no linear layer, only on {kinds}, among which nothing is chosen; add linear "
+            "layers to `target_modules`."
+        )
     if not adapters:
         raise ConfigError(f"adapter {key!r} is attached to no module; check `target_modules` of its LoraConfig.")
-    _check_every_target_matches(config.target_modules, config.modules_to_save or (), adapters)
+    names = [a.name for a in adapters] + [name for name, _ in others]
+    _check_every_target_matches(config.target_modules, config.modules_to_save or (), names)
     return adapters
 
 
+def name_others(host: Any, key: str) -> dict[str, str]:
+    """The kind of each of `list_others`, by name; if there are any, a warning says what becomes of them."""
+    others = {name: kind_of(layer) for name, layer in list_others(host, key)}
+    if others:
+        kinds = ", ".join(f"{kind} ({n})" for kind, n in sorted(Counter(others.values()).items()))
+        logger.warning(
+            "%d adapters are not on linear layers, so they are trained as they are, outside the choice and its "
+            "budget: %s",
+            len(others),
+            kinds,
+        )
+    return others
+
+
+def kind_of(layer: Any) -> str:
+    """What a LoRA layer lies on, for messages: "Conv2d", or the name of a parameter."""
+    parameter = getattr(layer, "parameter_name", None)
+    return f"the parameter {parameter}" if parameter else type(layer.get_base_layer()).__name__
+
+
 def _check_every_target_matches(
-    targets: Sequence[str] | set[str] | str | None, whole: Sequence[str], adapters: list[Adapter]
+    targets: Sequence[str] | set[str] | str | None, whole: Sequence[str], names: Sequence[str]
 ) -> None:
     """PEFT is silent when some of several target names match nothing; a typo then costs the layers it meant.
 
@@ -162,7 +199,6 @@ def _check_every_target_matches(
     """
     if targets is None or isinstance(targets, str):
         return
-    names = [a.name for a in adapters]
     for target in sorted(targets):
         if any(f".{module}." in f".{target}." for module in whole):
             continue

@@ -113,7 +113,8 @@ def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int
         CheckpointError: the model has no adapter on one of these modules; nothing was changed.
     """
     adapters = attach.list_adapters(model, adapter_name)
-    unknown = sorted(ranks.keys() - {a.name for a in adapters})
+    others = {name for name, _ in attach.list_others(model, adapter_name)}
+    unknown = sorted(ranks.keys() - {a.name for a in adapters} - others)
     if unknown:
         raise CheckpointError(
             f"the checkpoint has an adapter on {unknown[0]} ({len(unknown)} in all) where this model has none; start "

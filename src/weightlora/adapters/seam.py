@@ -29,7 +29,7 @@ GATES = "lora_gate"
 # PEFT's layers are `Any` here: they are modules and tuner layers at once, which their annotations do not say.
 
 # Quantised LoRA layers that hand their forward to a variant, by name: importing them needs their backends.
-_QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
+_QUANTISED = frozenset({"Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"})
 
 
 class KernelVariant(LoraVariant):
@@ -103,21 +103,18 @@ def _gate_value(layer: Any, adapter: str) -> Tensor | float:
     return 1.0 if gate is None else gate.detach()
 
 
+def takes_gate(layer: Any) -> bool:
+    """Whether a LoRA layer is of a kind that asks its variant: linear, not an embedding, convolution or parameter."""
+    return isinstance(layer, LoraLinear) or not _QUANTISED.isdisjoint(cls.__name__ for cls in type(layer).__mro__)
+
+
 def check_supported(name: str, layer: Any, adapter: str) -> None:
-    """Raise `UnsupportedError` unless `layer` can take a gate for `adapter`.
+    """Raise `UnsupportedError` unless a layer that takes gates can have one for `adapter`.
 
     Raises:
-        UnsupportedError: the base layer is not linear (embedding, convolution, expert parameters), its quantised
-            kernel has no variant hook, another LoRA variant (DoRA, ...) holds the adapter, it is merged, or its factors
-            are computed from other parameters.
+        UnsupportedError: another LoRA variant (DoRA, ...) holds the adapter, it is merged, or its factors are computed
+            from other parameters.
     """
-    kinds = {cls.__name__ for cls in type(layer).__mro__}
-    if not isinstance(layer, LoraLinear) and not kinds.intersection(_QUANTISED):
-        base = type(layer.get_base_layer()).__name__
-        raise UnsupportedError(
-            f"{name}: a LoRA layer on {base} cannot be gated; leave it out of `target_modules` (supported: "
-            "nn.Linear, Conv1D, and bitsandbytes, GPTQ and HQQ linear layers)."
-        )
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, KernelVariant):
         kind = type(variant).__name__.removesuffix("LinearVariant") or type(variant).__name__

@@ -6,10 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from weightlora.adapters.attach import list_adapters
+from weightlora.adapters.attach import list_adapters, list_others
 from weightlora.adapters.host import base_of, find_host
 from weightlora.adapters.surgery import alpha_for
 from weightlora.errors import CheckpointError
@@ -24,20 +25,25 @@ def sync_config(model: nn.Module, adapter_name: str) -> None:
 
     The commonest rank becomes `r`; the others go into `rank_pattern` and `alpha_pattern` under anchored full names.
     """
-    peft = find_host(model)
-    adapters = list_adapters(peft, adapter_name)
-    config = peft.peft_config[adapter_name]
-    others = {n for n, m in base_of(peft).named_modules() if not _inside_adapter(n)}
-    config.target_modules = target_modules([a.name for a in adapters], others)  # type: ignore[attr-defined]
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # type: ignore[attr-defined]
-    form = Counter((a.r, alpha_for(a)) for a in adapters)
-    (config.r, config.lora_alpha), _ = form.most_common(1)[0]  # type: ignore[attr-defined]
-    config.rank_pattern = {anchored(a.name): a.r for a in adapters if a.r != config.r}  # type: ignore[attr-defined]
-    config.alpha_pattern = {  # type: ignore[attr-defined]
-        anchored(a.name): alpha_for(a)
-        for a in adapters
-        if alpha_for(a) != config.lora_alpha  # type: ignore[attr-defined]
-    }
+    host = find_host(model)
+    forms = {a.name: (a.r, alpha_for(a)) for a in list_adapters(host, adapter_name)}
+    targets, parameters = list(forms), []
+    for name, layer in list_others(host, adapter_name):
+        if parameter := getattr(layer, "parameter_name", None):
+            name = f"{name.replace('.base_layer', '')}.{parameter}"
+            parameters.append(name)
+        else:
+            targets.append(name)
+        forms[name] = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+    config: Any = host.peft_config[adapter_name]
+    names = {n for n, m in base_of(host).named_modules() if not _inside_adapter(n)}
+    config.target_modules = target_modules(targets, names)
+    if parameters:
+        config.target_parameters = parameters
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    (config.r, config.lora_alpha), _ = Counter(forms.values()).most_common(1)[0]
+    config.rank_pattern = {anchored(n): r for n, (r, _) in forms.items() if r != config.r}
+    config.alpha_pattern = {anchored(n): alpha for n, (_, alpha) in forms.items() if alpha != config.lora_alpha}
 
 
 def target_modules(names: Sequence[str], others: Iterable[str]) -> list[str] | str:

@@ -1,16 +1,18 @@
-"""Facts about the Trainer that it does not pass to callbacks."""
+"""What the Trainer does not tell callbacks, and where it saves and loads without asking them."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 
+from weightlora import durable
 from weightlora.adapters.checkpoint import STATE_FILE, load_adapter
 from weightlora.errors import ConfigError
 
@@ -29,6 +31,48 @@ def calling_trainer() -> Trainer | None:
             return owner
         frame = frame.f_back
     return None
+
+
+def write_and_read_state(host: Any, method: Any) -> None:
+    """Make a model's own saving and loading carry the method's state.
+
+    The Trainer resumes with `model.load_adapter(checkpoint)` before it makes the optimizer, and saves with
+    `save_pretrained`, then removes older checkpoints, and only then calls `on_save`; it has no earlier event.
+    """
+    host._weightlora_method = method
+    if isinstance(host, PeftModel):
+        host.load_adapter = MethodType(_load_adapter, host)  # type: ignore[method-assign]
+    if hasattr(host, "save_pretrained"):
+        host.save_pretrained = MethodType(_save_pretrained, host)
+
+
+def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel.load_adapter`, which for a checkpoint of this run first restores the structure."""
+
+    def load() -> Any:
+        return PeftModel.load_adapter(model, model_id, adapter_name, *args, **kwargs)
+
+    method: Any = model._weightlora_method
+    folder = Path(str(model_id))
+    if adapter_name != method.engine.key or not (folder / STATE_FILE).is_file():
+        return load()
+    return method.restore(folder, load)
+
+
+def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """The model's own `save_pretrained`, which into a Trainer's checkpoint also writes the state needed to resume.
+
+    Raises:
+        DivergedError: gradients were NaN or infinite since the last look; nothing is written.
+    """
+    method: Any = model._weightlora_method
+    ours = durable.is_checkpoint(save_directory) and kwargs.get("is_main_process", True)
+    if ours:
+        method.engine.check_finite()
+        durable.unmark(Path(save_directory))
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if ours:
+        method.save_state(save_directory)
 
 
 def load_through(trainer: Trainer, method: Any) -> None:

@@ -28,7 +28,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -49,6 +48,7 @@ from weightlora.methods._trainer import (
     load_through,
     refuse_sharding,
     steps_per_epoch,
+    write_and_read_state,
 )
 from weightlora.selection.engine import Engine
 from weightlora.selection.events import EVENTS_FILE, Event, spelled_out
@@ -124,6 +124,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
             ConfigError, UnsupportedError: the model or the budget cannot work; nothing was changed.
         """
         host = find_host(model)
+        if self._engine is not None:
+            self._engine.let_go()
         adapter_name = adapter_name or active_adapter(host)
         admission.admit(host, adapter_name)
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
@@ -135,13 +137,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._stop_looking()
         if not self.engine.done:
             self._looking = host.register_forward_pre_hook(self._look_for_ddp)
-        # Trainer resumes with `model.load_adapter(checkpoint)` before it makes the optimizer, and saves with
-        # `save_pretrained`, then removes older checkpoints, and only then calls `on_save`; it has no earlier event.
-        host._weightlora_method = self
-        if isinstance(host, PeftModel):
-            host.load_adapter = MethodType(_load_adapter, host)  # type: ignore[method-assign]
-        if hasattr(host, "save_pretrained"):
-            host.save_pretrained = MethodType(_save_pretrained, host)
+        write_and_read_state(host, self)
         self._finish_if_done()
         return self
 
@@ -322,8 +318,11 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Report every problem with the schedule here, before the first step."""
         trainer = calling_trainer()
         refuse_sharding(trainer)
-        if self._engine is None or find_host(kwargs["model"]) is not self._engine.model:
-            # The callback came after the trainer was built, or `model_init` made a new model.
+        engine = self._engine
+        over = engine is not None and not engine.done and state.global_step < engine.global_step and not self._resumed
+        if engine is None or (over and not engine.start_over()) or find_host(kwargs["model"]) is not engine.model:
+            # The callback came after the trainer was built, `model_init` made a new model, or the run starts over, as
+            # `auto_find_batch_size` does with a smaller batch.
             self.attach(kwargs["model"], seed=args.seed)
             optim.keep_only(kwargs["optimizer"], kwargs["model"].parameters())
         cuts = self.plan(state.max_steps, steps_per_epoch(state))
@@ -411,35 +410,6 @@ class SelectionMethod(Method[Selector]):
     def progress(self) -> dict[str, float]:
         values = list(self.engine.gate_values().values())
         return {"gates_on": sum(v != 0 for v in values), "gate_max": max(values)} if values else {}
-
-
-def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """`PeftModel.load_adapter`, which for a checkpoint of this run first restores the structure."""
-
-    def load() -> Any:
-        return PeftModel.load_adapter(model, model_id, adapter_name, *args, **kwargs)
-
-    method: Method = model._weightlora_method  # type: ignore[assignment]
-    folder = Path(str(model_id))
-    if adapter_name != method.engine.key or not (folder / checkpoint.STATE_FILE).is_file():
-        return load()
-    return method.restore(folder, load)
-
-
-def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """The model's own `save_pretrained`, which into a Trainer's checkpoint also writes the state needed to resume.
-
-    Raises:
-        DivergedError: gradients were NaN or infinite since the last look; nothing is written.
-    """
-    method: Method = model._weightlora_method
-    ours = durable.is_checkpoint(save_directory) and kwargs.get("is_main_process", True)
-    if ours:
-        method.engine.check_finite()
-        durable.unmark(Path(save_directory))
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if ours:
-        method.save_state(save_directory)
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -108,6 +108,10 @@ class RankEngine(Engine):
             self.ends = total_steps
         return self.cuts
 
+    def start_over(self) -> bool:
+        self.global_step, self.cuts = 0, None
+        return True
+
     @torch.no_grad()
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After backward and clipping, before the optimizer's step.

@@ -50,7 +50,7 @@ class DirectedSelector(Selector):
     def _watch(self) -> None:
         self._sketches = [_Sketch(adapter, self.seed) for adapter in self.adapters]
 
-    def _stop(self) -> None:
+    def let_go(self) -> None:
         for sketch in self._sketches:
             sketch.stop()
         self._sketches = []
@@ -69,7 +69,7 @@ class DirectedSelector(Selector):
         if self.restart_at is None:
             self.restart_at = self._planned(total_steps)
             if not self.restart_at:
-                self._stop()
+                self.let_go()
                 self.done = self._chosen
         return cuts
 
@@ -107,7 +107,7 @@ class DirectedSelector(Selector):
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """As `Selector.finish`. A run that ends before its new start keeps the adapters it has trained."""
-        self._stop()
+        self.let_go()
         cut = not self._chosen and super().finish(optimizer)
         self.done = self._chosen
         return cut
@@ -122,7 +122,7 @@ class DirectedSelector(Selector):
         if optimizer is not None:
             optim.forget(optimizer, (p for s in self._sketches for p in s.adapter.weights))
         self.events.add("restart", self.global_step, adapters=list(shares), shares=shares)
-        self._stop()
+        self.let_go()
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "restart_at": self.restart_at}
@@ -131,7 +131,7 @@ class DirectedSelector(Selector):
         return {**super().tensors(), **{f"directions.{s.adapter.name}": s.Y for s in self._sketches}}
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self._stop()
+        self.let_go()
         super().load(facts, tensors)
         self.restart_at = facts["restart_at"]
         if self.restart_at is None or self.global_step < self.restart_at:

@@ -70,6 +70,13 @@ class Engine(ABC):
         """Training has ended: make open decisions with what is known. Returns whether the structure changed."""
         return False
 
+    def start_over(self) -> bool:
+        """The run begins again, with weights as they are: plan anew. False: only a new engine can."""
+        return False
+
+    def let_go(self) -> None:  # noqa: B027
+        """Another engine takes over: remove what watches the model."""
+
     def facts(self) -> dict[str, Any]:
         """State of its own that resuming needs, as JSON data."""
         return {}
@@ -89,7 +96,8 @@ class Engine(ABC):
         return sum(a.parameters for a in self.adapters)
 
     def record_attach(self) -> None:
-        """Record which adapters there are, as the first event."""
+        """Record which adapters there are, as the first event; name what is trained beside them."""
+        others = attach.name_others(self.model, self.key)
         self.events.add(
             "attach",
             0,
@@ -97,6 +105,7 @@ class Engine(ABC):
             adapter=self.key,
             adapters={a.name: {"r": a.r, "parameters": a.parameters} for a in self.adapters},
             parameters=self.parameters,
+            **({"others": others} if others else {}),
         )
 
     def record_cut(

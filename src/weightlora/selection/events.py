@@ -1,6 +1,7 @@
 """`events.jsonl`: one JSON line for every decision, written as it happens and read by everything else.
 
-    attach   which adapters there are             method, adapters: {name: {r, parameters}}
+    attach   which adapters there are             method, adapters: {name: {r, parameters}}; where some are not on
+                                               linear layers and so not chosen among: others: {name: kind}
     gates    omega while it is trained            gates: {name: value}; in the file a list, in module order
     cut      what was kept and why                kept, dropped, scores, parameters_before, parameters_after;
                                                where `keep` is a cost: predicted, shares of memory and time

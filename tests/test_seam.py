@@ -229,11 +229,6 @@ def test_other_variants_are_refused(variant):
         WeightLoRA(keep=2, after=2).attach(bert(**variant))
 
 
-def test_layers_without_support_are_refused_by_name():
-    with pytest.raises(UnsupportedError, match=r"word_embeddings.*Embedding.*target_modules"):
-        WeightLoRA(keep=2, after=2).attach(bert(target_modules=["query", "word_embeddings"]))
-
-
 def test_a_merged_model_is_refused():
     model = bert()
     model.merge_adapter()

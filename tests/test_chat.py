@@ -48,6 +48,10 @@ def learnt(encoded: Encoded, tokenizer: Any, row: int = 0) -> list[str]:
     return [tokenizer.decode([label]) for label in labels if label != -100]
 
 
+TURN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PART = {"type": "text", "text": "a"}
+
+
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -70,10 +74,38 @@ def learnt(encoded: Encoded, tokenizer: Any, row: int = 0) -> list[str]:
             {"conversations": [{"role": "user", "content": "a", "from": None}, {"from": "gpt", "value": "b"}]},
             (("user", "a"), ("assistant", "b")),
         ),
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "s"},
+                    *({"role": r, "content": r} for r in ("user", "model")),
+                ]
+            },
+            (("system", "s"), ("user", "user"), ("assistant", "model")),
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [PART, PART]},
+                    {"role": "assistant", "content": "b", "weight": 1},
+                ]
+            },
+            (("user", "aa"), ("assistant", "b")),
+        ),
+        (
+            {
+                "messages": [
+                    *TURN,
+                    {"role": "user", "content": "c"},
+                    {"role": "assistant", "content": "d", "train": False},
+                ]
+            },
+            (("user", "a"), ("assistant", "b")),
+        ),
     ],
 )
 def test_every_layout_becomes_messages_up_to_the_last_answer(row: dict[str, Any], conversation: Any) -> None:
-    assert read_conversation(row) == conversation
+    assert [(m.role, m.content) for m in read_conversation(row)] == [tuple(m[:2]) for m in conversation]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +123,10 @@ def test_every_layout_becomes_messages_up_to_the_last_answer(row: dict[str, Any]
         ({"messages": [{"text": "a"}]}, "message 1 is from None (there can be: system, user, human"),
         ({"messages": [{"role": "user", "content": None}]}, "the content of message 1 is missing"),
         ({"conversations": [{"from": "human", "value": ["a"]}]}, "the content of message 1 is ['a'], not text"),
+        ({"messages": [TURN[0], {**TURN[1], "weight": 0.5}]}, "the weight of message 2 is 0.5; there can be 0 or 1"),
+        ({"messages": [TURN[0], {**TURN[1], "weight": 0}]}, "no answer is to be learnt"),
+        ({"messages": [TURN[0], {**TURN[1], "tool_calls": [{"id": "1"}]}]}, "message 2 has 'tool_calls', and calls of"),
+        ({"messages": [{"role": "user", "content": [PART, {"type": "image"}]}]}, "has a part of type 'image'"),
     ],
 )
 def test_bad_rows_are_named(row: dict[str, Any], says: str) -> None:
@@ -151,11 +187,30 @@ def test_all_answers_are_learnt_with_the_token_that_ends_them(tokenizer) -> None
     assert learnt(encoded, tokenizer) == ["soup", "<|end|>", "song", " or", " drum", "<|end|>"]
 
 
-def test_marks_in_the_template_say_the_same(tokenizer) -> None:
-    usual = encode([AGAIN, ASKED], tokenizer).features.to_dict()
+def test_an_answer_of_weight_0_is_read_and_not_learnt(tokenizer) -> None:
+    """Whether the template marks answers or not: the tokens are those of the whole, the labels those of the others."""
+    quiet = tuple(m._replace(learn=m is not AGAIN[first_answer(AGAIN)]) for m in AGAIN)
+    plain = encode([quiet, ASKED], tokenizer)
+    assert plain.features["input_ids"] == encode([AGAIN, ASKED], tokenizer).features["input_ids"]
+    assert learnt(plain, tokenizer) == ["song", " or", " drum", "<|end|>"]
+    assert learnt(plain, tokenizer, 1) == ["soup", "<|end|>"]
+    tokenizer.chat_template = marked_template()
+    assert encode([quiet, ASKED], tokenizer).features.to_dict() == plain.features.to_dict()
+
+
+def first_answer(conversation: Any) -> int:
+    return next(number for number, message in enumerate(conversation) if message.is_answer)
+
+
+def marked_template() -> str:
     turn = "{{- message['content'] + '<|end|>' }}"
     marked = f"{{%- if message['role'] == 'assistant' %}}{{%- generation %}}{turn}{{%- endgeneration %}}"
-    tokenizer.chat_template = CHATML.replace(turn, f"{marked}{{%- else %}}{turn}{{%- endif %}}")
+    return CHATML.replace(turn, f"{marked}{{%- else %}}{turn}{{%- endif %}}")
+
+
+def test_marks_in_the_template_say_the_same(tokenizer) -> None:
+    usual = encode([AGAIN, ASKED], tokenizer).features.to_dict()
+    tokenizer.chat_template = marked_template()
     assert tokenizer.chat_template != CHATML
     assert encode([AGAIN, ASKED], tokenizer).features.to_dict() == usual
 

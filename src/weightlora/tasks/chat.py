@@ -101,7 +101,7 @@ def _labels(ids: Sequence[int], answered: Sequence[bool], max_length: int) -> li
 
 def _is_learnt(conversation: Conversation, labels: Sequence[int]) -> bool:
     """Whether the row has an answer that is not cut off entirely; nothing predicts the first token."""
-    answers = any(message.content.strip() for message in conversation if message.is_answer)
+    answers = any(message.content.strip() for message in conversation if message.is_learnt)
     return answers and any(label != IGNORED_LABEL for label in labels[1:])
 
 

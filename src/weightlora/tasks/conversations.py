@@ -4,7 +4,8 @@
 {"conversations": [{"from": "human", "value": "Who wrote Hamlet?"}, {"from": "gpt", "value": "Shakespeare."}]}
 {"instruction": "Translate to French.", "input": "Good morning", "output": "Bonjour"}
 
-The first two are OpenAI's and ShareGPT's and may have a column `system` beside them; the last is Alpaca's.
+The first two are OpenAI's and ShareGPT's and may have a column `system` beside them; the last is Alpaca's. An answer
+with `"weight": 0` (OpenAI) or `"train": false` (Axolotl) is read and not learnt.
 """
 
 from __future__ import annotations
@@ -28,30 +29,45 @@ ALPACA = (
 
 _ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "model": "assistant",
+}
+
+# Keys of a message that say something nobody would carry out here, and what to do about it.
+_NOT_CARRIED_OUT = {
+    "tool_calls": "calls of tools are not rendered",
+    "function_call": "calls of functions are not rendered",
+    "tool_call_id": "results of tools are not rendered",
+    "mask": "it is not said whether it hides or shows a message; use `weight` or `train`",
 }
 
 
 class Message(NamedTuple):
-    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
+    """One turn of a conversation; `role` is `system`, `user` or `assistant`. `learn` counts for answers."""
 
     role: str
     content: str
+    learn: bool = True
 
     @property
     def is_answer(self) -> bool:
         return self.role == "assistant"
+
+    @property
+    def is_learnt(self) -> bool:
+        return self.is_answer and self.learn
 
 
 Conversation = tuple[Message, ...]
 
 
 def read_conversation(row: Mapping[str, Any]) -> Conversation:
-    """The messages of a row up to the last answer.
+    """The messages of a row up to the last answer that is learnt.
 
     Args:
         row: {role of the task: value} of one of the layouts.
@@ -65,7 +81,10 @@ def read_conversation(row: Mapping[str, Any]) -> Conversation:
         raise ValueError("there is no message of the assistant, so nothing can be learnt; remove the row.")
     if not any(message.role == "user" for message in messages[: answers[0]]):
         raise ValueError("the assistant speaks before the user has said anything; remove that message or the row.")
-    return tuple(messages[: answers[-1] + 1])
+    learnt = [number for number in answers if messages[number].learn]
+    if not learnt:
+        raise ValueError("no answer is to be learnt (`weight` or `train` says so of all); remove the row.")
+    return tuple(messages[: learnt[-1] + 1])
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[Message]:
@@ -101,7 +120,30 @@ def _message(turn: Mapping[str, Any], which: str) -> Message:
         raise ValueError(
             f"{which} is from {name!r}{did_you_mean(str(name), list(_ROLES))} (there can be: {', '.join(_ROLES)})."
         )
-    return Message(_ROLES[name], _text(turn.get(content), f"the content of {which}"))
+    for key, why in _NOT_CARRIED_OUT.items():
+        if turn.get(key) not in (None, [], {}, ""):
+            raise ValueError(f"{which} has {key!r}, and {why}; take it out or remove the row.")
+    return Message(_ROLES[name], _content(turn.get(content), f"the content of {which}"), _learnt(turn, which))
+
+
+def _learnt(turn: Mapping[str, Any], which: str) -> bool:
+    for key in ("weight", "train"):
+        value = turn.get(key)
+        if value is not None and value not in (0, 1):
+            raise ValueError(f"the {key} of {which} is {short(value)}; there can be 0 or 1, false or true.")
+        if value is not None and not value:
+            return False
+    return True
+
+
+def _content(value: Any, what: str) -> str:
+    """Text, or parts of it as OpenAI's API takes them."""
+    if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value) or not value:
+        return _text(value, what)
+    others = [part.get("type") for part in value if part.get("type") != "text"]
+    if others:
+        raise ValueError(f"{what} has a part of type {short(others[0])}, and only text is learnt; remove the row.")
+    return "".join(_text(part.get("text"), f"a part of {what}") for part in value)
 
 
 def _text(value: Any, what: str) -> str:

@@ -37,8 +37,9 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def tokenized(conversations: Sequence[Conversation], tokenizer: Any) -> tuple[list[list[int]], list[list[bool]]]:
-    """The tokens of each conversation, and for each token whether it is part of an answer."""
-    if _MARK.search(tokenizer.get_chat_template()):
+    """The tokens of each conversation, and for each token whether it is part of an answer that is learnt."""
+    whole = all(message.learn for conversation in conversations for message in conversation if message.is_answer)
+    if whole and _MARK.search(tokenizer.get_chat_template()):  # which marks all answers
         return _marked(conversations, tokenizer)
     ends = tuple({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
     rendered = [_rendered(conversation, tokenizer, ends) for conversation in conversations]
@@ -55,11 +56,11 @@ def _marked(conversations: Sequence[Conversation], tokenizer: Any) -> tuple[list
 
 
 def _rendered(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...]) -> tuple[str, list[Span]]:
-    """The text of a conversation and the spans of its answers."""
+    """The text of a conversation and the spans of the answers that are learnt."""
     whole = _applied(conversation, tokenizer, tokenize=False)
     spans = []
     for number, message in enumerate(conversation):
-        if message.is_answer:
+        if message.is_learnt:
             prompt = _applied(conversation[:number], tokenizer, tokenize=False, add_generation_prompt=True)
             turn = _applied(conversation[: number + 1], tokenizer, tokenize=False)
             if not (turn.startswith(prompt) and whole.startswith(turn)):
@@ -93,7 +94,8 @@ def _end(turn: str, ends: tuple[str, ...]) -> int:
 def _applied(conversation: Conversation, tokenizer: Any, **options: Any) -> Any:
     """Templates raise arbitrary errors, for example about unknown roles."""
     try:
-        return tokenizer.apply_chat_template([message._asdict() for message in conversation], **options)
+        messages = [{"role": message.role, "content": message.content} for message in conversation]
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:
         raise ConfigError(
             f"The chat template refuses the conversation that begins with {short(conversation[0].content)}: "

@@ -120,7 +120,7 @@ def test_every_layout_becomes_messages_up_to_the_last_answer(row: dict[str, Any]
         ({"messages": [{"role": "user", "content": "a"}]}, "there is no message of the assistant"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the assistant speaks before the user"),
         ({"messages": [{"role": "usr", "content": "a"}]}, "message 1 is from 'usr'; did you mean 'user'?"),
-        ({"messages": [{"text": "a"}]}, "message 1 is from None (there can be: system, user, human"),
+        ({"messages": [{"text": "a"}]}, "message 1 is from None (there can be: system, developer, user, human"),
         ({"messages": [{"role": "user", "content": None}]}, "the content of message 1 is missing"),
         ({"conversations": [{"from": "human", "value": ["a"]}]}, "the content of message 1 is ['a'], not text"),
         ({"messages": [TURN[0], {**TURN[1], "weight": 0.5}]}, "the weight of message 2 is 0.5; there can be 0 or 1"),

@@ -1,5 +1,6 @@
 """GLUE's benchmarks: the hub's columns, class order and splits; metrics against values worked out by hand."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -12,7 +13,8 @@ from tiny_text import save_tiny_bert
 from weightlora.errors import ConfigError
 from weightlora.tasks import get_task
 from weightlora.tasks.data import Source, Splits, load_splits, sources
-from weightlora.tasks.glue import LORA_DROP, WEIGHTLORA, average
+from weightlora.tasks.glue import LORA_DROP, WEIGHTLORA, WEIGHTLORA_TABLE_3, average
+from weightlora.training.plan import with_sources
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import run
 
@@ -211,8 +213,60 @@ def test_averages_by_hand() -> None:
     }
     assert average(scores) == pytest.approx((0.5 + 0.85 + 0.7) / 3)
     similar = {**scores, "glue/stsb": {"pearson": 0.6, "spearman": 0.1, "combined_score": 0.35}}
-    assert average(similar, LORA_DROP) == pytest.approx((0.5 + 0.8 + 0.7 + 0.6) / 4)
-    assert (len(WEIGHTLORA), len(LORA_DROP)) == (7, 8)
+    assert average(similar, LORA_DROP) == pytest.approx((0.5 + 0.8 + 0.7 + 0.1) / 4)
+    assert average(similar, WEIGHTLORA_TABLE_3) == pytest.approx((0.5 + 0.85 + 0.7 + 0.6) / 4)
+    assert [len(one) for one in (WEIGHTLORA, WEIGHTLORA_TABLE_3, LORA_DROP)] == [7, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("reported", "row", "printed"),
+    [  # MNLI, SST-2, CoLA, QQP, QNLI, RTE, MRPC and STS-B of WeightLoRA's Table 1, full fine-tuning, and 3, LoRA at 8
+        (WEIGHTLORA, (0.8910, 0.9541, 0.6806, (0.8962, 0.8644), 0.9383, 0.8376, (0.8848, 0.9165)), 0.8689),
+        (
+            WEIGHTLORA_TABLE_3,
+            (0.9447, 0.9802, 0.7015, (0.9111, 0.8658), 0.9507, 0.9110, (0.9557, 0.9617), 0.929),
+            0.9080,
+        ),
+    ],
+)
+def test_averages_are_those_printed(reported: dict[str, str], row: tuple[Any, ...], printed: float) -> None:
+    tasks = [f"glue/{name}" for name in ("mnli", "sst2", "cola", "qqp", "qnli", "rte", "mrpc", "stsb")]
+    means = [sum(value) / 2 if isinstance(value, tuple) else value for value in row]
+    scores = {task: {reported[task]: mean} for task, mean in zip(tasks, means, strict=False)}
+    assert len(scores) == len(reported) and average(scores, reported) == pytest.approx(printed, abs=1e-4)
+
+
+def test_mnli_over_matched_and_mismatched_rows_together(tmp_path: Path) -> None:
+    """Three of four and one of two are four of six, not the mean of 3/4 and 1/2; `data.path` still moves both."""
+    from datasets import Dataset
+
+    for split, labels in {
+        "train": [0, 1, 2],
+        "validation_matched": [0, 1, 2, 0],
+        "validation_mismatched": [1, 2],
+    }.items():
+        made = Dataset.from_dict(rows("mnli", n=len(labels), labels=labels))
+        made.to_parquet(tmp_path / "mnli" / f"{split}.parquet")
+    both = {"validation": {"split": "validation_matched+validation_mismatched"}, "test": False}
+    entries = {"model": "none", "task": "glue/mnli", "output_dir": "out"}
+    read = parse_recipe({**entries, "data": {"path": "mnli", **both}})
+    filled = with_sources(read, get_task("glue/mnli")).data
+    assert filled.validation.path == "mnli" and filled.test is None  # type: ignore[union-attr]
+    splits = load_splits(
+        get_task("glue/mnli"), Source("mnli", split="train"), Source("mnli", split=filled.validation.split), None, {}
+    )
+    assert splits.validation.targets == [0, 1, 2, 0, 1, 2] and splits.test is None
+    scores = get_task("glue/mnli").metrics(logits([0, 1, 2, 1, 1, 0]), np.array(splits.validation.targets))
+    assert scores == {"accuracy": pytest.approx(4 / 6)}
+    published = with_sources(parse_recipe({**entries, "data": both}), get_task("glue/mnli")).data.validation
+    assert (published.path, published.name) == ("nyu-mll/glue", "mnli")  # type: ignore[union-attr]
+
+
+def test_a_split_without_a_place_is_refused() -> None:
+    entries = {"model": "none", "output_dir": "out"}
+    data = {"train": "train.jsonl", "validation": {"split": "dev"}}
+    with pytest.raises(ConfigError, match="names the split 'dev' but no place"):
+        with_sources(parse_recipe({**entries, "task": "regression", "data": data}), get_task("regression"))
 
 
 def test_averages_that_cannot_be_formed() -> None:
@@ -264,6 +318,20 @@ def test_an_unknown_metric_is_refused_before_training(tmp_path: Path) -> None:
     assert not Path("run").exists()
     metrics = run(recipe("glue/cola", "data", **{**best, "metric_for_best_model": "matthews"}))
     assert metrics["steps"] == 2
+
+
+def test_another_metric_counts(tmp_path: Path) -> None:
+    """It is the primary one, chooses the best checkpoint, and must exist."""
+    save_tiny_bert(tmp_path / "model")
+    write_hub("stsb", tmp_path / "data")
+    entries = recipe("glue/stsb", "data", load_best_model_at_end=True)
+    with pytest.raises(ConfigError, match=r"`metric` is 'spearmen'; did you mean 'spearman'\? \(there are: .*pearson"):
+        run(entries.model_copy(update={"metric": "spearmen"}))
+    assert not Path("run").exists()
+    metrics = run(entries.model_copy(update={"metric": "spearman"}))
+    assert metrics["primary"] == "spearman"
+    state = json.loads(next(Path("run").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert state["best_metric"] == metrics["after"]["spearman"] and math.isfinite(metrics["after"]["pearson"])
 
 
 @pytest.mark.skipif("WEIGHTLORA_DATA" not in os.environ, reason="WEIGHTLORA_DATA names no folder with benchmarks")

@@ -194,10 +194,14 @@ def _tuned(suite: Suite, folder: Path, run: Run, report: Report | None) -> dict[
     """The best point of the grid for every group, tried on rows held out of the training data."""
     if suite.tune is None:
         return {}
+    from weightlora.training.arguments import lower_is_better
+
     searches = {}
     for group in groups(suite):
-        task = get_task(str(recipe(suite, group, {}).get("task")))
-        searches[group] = Search(group, suite.tune, folder, task.maximize)
+        entries = recipe(suite, group, {})
+        task, metric = get_task(str(entries.get("task"))), entries.get("metric")
+        maximize = task.maximize if metric is None else not lower_is_better(metric)
+        searches[group] = Search(group, suite.tune, folder, maximize)
     failed: set[str] = set()
     while True:
         cells = [trial(suite, g, point) for g, search in searches.items() for point in search.points()]

@@ -234,7 +234,9 @@ def _signed(value: float) -> str:
 
 
 def _metric(suite: Suite, task: str) -> str:
-    return get_task(str(suite.tasks[task].get("task") or suite.base.get("task"))).primary
+    """What the column of a task shows."""
+    entry = {**suite.base, **suite.tasks[task]}
+    return str(entry.get("metric") or get_task(str(entry.get("task"))).primary)
 
 
 def _with_spread(values: Sequence[float], wanted: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A file, a folder or a `datasets` id; `name` is its configuration, `split` the part to take."""
+    """A file, a folder or a `datasets` id; `name` is its configuration, `split` the part to take, or `a+b` both."""
 
     path: str
     name: str | None = None
@@ -42,10 +42,21 @@ def read_rows(source: Source) -> Dataset:
     Raises:
         ConfigError: it does not exist, cannot be read, or holds no rows.
     """
+    if source.split and "+" in source.split:
+        return _joined([read_rows(replace(source, split=split.strip())) for split in source.split.split("+")], source)
     rows = _open(source)
     if len(rows) == 0:
         raise ConfigError(f"{source} has no rows; give a file or split that is not empty.")
     return rows
+
+
+def _joined(parts: list[Dataset], source: Source) -> Dataset:
+    from datasets import concatenate_datasets
+
+    for other in parts[1:]:
+        if other.features != parts[0].features:
+            raise ConfigError(f"The splits of {source} have different columns or types, so they cannot be joined.")
+    return concatenate_datasets(parts)
 
 
 def _open(source: Source) -> Dataset:

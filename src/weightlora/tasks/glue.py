@@ -14,7 +14,7 @@ from weightlora.tasks.base import Benchmark, register
 from weightlora.tasks.classification import Classification, Regression, Scorer, correlations
 
 # The metric that the papers report for each benchmark, for `average`.
-# WeightLoRA (Veprikov et al. 2025, Table 1): "ALL" is over seven tasks, taken to be GLUE without STS-B and WNLI, with
+# WeightLoRA (Veprikov et al. 2025, Table 1): "ALL" is over seven tasks, GLUE without STS-B and WNLI, with
 # the mean of the two metrics of MRPC and QQP.
 WEIGHTLORA: Mapping[str, str] = {
     "glue/cola": "matthews",
@@ -25,11 +25,14 @@ WEIGHTLORA: Mapping[str, str] = {
     "glue/qnli": "accuracy",
     "glue/rte": "accuracy",
 }
-# LoRA-drop (Zhou et al. 2025): eight tasks, GLUE without WNLI.
+# Its Table 3 adds STS-B, whose column says "Corr" and not which.
+WEIGHTLORA_TABLE_3: Mapping[str, str] = {**WEIGHTLORA, "glue/stsb": "pearson"}
+# LoRA-drop (Zhou et al. 2025): eight tasks, GLUE without WNLI. MNLI's accuracy is over the matched and the mismatched
+# rows together: `data.validation.split: validation_matched+validation_mismatched`.
 LORA_DROP: Mapping[str, str] = {
     **WEIGHTLORA,
     "glue/mrpc": "accuracy",
-    "glue/stsb": "pearson",
+    "glue/stsb": "spearman",
     "glue/qqp": "accuracy",
 }
 
@@ -40,7 +43,7 @@ def average(scores: Mapping[str, Mapping[str, float]], reported: Mapping[str, st
     Args:
         scores: {task: its metrics}, such as `after` of each run's metrics.json; the mean is over these tasks, so
             compare only means over the same ones.
-        reported: {task: metric}: `WEIGHTLORA`, `LORA_DROP`, or your own.
+        reported: {task: metric}: `WEIGHTLORA`, `WEIGHTLORA_TABLE_3`, `LORA_DROP`, or your own.
 
     Raises:
         ConfigError: no scores, a task that is not in `reported`, or scores that lack its metric.

@@ -46,7 +46,7 @@ _ABOVE_ZERO = {
     "r",
     "lora_alpha",
 }
-_LOWER_IS_BETTER = {"mse", "perplexity"}  # those not named as a loss; transformers takes the highest as the best
+_LOWER_IS_BETTER = {"mse", "perplexity"}  # those not named as a loss
 _NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
 
 
@@ -77,12 +77,19 @@ def training_arguments(
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     checked = check_fields("training", values, TrainingArguments)
-    if str(checked.get("metric_for_best_model")).removeprefix("eval_") in _LOWER_IS_BETTER:
+    best = str(checked.get("metric_for_best_model"))
+    if best.removeprefix("eval_") in _LOWER_IS_BETTER:  # of which transformers would take the highest
         defaults["greater_is_better"] = False
     built = _built("training", make, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
     if built.bf16 and built.device.type == "cpu" and not _computes_in_bf16():
         _warn_of_slow_bf16()
     return built
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric, by its name, is a loss or an error."""
+    name = metric.removeprefix("eval_")
+    return name in _LOWER_IS_BETTER or name.endswith("loss")
 
 
 def _computes_in_bf16() -> bool:

@@ -143,7 +143,10 @@ def _arguments(
     recipe: Recipe, task: Task, progress: bool, make: Callable[..., TrainingArguments] = TrainingArguments
 ) -> TrainingArguments:
     labels = HEADS[task.head].labels
-    return training_arguments(recipe.training, recipe.output_dir, recipe.seed, progress, labels, make)
+    training = recipe.training
+    if recipe.metric is not None and training.get("load_best_model_at_end"):
+        training = {"metric_for_best_model": recipe.metric, **training}
+    return training_arguments(training, recipe.output_dir, recipe.seed, progress, labels, make)
 
 
 def _with_generation(recipe: Recipe, task: Task) -> Recipe:
@@ -302,14 +305,26 @@ def count_steps(rows: int, arguments: TrainingArguments) -> tuple[int, int]:
 
 def with_sources(recipe: Recipe, task: Task) -> Recipe:
     """The recipe with every source and the input length filled in from its task or its `data.path`."""
-    data = recipe.data
+    data, known = recipe.data, task.benchmark
     held_out = data.validation
+    path, name = (data.path, data.name) if data.path or known is None else (known.path, known.name)
+
+    def placed(spec: SourceSpec | None, role: str) -> Source | None:
+        if spec is None or spec.path or spec.split is None:
+            return _source(spec)
+        if path is None:
+            raise ConfigError(
+                f"`data.{role}` names the split {spec.split!r} but no place, and task {task.name!r} has no data of its "
+                f"own; add `data.{role}.path`."
+            )
+        return Source(path, name, spec.split)
+
     train, validation, test = sources(
         task,
         Source(data.path, data.name) if data.path else None,
-        _source(data.train),
-        _source(held_out) if isinstance(held_out, SourceSpec) else held_out,
-        _source(data.test or None),
+        placed(data.train, "train"),
+        placed(held_out, "validation") if isinstance(held_out, SourceSpec) else held_out,
+        placed(data.test or None, "test"),
     )
     test = None if data.test is False else test
     named = {"train": _spec(train), "validation": _spec(validation), "test": _spec(test), "path": None, "name": None}

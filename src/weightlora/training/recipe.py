@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from weightlora import durable
 from weightlora.settings import Section, expand, read, validate
@@ -72,12 +72,21 @@ class ModelSpec(Section):
 
 
 class SourceSpec(Section):
-    """The source of rows: a file, a folder, or a `datasets` id with its `name` and `split`."""
+    """The source of rows: a file, a folder, or a `datasets` id with its `name` and `split`.
+
+    `split: a+b` joins two splits. A `split` alone is one of `data.path`, or of the task's benchmark.
+    """
 
     shorthand: ClassVar[str | None] = "path"
     path: str
     name: str | None = None
     split: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_alone(cls, value: Any) -> Any:
+        """An empty path stands for the place of the other splits."""
+        return {"path": "", **value} if isinstance(value, dict) and value.keys() == {"split"} else value
 
 
 Source = Annotated[SourceSpec, expand("path")]
@@ -161,6 +170,8 @@ class GenerationSpec(Section):
 class Recipe(Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
+    `metric` is the score that counts, in place of the task's own: it is shown, a suite tunes by it, and with
+    `load_best_model_at_end` it says which checkpoint is the best.
     After the cut, `reuse_prefix` runs frozen blocks once per example (true, or the type of the kept output) and
     `grow_batch` merges accumulated micro-batches (true, or how many). `on_nan` says what becomes of a step whose
     gradients are NaN or infinite.
@@ -171,6 +182,7 @@ class Recipe(Section):
 
     model: Annotated[ModelSpec, expand("name")]
     task: str
+    metric: str | None = None
     data: Annotated[DataSpec, expand("path")] = Field(default_factory=dict, validate_default=True)
     method: Annotated[MethodSpec, expand("name")] = MethodSpec()
     lora: dict[str, Any] = Field(LORA_DEFAULTS, validate_default=True)

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
 
@@ -28,6 +29,7 @@ from weightlora.measure import trainable_parameters
 from weightlora.methods.adalora import as_lora
 from weightlora.output import METRICS_FILE, model_card
 from weightlora.tasks.base import Encoded
+from weightlora.tasks.text_pairs import IGNORED_LABEL
 from weightlora.training.diverging import OnNan
 from weightlora.training.generating import Generating, generation_config
 from weightlora.training.plan import Job, Plan, make_plan, prepare
@@ -92,9 +94,9 @@ def _run(
     if on_ready is not None:
         on_ready(plan)
     before = None
-    if score_first or job.arguments.metric_for_best_model is not None:
+    if score_first or recipe.metric is not None or job.arguments.metric_for_best_model is not None:
         before = evaluate(trainer, validation, scored=job.scores_during_training)
-        _check_best(job, before)
+        _check_metrics(job, before, validation)
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
@@ -112,7 +114,7 @@ def _run(
         "options": recipe.method.options,
         "data": job.recipe.data.train and job.recipe.data.train.path,
         "seed": recipe.seed,
-        "primary": job.task.primary,
+        "primary": recipe.metric or job.task.primary,
         "labels": plan.names,
         "before": before,
         "after": after,
@@ -191,13 +193,19 @@ def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True, file: Path
     return {name: value for name, value in named.items() if name not in timings}
 
 
-def _check_best(job: Job, scores: dict[str, float]) -> None:
-    """The Trainer would fail only after the first evaluation."""
-    wanted = job.arguments.metric_for_best_model
+def _check_metrics(job: Job, scores: dict[str, float], rows: Encoded) -> None:
+    """The Trainer would fail only after the first evaluation, and an unknown `metric` only at the end."""
+    if job.recipe.metric is not None and rows.score is not None and not job.scores_during_training:
+        empty = np.full((len(rows.features), 1), IGNORED_LABEL)
+        scores = {**scores, **rows.score(empty, empty)}
+    _check_metric("metric", job.recipe.metric, scores)
+    _check_metric("training.metric_for_best_model", job.arguments.metric_for_best_model, scores)
+
+
+def _check_metric(key: str, wanted: str | None, scores: dict[str, float]) -> None:
     if wanted is not None and wanted.removeprefix("eval_") not in scores:
         raise ConfigError(
-            f"`training.metric_for_best_model` is {wanted!r}{did_you_mean(wanted, list(scores))} "
-            f"(there are: {', '.join(scores)})."
+            f"`{key}` is {wanted!r}{did_you_mean(wanted, list(scores))} (there are: {', '.join(scores)})."
         )
 
 

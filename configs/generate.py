@@ -1,4 +1,8 @@
-"""Writes a recipe for every row of the papers' tables, or tells which files are not what it would write.
+"""Writes what follows from the papers' tables, or tells which files are not what it would write.
+
+configs/PAPER/TABLE/*.yaml      a recipe for every row and task
+suites/PAPER/TABLE.yaml         the whole table as a suite, tuned over the paper's grid, with the paper's seeds
+docs/reproduce.md               between its markers: whose each value is
 
 python -m configs.generate            # write, and remove what no table has any more
 python -m configs.generate --check    # exit code 1 and the names of the files that differ
@@ -15,16 +19,20 @@ from typing import Any
 import yaml
 
 from configs import of_lora_drop, of_weightlora
-from configs.tables import Because, Row, Section, Table
+from configs.suites import suite
+from configs.tables import Because, Row, Section, Table, own
+from configs.values import values
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+PAGE = "docs/reproduce.md"
+BEGIN, END = "<!-- written by `python -m configs.generate` -->\n", "<!-- until here -->"
 TABLES = (*of_weightlora.TABLES, *of_lora_drop.TABLES)
 _SECTIONS = ("data", "lora", "training", "generation")
 _WIDTH = 120
 
 
 def recipes() -> dict[str, str]:
-    """{path below this folder: text} of every recipe."""
+    """{path below `configs`: text} of every recipe."""
     files: dict[str, str] = {}
     for table in TABLES:
         for task in table.tasks:
@@ -41,7 +49,7 @@ def _head(name: str, table: Table, task: str, row: Row) -> Iterator[str]:
     yield f"# {table.title}, {task}: {row.title}."
     for note in (*table.notes, *row.notes):
         yield from _comment(note)
-    for title, overrides in row.others.items():
+    for title, overrides in {**row.others, **table.others}.items():
         changed = overrides.rpartition(".")[2].replace("=", "-")
         yield f"# {title}: {overrides} output_dir=runs/{name}_{changed}"
 
@@ -55,6 +63,7 @@ def _body(name: str, table: Table, task: str, row: Row) -> Iterator[str]:
         "task": task,
         "data": sections.pop("data"),
         "method": row.method if len(row.method) > 1 else row.method["name"],
+        "metric": table.tasks[task].get("metric", {}),
         **sections,
         "output_dir": f"runs/{name}",
         "seed": table.seed,
@@ -66,8 +75,7 @@ def _body(name: str, table: Table, task: str, row: Row) -> Iterator[str]:
 
 def _merged(section: str, table: Table, task: str, row: Row) -> Section:
     """What the table says, then its task, then the row, which may say it by task."""
-    own = {key: value[task] if isinstance(value, Mapping) else value for key, value in getattr(row, section).items()}
-    return {**getattr(table, section), **table.tasks[task].get(section, {}), **own}
+    return {**getattr(table, section), **table.tasks[task].get(section, {}), **own(row, section, task)}
 
 
 def _entry(key: str, value: Any, indent: str = "") -> Iterator[str]:
@@ -102,16 +110,27 @@ def _scalar(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
+def files() -> dict[str, str]:
+    """{path below the repository: text} of everything that is written here."""
+    wanted = {f"configs/{name}": text for name, text in recipes().items()}
+    wanted |= {f"suites/{table.folder}.yaml": suite(table) for table in TABLES}
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return {**wanted, PAGE: f"{before}{BEGIN}{values(TABLES)}{END}{after}"}
+
+
 def differing() -> list[str]:
-    """The recipes that are missing, out of date, or of no table."""
-    wanted = recipes()
-    there = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("*.yaml")}
+    """The files that are missing, out of date, or of no table."""
+    wanted = files()
+    owned = (path for folder in ("configs", "suites") for path in (ROOT / folder).glob("*/**/*.yaml"))
+    there = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (*owned, ROOT / PAGE)}
     return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
 
 
 def write() -> int:
     """Brings every file up to date; how many were not."""
-    wanted, changed = recipes(), differing()
+    wanted, changed = files(), differing()
     for name in changed:
         path = ROOT / name
         if name not in wanted:
@@ -126,10 +145,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, name the files that differ")
     if not parser.parse_args(arguments).check:
-        print(f"{write()} of {len(recipes())} recipes written")
+        print(f"{write()} of {len(files())} files written")
         return 0
     for name in (changed := differing()):
-        print(f"configs/{name} is not what `python -m configs.generate` writes")
+        print(f"{name} is not what `python -m configs.generate` writes")
     return 1 if changed else 0
 
 

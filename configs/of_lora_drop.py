@@ -1,33 +1,56 @@
 """LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation (Zhou et al., COLING 2025).
 
-There is no code of the authors. Models, modules, ranks and LoRA-drop's own settings are the paper's. Its learning
-rates, epochs and batches could not be read: those here are of LoRA's own scripts for the same models and modules.
+There is no code of the authors. Models, modules, ranks, metrics and LoRA-drop's own settings are the paper's. It prints
+no learning rates, epochs and batches, and says that its LoRA is set up as by Hu et al. (2021): those of LoRA's own
+scripts for the same models and modules are taken.
 """
 
 from __future__ import annotations
 
-from configs.tables import UNKNOWN, Because, Row, Table
+from configs.tables import UNKNOWN, Because, Row, Table, choice
 
 PAPER = "LoRA-drop (Zhou et al. 2025)"
-GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+# {task: what the paper scores it by, and the best epoch of a run with it}
+METRICS = {
+    "cola": "matthews",
+    "sst2": "accuracy",
+    "mrpc": "accuracy",
+    "stsb": "spearman",
+    "qqp": "accuracy",
+    "mnli": "accuracy",
+    "qnli": "accuracy",
+    "rte": "accuracy",
+}
+# over the sentences of both together
+MNLI = {"validation": {"split": "validation_matched+validation_mismatched"}, "test": False}
+GLUE = {
+    f"glue/{task}": {"metric": metric, **({"data": MNLI} if task == "mnli" else {})} for task, metric in METRICS.items()
+}
 LIKE_LORA = (
     "Rates, epochs, batches, lengths, warm-up and weight decay are, unless said otherwise, those of LoRA's scripts "
-    "(Hu et al. 2021), with the batch of one of their eight processes; the paper's own are not known here."
+    "(Hu et al. 2021), with the batch of one of their eight processes: the paper prints none and names their set-up."
 )
-SEED = Because(0, UNKNOWN)
+SEED = choice(0, "the paper averages three, and names none")
+SEEDS = (0, 1, 2)
+BEST = {"load_best_model_at_end": Because(True, "the best result of each run counts, by `metric`")}
 
 QUERY_VALUE = {
     "r": 8,
-    "lora_alpha": Because(16, "as in LoRA's scripts"),
-    "lora_dropout": Because(0.1, UNKNOWN),
+    "lora_alpha": choice(16, "as in LoRA's scripts"),
+    "lora_dropout": choice(0.1),
     "target_modules": "query-value",
 }
-TRAINING = {"weight_decay": 0.1, "warmup_steps": Because(0.06, "of the run"), "lr_scheduler_type": "linear"}
+TRAINING = {
+    "weight_decay": choice(0.1, "as in LoRA's scripts"),
+    "warmup_steps": choice(0.06, "of the run, as in LoRA's scripts"),
+    "lr_scheduler_type": choice("linear", "as in LoRA's scripts"),
+}
+OF_LORA = "as in LoRA's scripts"
 REMEMBERED = "with epochs and batch from memory of LoRA's paper; no unchanged script was at hand"
 # {task: (rate, epochs, batch)} of LoRA's scripts for RoBERTa-base; they start MRPC, STS-B and RTE from MNLI's adapter
 BASE = {
-    "cola": (Because(4e-4, REMEMBERED), 80, 32),
-    "sst2": (Because(5e-4, REMEMBERED), 60, 16),
+    "cola": (4e-4, 80, 32),
+    "sst2": (5e-4, 60, 16),
     "mrpc": (4e-4, 30, 16),
     "stsb": (4e-4, 40, 16),
     "qqp": (5e-4, 25, 16),
@@ -42,10 +65,17 @@ FULL = Row(
     "full fine-tuning",
     {"name": "full"},
     training={
-        "learning_rate": Because(2e-5, "of RoBERTa's own grid for GLUE"),
-        "num_train_epochs": Because(10, "RoBERTa's own for GLUE"),
-        "per_device_train_batch_size": 16,
+        "learning_rate": choice(2e-5, "of RoBERTa's own grid for GLUE; the paper copies RoBERTa's results"),
+        "num_train_epochs": choice(10, "RoBERTa's own for GLUE"),
+        "per_device_train_batch_size": choice(16, "RoBERTa's own for GLUE"),
     },
+    has_adapters=False,
+)
+FULL_LLAMA = Row(
+    "full",
+    "full fine-tuning",
+    {"name": "full"},
+    training={"learning_rate": choice(1e-5, "usual for a model of this size")},
     has_adapters=False,
 )
 LORA_DROP = {
@@ -69,11 +99,16 @@ def lora_drop(**said) -> Row:
 
 ROBERTA_BASE = Table(
     "lora_drop/roberta_base",
-    f"{PAPER}, RoBERTa-base",
+    f"{PAPER}, Tables 1, 4 and 5, RoBERTa-base",
     "FacebookAI/roberta-base",
     {
         f"glue/{task}": {
-            "training": {"learning_rate": rate, "num_train_epochs": epochs, "per_device_train_batch_size": batch}
+            **GLUE[f"glue/{task}"],
+            "training": {
+                "learning_rate": choice(rate, REMEMBERED if task in ("cola", "sst2") else OF_LORA),
+                "num_train_epochs": choice(epochs, OF_LORA),
+                "per_device_train_batch_size": choice(batch, OF_LORA),
+            },
         }
         for task, (rate, epochs, batch) in BASE.items()
     },
@@ -91,8 +126,8 @@ ROBERTA_BASE = Table(
             "SoRA",
             {
                 "name": "sora",
-                "lambda2": Because(0.1, UNKNOWN),
-                "scale_by_lr": Because(True, "as SoRA's paper has it"),
+                "lambda2": choice(0.1),
+                "scale_by_lr": choice(True, "as SoRA's paper has it"),
             },
             notes=("The printed 0.21M are about 137 of 192 ranks; how many stay follows from lambda2 and the data.",),
         ),
@@ -100,83 +135,92 @@ ROBERTA_BASE = Table(
             "vera",
             "VeRA",
             {"name": "vera", "r": 512},
-            training={"learning_rate": Because(4e-3, f"ten times LoRA's: {UNKNOWN}")},
+            training={"learning_rate": choice(4e-3, f"ten times LoRA's; {UNKNOWN}")},
         ),
         Row(
             "tied_lora",
             "Tied-LoRA",
             {"name": "tied_lora", "fused": Because(True, "one A for query and value: the printed 0.15M")},
-            lora={"r": 56, "lora_alpha": Because(112, "the scaling of the others")},
+            lora={"r": 56, "lora_alpha": choice(112, "the scaling of the others")},
         ),
         lora_drop(
             others={**THRESHOLDS, **ABLATIONS},
-            notes=("T = 0.95, 0.8 and 0.7 are Table 4's, the others the ablations':",),
+            notes=("T = 0.95, 0.8 and 0.7 are Table 4's, the others the ablations of Table 5:",),
         ),
     ),
     SEED,
-    data={"max_length": 512},
+    SEEDS,
+    data={"max_length": choice(512, OF_LORA)},
     lora=QUERY_VALUE,
-    training=TRAINING,
+    training={**TRAINING, **BEST},
     notes=(LIKE_LORA,),
 )
 
 ROBERTA_LARGE = Table(
     "lora_drop/roberta_large",
-    f"{PAPER}, RoBERTa-large",
+    f"{PAPER}, Table 6, RoBERTa-large",
     "FacebookAI/roberta-large",
-    {f"glue/{task}": {} for task in GLUE},
+    GLUE,
     (FULL, LORA, lora_drop()),
     SEED,
-    data={"max_length": 128},
+    SEEDS,
+    data={"max_length": choice(128, OF_LORA)},
     lora=QUERY_VALUE,
     training={
         **TRAINING,
-        "learning_rate": 3e-4,
-        "num_train_epochs": 10,
-        "per_device_train_batch_size": Because(4, "all three as in LoRA's script for STS-B"),
+        **BEST,
+        "learning_rate": choice(3e-4, "as in LoRA's script for STS-B"),
+        "num_train_epochs": choice(10, "as in LoRA's script for STS-B"),
+        "per_device_train_batch_size": choice(4, "as in LoRA's script for STS-B"),
     },
     notes=(LIKE_LORA,),
 )
 
-LLAMA = {"name": "meta-llama/Llama-2-7b-hf", "dtype": Because("bfloat16", UNKNOWN)}
+LLAMA = {"name": "meta-llama/Llama-2-7b-hf", "dtype": choice("bfloat16")}
 LLAMA_TRAINING = {
     **TRAINING,
-    "weight_decay": 0.0,
-    "learning_rate": Because(2e-4, UNKNOWN),
-    "num_train_epochs": Because(3, UNKNOWN),
-    "per_device_train_batch_size": Because(16, UNKNOWN),
+    "weight_decay": choice(0.0),
+    "learning_rate": choice(2e-4),
+    "num_train_epochs": choice(3),
+    "per_device_train_batch_size": choice(16),
 }
 
 LLAMA_GLUE = Table(
     "lora_drop/llama2_glue",
-    f"{PAPER}, Llama2-7b, understanding",
+    f"{PAPER}, Table 7, Llama2-7b",
     LLAMA,
-    {f"glue/{task}": {} for task in GLUE},
-    (LORA, lora_drop()),
+    GLUE,
+    (FULL_LLAMA, LORA, lora_drop()),
     SEED,
-    data={"max_length": 512},
+    SEEDS,
+    data={"max_length": choice(512, "as for RoBERTa")},
     lora={**QUERY_VALUE, "target_modules": Because("query-value", "64 modules, 4.2M parameters at rank 8")},
-    training=LLAMA_TRAINING,
-    notes=("That the tasks are those of RoBERTa is an assumption; rates, lengths of runs and batches are choices.",),
+    training={**LLAMA_TRAINING, **BEST},
+    notes=("Rates, lengths of runs and batches are choices; the paper prints none for Llama.",),
 )
 
 LLAMA_GENERATION = Table(
     "lora_drop/llama2_generation",
-    f"{PAPER}, Llama2-7b, generation",
+    f"{PAPER}, Tables 2 and 8, Llama2-7b",
     LLAMA,
-    {"e2e_nlg": {}, "dialogsum": {}, "gsm8k": {}},
-    (LORA, lora_drop()),
+    {"e2e_nlg": {}, "dart": {}, "dialogsum": {}, "gsm8k": {}},
+    (FULL_LLAMA, LORA, lora_drop()),
     SEED,
+    SEEDS,
     lora={
         "r": 64,
-        "lora_alpha": Because(128, UNKNOWN),
-        "lora_dropout": Because(0.1, UNKNOWN),
+        "lora_alpha": choice(128, "the scaling of the others"),
+        "lora_dropout": choice(0.1),
         "target_modules": Because(
             ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "192 modules, 0.13B parameters"
         ),
     },
     training=LLAMA_TRAINING,
-    notes=("That the tasks are these three is an assumption; rates, lengths of runs and batches are choices.",),
+    notes=(
+        "Rates, lengths of runs and batches are choices; the paper prints none for Llama. The last epoch counts: the "
+        "paper says that the best one does of understanding, and to write all texts after each epoch takes longer than "
+        "to train.",
+    ),
 )
 
 TABLES = (ROBERTA_BASE, ROBERTA_LARGE, LLAMA_GLUE, LLAMA_GENERATION)

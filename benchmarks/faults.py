@@ -49,7 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target_r": 2},
     "weightlora": {"keep": 3, "after": 5},
     "weightlora_plus": {"keep": 3, "after": 5},
-    "rlora": {"keep": 3},
+    "rlora": {"keep": 3, "after": 0},
     "fixed": {"keep": 3},
     "lora_drop": {"keep": 1, "sample": 0.5, "epochs": 1},
     "flexora": {"keep": 1, "after": 5, "val_batches": 2},

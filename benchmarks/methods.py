@@ -69,7 +69,7 @@ ENTRIES: dict[str, Entry] = {
     "adalora": Entry("adalora", {"target_r": 1}, {"lora_alpha": 8}),  # starts with rank 2
     "weightlora": Entry("weightlora", {"keep": 5}),
     "weightlora_plus": Entry("weightlora_plus", {"keep": 5}),
-    "rlora": Entry("rlora", {"keep": 5}),
+    "rlora": Entry("rlora", {"keep": 5, "after": 0}),
     "fixed": Entry("fixed", {"keep": 5}),
     "lora_drop": Entry("lora_drop"),
     "lora_drop_r3": Entry("lora_drop", {"keep": 1}, {"r": 3, "lora_alpha": 12}),

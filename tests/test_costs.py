@@ -377,7 +377,7 @@ def test_what_cannot_be_written(written):
 
 def test_a_draw_before_the_first_step_knows_no_costs():
     with pytest.raises(ConfigError, match=r"40% memory.*after=0.*at least 1"):
-        RLoRA(keep="40% memory")
+        RLoRA(keep="40% memory", after=0)
 
 
 def test_a_share_that_no_adapter_fits_is_refused_at_the_first_step():

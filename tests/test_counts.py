@@ -101,7 +101,9 @@ def test_deberta_v3_base_is_the_model_of_the_paper():
 def test_table_1_weightlora(keep, kept, printed):
     """12.3K, 61.5K and 123K count the kept adapters and the gates of all 36."""
     model = with_lora(deberta_v3_base(), 8, QKV)
-    method = RLoRA(keep=keep).attach(model)  # which K does not matter here, and values are not there to choose by
+    method = RLoRA(keep=keep, after=0).attach(
+        model
+    )  # which K does not matter here, and values are not there to choose by
     assert counts(model) == (keep, kept, 0)
     assert len(method.dropped) == 36 - keep
     gated = with_lora(deberta_v3_base(), 8, QKV)
@@ -140,7 +142,7 @@ def test_the_other_rows_of_the_papers_table_follow_from_the_same_modules():
     adalora = AdaLoraConfig(init_r=12, target_r=8, total_step=10, target_modules=QKV)
     assert trained(get_peft_model(deberta_v3_base(), adalora)) == 36 * 12 * (2 * 768 + 1) == 663_984
     half = get_peft_model(deberta_v3_base(), LoraConfig(r=8, target_modules=QKV))
-    RLoRA(keep=0.5).attach(half)
+    RLoRA(keep=0.5, after=0).attach(half)
     assert trained(half) == 18 * 8 * 2 * 768 == 221_184
     mini = get_peft_model(deberta_v3_base(), LoraConfig(r=2, target_modules=QKV))
     assert trained(mini) == 36 * 2 * 2 * 768 == 110_592

@@ -209,7 +209,7 @@ def test_adapters_in_float32_on_a_base_in_bfloat16_need_no_autocast(kernels, dev
     nn.init.normal_(list_adapters(model)[0].B.weight)
     x = torch.randn(40, 64, device=device, dtype=torch.bfloat16)
     expected = model(x)
-    RLoRA(keep=1).attach(model)
+    RLoRA(keep=1, after=0).attach(model)
     found = model(x)
     assert found.dtype == expected.dtype == torch.bfloat16
     assert error(found, expected) < 8e-3
@@ -388,7 +388,7 @@ def test_a_cuda_graph_replays_the_adapter_with_new_dropout(p):
     model = get_peft_model(Stack(2), LoraConfig(r=4, target_modules=r".*layers\.\d+", lora_dropout=p)).cuda()
     for adapter in list_adapters(model):
         nn.init.normal_(adapter.B.weight, std=0.3)
-    RLoRA(keep=1).attach(model)
+    RLoRA(keep=1, after=0).attach(model)
     B = list_adapters(model)[0].B.weight
     x = torch.randn(64, 32, device="cuda")
 

@@ -177,7 +177,7 @@ def test_many_kept_adapters_come_back_as_exactly_those(form, tmp_path, stock_pef
     tiny.build("bert", num_hidden_layers=4).model.save_pretrained(tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
     model = get_peft_model(model, tiny.lora(tiny.build("bert"), init_lora_weights=False))
-    method = RLoRA(keep=22).attach(model)
+    method = RLoRA(keep=22, after=0).attach(model)
     assert len(method.dropped) == 3
     model.save_pretrained(tmp_path / "run")
     out = export(tmp_path / "run", tmp_path / "out", **FORMS[form])

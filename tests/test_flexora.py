@@ -12,7 +12,7 @@ from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
 from torch.utils.data import IterableDataset
 
 from weightlora import ConfigError, Flexora, UnsupportedError, list_adapters, prepare
-from weightlora.methods.flexora.method import split
+from weightlora.methods._trainer import split
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import dry_run, run
 
@@ -332,7 +332,7 @@ def test_a_stream_and_rows_without_labels_are_refused():
             return iter(rows())
 
     with pytest.raises(ConfigError, match="a stream without a length"):
-        split(Stream(), Flexora().held_out, 0)
+        split(Stream(), Flexora().held_out, 0, "call `validate_on(batches)`")
     unlabelled = {key: value for key, value in batch().items() if key != "labels"}
     model, method = bert(), Flexora().validate_on([unlabelled])
     method.attach(model)

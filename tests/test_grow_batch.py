@@ -73,8 +73,8 @@ def test_the_same_run_in_fewer_passes(factor, expected, tmp_path):
 
 def test_an_epoch_that_ends_in_the_middle_of_an_optimizer_step(tmp_path):
     more = {"per_device_train_batch_size": 3, "max_steps": 12}  # 22 micro-batches an epoch, the last of one row
-    plain, _ = run(tmp_path / "plain", RLoRA(keep=3), **more)
-    grown, passes = run(tmp_path / "grown", RLoRA(keep=3), GrowBatch(2), **more)
+    plain, _ = run(tmp_path / "plain", RLoRA(keep=3, after=0), **more)
+    grown, passes = run(tmp_path / "grown", RLoRA(keep=3, after=0), GrowBatch(2), **more)
     assert passes.rows == ([6] * 10 + [3, 1]) * 2, "batches of unequal size are not merged: their means weigh the same"
     torch.testing.assert_close(trainable_state(grown.model), trainable_state(plain.model), atol=1e-5, rtol=1e-4)
 
@@ -86,7 +86,7 @@ def test_a_loss_that_is_a_sum_over_all_tokens(tmp_path):
         built = tiny.build("llama")
         model = get_peft_model(built.model, tiny.lora(built))
         settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "optim": "sgd", "max_steps": 4}
-        trainer = make_trainer(tmp_path, RLoRA(keep=6), *callbacks, model=model, learning_rate=0.3, **settings)
+        trainer = make_trainer(tmp_path, RLoRA(keep=6, after=0), *callbacks, model=model, learning_rate=0.3, **settings)
         ids = [row["input_ids"][: 4 + i % 9] for i, row in enumerate(rows())]
         trainer.train_dataset = [{"input_ids": i, "attention_mask": [1] * len(i), "labels": i} for i in ids]
         trainer.data_collator = padded
@@ -128,6 +128,6 @@ def test_refusals_come_before_training(tmp_path):
     with pytest.raises(ConfigError, match="`factor=1`"):
         GrowBatch(1)
     with pytest.raises(ConfigError, match="`gradient_accumulation_steps` is 1"):
-        run(tmp_path, RLoRA(keep=3), GrowBatch(2), gradient_accumulation_steps=1)
+        run(tmp_path, RLoRA(keep=3, after=0), GrowBatch(2), gradient_accumulation_steps=1)
     with pytest.raises(ConfigError, match="give it a `factor`"):
         run(tmp_path, GrowBatch())

@@ -153,7 +153,7 @@ def test_it_runs_where_nothing_stands_in_its_way(monkeypatch):
     for bias in (True, False):
         Problem(bias=bias).fused(0.3)
     model = bert()
-    RLoRA(keep=9).attach(model)
+    RLoRA(keep=9, after=0).attach(model)
     model(**batch()).loss.backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch()).loss.backward()
@@ -240,7 +240,7 @@ def test_dropout_in_half_precision_is_the_same_dropout():
 
 def test_evaluation_drops_nothing():
     model = bert(lora_dropout=0.5)
-    RLoRA(keep=9).attach(model)
+    RLoRA(keep=9, after=0).attach(model)
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(**batch()).logits, model(**batch()).logits)

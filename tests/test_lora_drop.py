@@ -410,7 +410,7 @@ def long(name: str) -> str:
 def test_with_everything_kept_the_run_is_that_of_plain_lora(tmp_path):
     """T = 1 and a restart: phase 1 leaves no trace, in weights, optimizer or random numbers, dropout included."""
     runs = {}
-    for name, method in {"drop": LoRADrop(threshold=1.0, sample=0.5), "lora": RLoRA(keep=9)}.items():
+    for name, method in {"drop": LoRADrop(threshold=1.0, sample=0.5), "lora": RLoRA(keep=9, after=0)}.items():
         trainer = make_trainer(tmp_path / name, method, max_steps=6)
         trainer.train()
         runs[name] = trainable_state(trainer.model), random.random(), np.random.rand(), torch.rand(1)

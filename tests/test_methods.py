@@ -119,7 +119,9 @@ TABLE = {
         options={"keep": 3, "after": 6},
         budget=lambda left, s: len(left) == 3 and sum(a.parameters for a in left) <= 2 * s.width,
     ),
-    "rlora": Row(None, options={"keep": 3}, budget=lambda left, s: len(left) == 3 and {a.r for a in left} == {2}),
+    "rlora": Row(
+        None, options={"keep": 3, "after": 6}, budget=lambda left, s: len(left) == 3 and {a.r for a in left} == {2}
+    ),
     "fixed": Row(None, options={"keep": 3}, budget=lambda left, s: len(left) == 3 and {a.r for a in left} == {2}),
     "lora_drop": Row(lambda s: shared_count(s, 1) + s.head, options={"keep": 1, "sample": 0.5}),
     "melora": Row(lora_count, options={"minis": 4}),

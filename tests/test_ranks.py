@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import batch, bert, make_trainer, train, trainable_state
+from helpers import batch, bert, make_trainer, rows, train, trainable_state
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -861,12 +861,27 @@ def test_the_paper_s_schedule_in_three_epochs():
     assert cuts == tuple(400 + 100 * i for i in range(8))
 
 
-def test_a_trainer_finds_the_batch(tmp_path):
-    method = ALoRA(rounds=2, batch_size=5)
-    make_trainer(tmp_path, method, max_steps=12).train()
-    assert method.engine.batch["input_ids"].shape == (5, 12)
-    assert torch.equal(method.engine.batch["labels"], batch(5)["labels"])
-    assert method.batch is None and len([e for e in method.events if e["event"] == "round"]) == 1
+def test_the_batch_is_held_out_of_the_training_data(tmp_path):
+    drawn = []
+    for seed in (1, 2, 1):
+        method = ALoRA(rounds=2, batch_size=5, seed=seed)
+        trainer = make_trainer(tmp_path / str(len(drawn)), method, max_steps=12)
+        assert len(trainer.train_dataset) == len(rows()) - 5
+        trainer.train()
+        scored = [tuple(row.tolist()) for row in method.engine.batch["input_ids"]]
+        trained = {tuple(row["input_ids"]) for row in trainer.train_dataset}
+        assert len(scored) == 5 and not trained & set(scored)
+        assert trained | set(scored) == {tuple(row["input_ids"]) for row in rows()}
+        assert method.batch is None and len([e for e in method.events if e["event"] == "round"]) == 1
+        drawn.append(scored)
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert drawn[0] != [tuple(row["input_ids"]) for row in rows()[:5]], "not the first"
+    with pytest.raises(ConfigError, match="`batch_size=500` leaves none of the"):
+        make_trainer(tmp_path / "large", ALoRA(batch_size=500))
+    late = make_trainer(tmp_path / "late", max_steps=12)
+    late.add_callback(ALoRA(rounds=2))
+    with pytest.raises(ConfigError, match="give it in `callbacks`"):
+        late.train()
 
 
 def test_alora_refuses_what_cannot_work():

@@ -11,9 +11,10 @@ from tiny_text import questions, recipe, write_jsonl
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.methods import prepare
 from weightlora.methods.stock import head_modules
+from weightlora.tasks import get_task
 from weightlora.tasks.data import Source
 from weightlora.training.model import position_limit
-from weightlora.training.plan import Plan, count_steps
+from weightlora.training.plan import Plan, _options, count_steps
 from weightlora.training.recipe import load_recipe, parse_recipe
 from weightlora.training.run import dry_run, run
 
@@ -379,3 +380,18 @@ def test_the_written_recipe_is_plain_yaml(folder: Path) -> None:
     written = yaml.safe_load((folder / "run/recipe.yaml").read_text(encoding="utf-8"))
     assert written["model"]["name"] == str(folder / "model")
     assert written["training"]["learning_rate"] == 5e-4
+
+
+def test_a_random_choice_differs_by_task_and_stays_the_same_for_one() -> None:
+    """Runs with the same seed but another task draw other adapters; a seed of the method's own is taken as it is."""
+    entries = {"model": "none", "output_dir": "out", "method": {"name": "rlora", "keep": 5}}
+
+    def seed(task: str, **more: Any) -> Any:
+        return _options(parse_recipe({**entries, "task": task, **more}), get_task(task)).get("seed")
+
+    tasks = ["glue/cola", "glue/rte", "glue/sst2", "squad"]
+    assert len({seed(task) for task in tasks}) == 4 and seed("glue/rte") == seed("glue/rte")
+    assert seed("glue/rte", seed=1) != seed("glue/rte", seed=2)
+    assert seed("regression", data={"train": "a.jsonl"}) != seed("regression", data={"train": "b.jsonl"})
+    assert seed("glue/rte", method={"name": "rlora", "seed": 7}) == 7
+    assert seed("glue/rte", method={"name": "weightlora", "keep": 5}) is None

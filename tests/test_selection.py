@@ -109,7 +109,8 @@ def test_a_scheduler_moves_the_rate_of_the_gates_too():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: WeightLoRA(keep=3, after=6), lambda: WeightLoRAPlus(keep=3, after=6), lambda: RLoRA(keep=3)]
+    "make",
+    [lambda: WeightLoRA(keep=3, after=6), lambda: WeightLoRAPlus(keep=3, after=6), lambda: RLoRA(keep=3, after=0)],
 )
 def test_the_same_seed_gives_the_same_adapters_and_weights(make):
     states = []
@@ -123,8 +124,16 @@ def test_the_same_seed_gives_the_same_adapters_and_weights(make):
     assert all(torch.equal(states[0][1][k], v) for k, v in states[1][1].items())
 
 
+def test_rlora_is_weightlora_but_for_the_choice():
+    """All adapters train up to the same T, unless `after=0` draws at once."""
+    model, method = bert(), RLoRA(keep=3)
+    train(model, method, 5, of=40)
+    assert method.engine.cuts == (4,) and [e["step"] for e in method.events if e["event"] == "cut"] == [4]
+    assert len(RLoRA(keep=3, after=0).attach(bert()).kept) == 3
+
+
 def test_rlora_draws_another_set_with_another_seed():
-    drawn = {tuple(sorted(RLoRA(keep=3, seed=seed).attach(bert()).kept)) for seed in range(12)}
+    drawn = {tuple(sorted(RLoRA(keep=3, after=0, seed=seed).attach(bert()).kept)) for seed in range(12)}
     assert len(drawn) > 6
 
 
@@ -188,14 +197,14 @@ def test_after_the_cut_a_step_saves_and_computes_what_a_smaller_lora_does():
     everything = saved_bytes(bert()), flops(bert())
     train(model, method, 6)
     stock, ours = bert(target_modules=method.kept), bert(target_modules=method.kept)
-    RLoRA(keep=3).attach(ours)
+    RLoRA(keep=3, after=0).attach(ours)
     assert flops(model) == flops(stock) == flops(ours) < everything[1]
     assert saved_bytes(model) == saved_bytes(ours) < saved_bytes(stock) < everything[0]
 
 
 def test_what_is_below_the_lowest_kept_adapter_is_out_of_the_graph():
     model = bert(layers=4)
-    method = RLoRA(keep=12).attach(model)
+    method = RLoRA(keep=12, after=0).attach(model)
     lower = [a for a in method.adapters if "layer.3." not in a.name]
     surgery.disconnect(model, lower)
     outputs = []
@@ -286,6 +295,19 @@ def test_extending_leaves_the_product_unchanged_and_adds_directions(extend):
     torch.testing.assert_close(wider @ longer, B @ A, atol=1e-5, rtol=1e-5)
     assert torch.linalg.matrix_rank(longer) == 8
     assert torch.equal(extend(A, B, 8, seed=1)[0], longer) and not torch.equal(extend(A, B, 8, seed=2)[0], longer)
+
+
+@pytest.mark.parametrize(("mode", "length"), [("default", 1.0), ("paper", 32**0.5)])
+def test_new_directions_are_as_long_as_the_paper_has_them_in_paper_mode(mode, length):
+    """(I - Q Q^T) N of standard normal N has columns of about sqrt(d_in - r); with `init="gaussian"` as LoRA starts."""
+    model, method = bert(lora_dropout=0.0), WeightLoRAPlus(keep=3, after=6, mode=mode)
+    train(model, method, 6)
+    grown = [a for a in list_adapters(model) if a.r > 4]
+    for a in grown:
+        A = a.A.weight.detach()
+        assert a.in_features == 32 and float(A[4:].norm(dim=1).mean()) == pytest.approx(length, rel=0.2)
+        torch.testing.assert_close(A[4:] @ A[:4].T, torch.zeros(a.r - 4, 4), atol=1e-4, rtol=0)
+    assert grown
 
 
 def test_qr_extension_has_orthonormal_old_rows_and_unit_new_ones_outside_their_span():
@@ -462,7 +484,7 @@ def test_an_adapter_that_no_gradient_reaches_is_dropped_first_and_named(lr, capl
 
 
 def test_the_old_name_of_the_engine_works_and_warns():
-    method = RLoRA(keep=9).attach(bert())
+    method = RLoRA(keep=9, after=0).attach(bert())
     with pytest.warns(DeprecationWarning, match=r"`method\.selector` is `method\.engine` now"):
         assert method.selector is method.engine
 

@@ -220,7 +220,7 @@ def test_a_model_that_was_used_can_be_copied_and_its_parts_pickled():
 
 def test_every_method_takes_it_and_what_is_no_switch_is_refused():
     model = showing_masks(attention())
-    RLoRA(keep=3, share_dropout=False).attach(model)
+    RLoRA(keep=3, after=0, share_dropout=False).attach(model)
     query, key, *_ = model(ones())[:2]
     assert not torch.equal(query, key), "a method attached later decides"
     with pytest.raises(ConfigError, match="share_dropout='yes'"):

@@ -113,7 +113,7 @@ def test_what_follows_the_cut_changes_no_number(
     training = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     found = []
     for after in ({}, {"reuse_prefix": True, "grow_batch": 2}):
-        entries = recipe(folder, method={"name": "rlora", "keep": keep}, lora=lora, **after)
+        entries = recipe(folder, method={"name": "rlora", "keep": keep, "after": 0}, lora=lora, **after)
         options = {**training, "use_cpu": True, "learning_rate": 1e-3}
         with caplog.at_level("INFO"):
             entries = {**entries, "training": options, "output_dir": str(folder / str(len(found)))}

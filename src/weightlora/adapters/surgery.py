@@ -145,21 +145,25 @@ def extend_gaussian(
     return torch.cat([A, noise.to(A)]), torch.cat([B, B.new_zeros(B.shape[0], extra)], dim=1)
 
 
-def extend_qr(A: Tensor, B: Tensor, r: int, noise: Tensor | None = None, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def extend_qr(
+    A: Tensor, B: Tensor, r: int, noise: Tensor | None = None, *, seed: int = 0, unit: bool = True
+) -> tuple[Tensor, Tensor]:
     """Rank extension by QR: A^T = Q R, new A^T = [Q, N] with N orthogonal to Q, new B = [B R^T, 0]; B A is unchanged.
 
-    N is the part of zero-mean noise outside span(Q), with columns of unit length as those of Q; given `noise` is
-    projected but not normalised, as in the authors' code (WeightLoRA, "smart").
+    N is the part of standard normal noise outside span(Q) (WeightLoRA, "smart").
 
     Args:
         A, B, r, noise: as in `extend_gaussian`; r may not exceed d_in.
+        unit: give the columns of N unit length, as those of Q have; the paper leaves them at about sqrt(d_in), where
+            one step of Adam moves the layer's output as many times as far through a new direction as through an old
+            one. Given `noise` stays as long as it is, as in the authors' code.
     """
     Q, R = torch.linalg.qr(A.detach().double().T)  # (d_in, r_old), (r_old, r_old)
     given = noise is not None
     N = (gaussian(r - A.shape[0], A.shape[1], seed) if noise is None else noise).to(Q).T
     for _ in range(2):  # the second pass removes what rounding left of Q in N
         N = N - Q @ (Q.T @ N)
-    if not given:
+    if unit and not given:
         N = N / N.norm(dim=0, keepdim=True)
     zeros = B.new_zeros(B.shape[0], N.shape[1], dtype=torch.float64)
     return torch.cat([Q, N], dim=1).T.to(A), torch.cat([B.detach().double() @ R.T, zeros], dim=1).to(B)

@@ -90,6 +90,7 @@ class MethodInfo:
         prepare: gets a model ready: `prepare(model, lora, **options)`, its options keyword-only. Default: `attach`. If
             it has a keyword `batches`, it receives some of the training data.
         callback: acts while the model trains; None where there is nothing to do.
+        draws: whether its choice is a draw, which a recipe's task should change.
         rates: {part of a parameter's name: multiple of the learning rate}, where another rate is needed.
     """
 
@@ -103,6 +104,7 @@ class MethodInfo:
     attach: Attach | None = Attach()
     prepare: Prepare | None = None
     callback: type[Method] | None = None
+    draws: bool = False
     rates: Mapping[str, float] = field(default_factory=dict)
 
     @property

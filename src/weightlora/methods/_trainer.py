@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 from weightlora import durable
@@ -115,6 +118,27 @@ def _check_nothing_else_is_trained(model: Any, host: nn.Module) -> None:
             f"{others[0]} is trained beside the PeftModel, and nothing would load it from the checkpoint; give the "
             "model its LoRA with `model.add_adapter(LoraConfig(...))` instead."
         )
+
+
+def split(dataset: Any, held_out: Callable[[int], int], seed: int, remedy: str) -> tuple[Any, Any]:
+    """A training set without `held_out(rows)` of its rows, and these, drawn by `seed`; both in the order they had.
+
+    Raises:
+        ConfigError: the data has no length; `remedy` is what helps.
+    """
+    try:
+        rows = len(dataset)
+    except TypeError:
+        raise ConfigError(
+            f"Rows cannot be held out of training data that is a stream without a length; {remedy}."
+        ) from None
+    number = held_out(rows)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return _rows(dataset, sorted(order[number:])), _rows(dataset, sorted(order[:number]))
+
+
+def _rows(dataset: Any, indices: list[int]) -> Any:
+    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
 
 
 def refuse_sharding(trainer: Trainer | None) -> None:

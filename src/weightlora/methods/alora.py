@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from weightlora.adapters.blocks import evaluating
 from weightlora.adapters.partial_forward import Lower
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.methods._registry import MethodInfo, register
-from weightlora.methods._trainer import calling_trainer
+from weightlora.methods._trainer import calling_trainer, split
 from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, reindex
 from weightlora.options import steps_or_share, whole
 
@@ -53,10 +52,10 @@ class ALoRA(RankMethod["MovingRanks"]):
         rounds: N_A.
         warmup: K_1, optimizer steps or a share of the run before the first round.
         interval: K_2, between two rounds. The defaults are the paper's one epoch and quarter of an epoch in three.
-        batch: the data ranks are scored on, with labels, as the model takes it. A callback finds it by itself: the
-            first rows of the Trainer's evaluation data, or of its training data where it has no other.
+        batch: the data ranks are scored on, with labels, as the model takes it. Without it a callback holds rows of the
+            training data out for the whole run, the same ones for the same seed; the evaluation set is not touched.
         batch_size: number of those rows.
-        seed: of new ranks; default the Trainer's.
+        seed: of the rows held out and of new ranks; default the Trainer's.
 
     Raises:
         ConfigError: an argument that cannot work.
@@ -82,29 +81,49 @@ class ALoRA(RankMethod["MovingRanks"]):
             raise ConfigError(f"`batch` is a {type(batch).__name__}; give what the model takes by name, with labels.")
         self.batch = batch
         self.batch_size = whole("batch_size", batch_size)
+        self._held_out: Any = None
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> MovingRanks:
         return MovingRanks(model, adapter_name, seed, self)
+
+    def held_out(self, rows: int) -> int:
+        if self.batch is not None:
+            return 0
+        if self.batch_size >= rows:
+            raise ConfigError(
+                f"`batch_size={self.batch_size}` leaves none of the {rows} training rows to train on; lower it, or "
+                "give ALoRA a `batch` of its own."
+            )
+        return self.batch_size
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = calling_trainer()
+        if trainer is not None and self.batch is None and trainer.train_dataset is not None:
+            seed = args.seed if self.seed is None else self.seed
+            trainer.train_dataset, self._held_out = split(
+                trainer.train_dataset, self.held_out, seed, "give ALoRA a `batch` of its own"
+            )
+        super().on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.engine.quiet = args.disable_tqdm or not state.is_world_process_zero
-        trainer = calling_trainer()
-        if self.batch is None and trainer is not None and not self.engine.done:
-            self.engine.batch = _first_rows(trainer, self.batch_size)
+        if self.batch is None and not self.engine.done:
+            self.engine.batch = self._collated(calling_trainer())
 
-
-def _first_rows(trainer: Trainer, size: int) -> Any:
-    """A batch of evaluation or training data as the Trainer builds one, the same at every call."""
-    data: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    if isinstance(data, dict):
-        data = next(iter(data.values()))
-    collate: Any = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
-    with torch.random.fork_rng(devices=[]):  # a collator may draw, and the run must not notice
-        torch.manual_seed(trainer.args.seed)
-        return trainer._prepare_inputs(collate(list(islice(iter(data), size))))
+    def _collated(self, trainer: Trainer | None) -> Any:
+        """The rows held out as one batch, as the Trainer builds one."""
+        if trainer is None or self._held_out is None:
+            raise ConfigError(
+                "ALoRA holds the rows it scores on out of the training data when the Trainer is built; give it in "
+                "`callbacks`, or give it a `batch` of its own."
+            )
+        collate: Any = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
+        with torch.random.fork_rng(devices=[]):  # a collator may draw, and the run must not notice
+            torch.manual_seed(self.engine.seed)
+            return trainer._prepare_inputs(collate([self._held_out[i] for i in range(len(self._held_out))]))
 
 
 def hand_out(count: int, means: Sequence[float]) -> list[int]:

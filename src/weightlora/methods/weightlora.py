@@ -94,7 +94,8 @@ class WeightLoRAPlus(SelectionMethod):
             and time are counted at the ranks the adapters start with; grown adapters take more.
         after: the step of the last cut.
         rounds: reach `keep` in one cut, or in several at equal distances, growing at each.
-        init: "qr" or "gaussian", how factors are extended without changing what a layer computes.
+        init: "qr" or "gaussian", how factors are extended without changing what a layer computes. New directions of
+            "qr" have unit length, in paper mode about sqrt(d_in).
         the others: as in `WeightLoRA`. With `compat` ranks double at each cut, before the others are dropped, and
             omega is not thresholded in between.
     """
@@ -121,7 +122,7 @@ class WeightLoRAPlus(SelectionMethod):
         self.keep = None if keep is None else budgets.parse(keep)
         self.when = After(after, rounds=rounds, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
-        self.grow = Expand(init, double=compat)
+        self.grow = Expand(init, double=compat, unit=mode != "paper")
         self.compat = compat
         if compat:
             # FatAdamW does not project between its events, and unlike the plain optimizer it drops omega <= 0.
@@ -143,19 +144,19 @@ class WeightLoRAPlus(SelectionMethod):
 
 
 class RLoRA(SelectionMethod):
-    """The random ablation: K adapters drawn uniformly, the rest disconnected, no omega.
+    """The random ablation: as `WeightLoRA`, but the K adapters are drawn uniformly; no omega.
 
     Args:
-        keep: as in `WeightLoRA`; for memory or time give `after` too, since only a training step can measure them.
-        after: 0 (default) draws before the first step, as in the paper; a later step first trains all adapters.
-        seed: of the draw; default the Trainer's.
+        keep: as in `WeightLoRA`.
+        after: T, as in `WeightLoRA`: all adapters train until the draw. 0 draws before the first step.
+        seed: of the draw; default the Trainer's, in a recipe mixed with the task's name.
         share_dropout: as in `WeightLoRA`.
     """
 
     def __init__(
         self,
         keep: Any = 10,
-        after: int | float | None = 0,
+        after: int | float | None = None,
         *,
         seed: int | None = None,
         share_dropout: bool = False,
@@ -251,5 +252,6 @@ register(
         parameters="sum over the kept of r (d_in + d_out)",
         source="weightlora",
         callback=RLoRA,
+        draws=True,
     )
 )

@@ -62,10 +62,12 @@ class Expand:
         init: "qr" or "gaussian", see `surgery.extend_qr` and `surgery.extend_gaussian`.
         double: instead, multiply every rank by 2, of dropped adapters too where they are still there, with the
             uniform noise of the authors' code (methods: `compat`).
+        unit: whether "qr" gives new directions unit length; not so in the paper.
     """
 
     init: Literal["qr", "gaussian"] = "qr"
     double: bool = False
+    unit: bool = True
 
     def __post_init__(self) -> None:
         if self.init not in ("qr", "gaussian"):
@@ -104,9 +106,10 @@ class Expand:
         if self.double:
             generator = torch.Generator().manual_seed(seed)
             noise = torch.rand(r - adapter.r, adapter.in_features, generator=generator, dtype=torch.float64)
-        extend = surgery.extend_qr if self.init == "qr" else surgery.extend_gaussian
-        A, B = extend(adapter.A.weight.detach(), adapter.B.weight.detach(), r, noise, seed=seed)
-        return surgery.resize(adapter, A, B)
+        A, B = adapter.A.weight.detach(), adapter.B.weight.detach()
+        if self.init == "qr":
+            return surgery.resize(adapter, *surgery.extend_qr(A, B, r, noise, seed=seed, unit=self.unit))
+        return surgery.resize(adapter, *surgery.extend_gaussian(A, B, r, noise, seed=seed))
 
 
 @dataclass(frozen=True)

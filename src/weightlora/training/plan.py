@@ -19,6 +19,7 @@ from weightlora import durable, methods
 from weightlora.adapters import list_attached
 from weightlora.adapters.distributed import is_first
 from weightlora.adapters.host import base_of
+from weightlora.adapters.surgery import name_seed
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError
 from weightlora.measure import trainable_parameters
@@ -115,7 +116,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     check_output_dir(recipe.output_dir, resume)
     task = get_task(recipe.task)
     recipe = _with_generation(with_sources(recipe, task), task)
-    method = methods.create(recipe.method.name, recipe.method.options)
+    method = methods.create(recipe.method.name, _options(recipe, task))
     lora = lora_values(recipe.lora, methods.get_method(recipe.method.name))
     _arguments(recipe, task, progress)  # checked as far as possible without the model
     after = _after_the_cut(recipe)
@@ -137,6 +138,15 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     arguments = _arguments(recipe, task, progress, HEADS[task.head].arguments(model.config))
     job = Job(recipe, task, splits, tokenizer, model, method, arguments, after)
     return replace(job, model=_ready(job, lora))
+
+
+def _options(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """Those of the method; one that draws its choice draws anew for each task."""
+    options = recipe.method.options
+    if not methods.get_method(recipe.method.name).draws or options.get("seed") is not None:
+        return options
+    rows = recipe.data.train.path if task.benchmark is None and recipe.data.train is not None else ""
+    return {**options, "seed": name_seed(recipe.seed, recipe.task, rows)}
 
 
 def _arguments(

@@ -16,19 +16,18 @@ much as down in others, and about half of the layers end above 0 whatever the ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import Subset
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import options
 from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
-from weightlora.methods._trainer import calling_trainer
+from weightlora.methods._trainer import calling_trainer, split
 from weightlora.methods.base import Method
 from weightlora.methods.flexora.layers import LayerSearch, LayerStrategy
 from weightlora.selection.schedules import After
@@ -123,7 +122,12 @@ class Flexora(Method[LayerSearch]):
         trainer = calling_trainer()
         if trainer is not None and not self._batches and trainer.train_dataset is not None:
             seed = args.seed if self.seed is None else self.seed
-            trainer.train_dataset, self._held_out = split(trainer.train_dataset, self.held_out, seed)
+            trainer.train_dataset, self._held_out = split(
+                trainer.train_dataset,
+                self.held_out,
+                seed,
+                "call `validate_on(batches)` with validation batches of your own",
+            )
         super().on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
@@ -143,28 +147,6 @@ class Flexora(Method[LayerSearch]):
         with torch.random.fork_rng():  # a collator may draw, masks for example
             torch.manual_seed(self.engine.seed)
             self._batches = list(trainer.get_test_dataloader(self._held_out))
-
-
-def split(dataset: Any, held_out: Callable[[int], int], seed: int) -> tuple[Any, Any]:
-    """A training set without `held_out(rows)` of its rows, and these, drawn by `seed`; both in the order they had.
-
-    Raises:
-        ConfigError: the data has no length.
-    """
-    try:
-        rows = len(dataset)
-    except TypeError:
-        raise ConfigError(
-            "Flexora holds rows out of the training data, which is a stream without a length; call "
-            "`validate_on(batches)` with validation batches of your own."
-        ) from None
-    number = held_out(rows)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    return _rows(dataset, sorted(order[number:])), _rows(dataset, sorted(order[:number]))
-
-
-def _rows(dataset: Any, indices: list[int]) -> Any:
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
 
 
 register(

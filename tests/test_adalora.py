@@ -433,3 +433,103 @@ def test_a_model_made_with_stock_peft_is_driven_too():
         method.step(optimizer)
         optimizer.zero_grad()
     assert sum(a.r for a in list_attached(model)) == 2 * 3
+
+
+# -- against the paper's equations, written down once more -------------------------------------------------------------
+
+STEPS, T_I, T_F, START, TARGET, ALPHA, GAMMA, RATE = 20, 3, 6, 4, 2, 8, 0.5, 1e-2
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.tanh(self.one(x)))
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(16, 8, generator=generator), torch.randint(0, 4, (16,), generator=generator)) for _ in range(STEPS)
+    ]
+
+
+def by_the_library() -> tuple[dict[str, torch.Tensor], list[list[torch.Tensor]], list[float], list[int]]:
+    """(frozen weights, A, E and B of both layers at the start, losses, ranks at the end)."""
+    torch.manual_seed(0)
+    net = TwoLayers()
+    frozen = {name: p.detach().clone() for name, p in net.named_parameters()}
+    lora = {"target_modules": ["one", "two"], "lora_alpha": ALPHA, "lora_dropout": 0.0}
+    model = prepare("adalora", net, lora, target_r=TARGET, init_r=START, orth_reg_weight=GAMMA)
+    method, optimizer = start(model, STEPS, lr=RATE, tinit=T_I, tfinal=T_F)
+    parts = ("lora_A", "lora_E", "lora_B")
+    factors = [[getattr(a.layer, part)["default"].detach().clone() for part in parts] for a in list_attached(model)]
+    losses = []
+    for x, y in batches():
+        loss = nn.functional.cross_entropy(model(x), y)
+        losses.append(loss.item())
+        loss.backward()
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
+    return frozen, factors, losses, [a.r for a in list_attached(model)]
+
+
+def by_the_equations(
+    frozen: dict[str, torch.Tensor], factors: list[list[torch.Tensor]], *, root: bool, mean: bool, after: bool
+) -> tuple[list[float], list[int]]:
+    """AdaLoRA in plain tensors. The paper has `root`, `mean` and `after` false, its authors' code and PEFT true.
+
+    Args:
+        root: the regulariser is the Frobenius norm, not its square. mean: over all A and B, not their sum.
+        after: sensitivity is |w g| with w after the step, not with the w that g was computed at.
+    """
+    layers = [[t.clone().requires_grad_() for t in factor] for factor in factors]
+    flat = [t for layer in layers for t in layer]
+    optimizer = torch.optim.AdamW(flat, lr=RATE, weight_decay=0.0)
+    I, U = [torch.zeros_like(t) for t in flat], [torch.zeros_like(t) for t in flat]  # noqa: E741
+    left = [torch.arange(START)] * 2
+    losses = []
+    for t, (x, y) in enumerate(batches(), start=1):
+        for i, (name, (A, E, B)) in enumerate(zip(("one", "two"), layers, strict=True)):
+            h = x @ frozen[f"{name}.weight"].T + frozen[f"{name}.bias"] + x @ (A * E).T @ B.T * ALPHA / START
+            x = h if i else torch.tanh(h)
+        loss = nn.functional.cross_entropy(x, y)
+        losses.append(loss.item())
+        orthogonal = [
+            M[k] @ M[k].T - torch.eye(len(k)) for (A, _, B), k in zip(layers, left, strict=True) for M in (A, B.T)
+        ]
+        distances = [M.norm() if root else M.square().sum() for M in orthogonal]
+        optimizer.zero_grad()
+        (loss + GAMMA * sum(distances) / (len(distances) if mean else 1)).backward()
+        before = [p.detach().clone() for p in flat]
+        optimizer.step()
+        with torch.no_grad():
+            for i, p in enumerate(flat) if t < STEPS - T_F else ():
+                sensitivity = ((p if after else before[i]) * p.grad).abs()  # type: ignore[operator]
+                I[i] = 0.85 * I[i] + 0.15 * sensitivity
+                U[i] = 0.85 * U[i] + 0.15 * (sensitivity - I[i]).abs()
+            S = [i * u for i, u in zip(I, U, strict=True)]
+            scores = torch.cat([S[i + 1].flatten() + S[i].mean(dim=1) + S[i + 2].mean(dim=0) for i in (0, 3)])
+            share = min(max(1 - (t - T_I) / (STEPS - T_F - T_I), 0), 1)
+            budget = 2 * TARGET + int(2 * (START - TARGET) * share**3)
+            stays = scores >= scores.sort(descending=True).values[budget - 1]
+            for (_, E, _), mask in zip(layers, stays.split(START), strict=True):
+                E[~mask] = 0
+            if t == STEPS - T_F:
+                left = [mask.nonzero().flatten() for mask in stays.split(START)]
+    return losses, [len(k) for k in left]
+
+
+def test_it_is_the_paper_s_algorithm_as_its_authors_and_peft_run_it() -> None:
+    """Losses agree to rounding; each place where the paper's equations say something else moves them."""
+    frozen, factors, losses, ranks = by_the_library()
+    same, kept = by_the_equations(frozen, factors, root=True, mean=True, after=True)
+    assert same == pytest.approx(losses, abs=1e-6) and kept == ranks
+    code = {"root": True, "mean": True, "after": True}
+    for changed in code:
+        other, _ = by_the_equations(frozen, factors, **{**code, changed: False})
+        assert max(abs(a - b) for a, b in zip(other, losses, strict=True)) > 5e-5, changed

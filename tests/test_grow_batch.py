@@ -10,8 +10,10 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
-from weightlora import ConfigError, GrowBatch, RLoRA, WeightLoRA
+from weightlora import AdaLoRA, ConfigError, GrowBatch, RLoRA, WeightLoRA, prepare
 from weightlora.savings.batch import merge
+from weightlora.training.plan import _after_the_cut
+from weightlora.training.recipe import parse_recipe
 
 
 def model_without_dropout() -> nn.Module:
@@ -23,18 +25,20 @@ def model_without_dropout() -> nn.Module:
 
 
 class Passes:
-    """Rows of every forward pass that is trained on."""
+    """Every forward pass that is trained on: how many rows, and the batch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.rows: list[int] = []
+        self.batches: list[dict[str, Tensor]] = []
         model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
         if model.training and torch.is_grad_enabled():
             self.rows.append(len(kwargs["input_ids"]))
+            self.batches.append({name: value for name, value in kwargs.items() if torch.is_tensor(value)})
 
 
-def run(folder, *callbacks, **more) -> tuple[Trainer, Passes]:
+def run(folder, *callbacks, resume=None, **more) -> tuple[Trainer, Passes]:
     model = model_without_dropout()
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "optim": "sgd", "max_steps": 9}
     trainer = make_trainer(folder, *callbacks, model=model, learning_rate=0.3, logging_steps=1, **settings | more)
@@ -42,7 +46,7 @@ def run(folder, *callbacks, **more) -> tuple[Trainer, Passes]:
     trainer.train_dataset = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in data]
     trainer.data_collator = padded
     passes = Passes(model)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, passes
 
 
@@ -124,6 +128,72 @@ def test_merged_batches_are_padded_as_each_field_asks():
     assert merge([short, long], pad_token=7) is None, "without a mask the padding would be read"
 
 
+# -- a larger effective batch ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accumulated", "rate"), [(1, "same"), (2, "same"), (1, "sqrt"), (1, "linear")])
+def test_a_larger_effective_batch_is_the_mean_of_the_steps_it_replaces(accumulated, rate, tmp_path):
+    """SGD by hand: after the cut three steps' gradients as one, at the rate the schedule has for the last of them."""
+    more = {"gradient_accumulation_steps": accumulated, "max_steps": 10, "max_grad_norm": 0.0}
+    grown, passes = run(tmp_path / "grown", RLoRA(keep=3, after=4), GrowBatch(3, effective=True, rate=rate), **more)
+    assert passes.rows == [2] * 4 * accumulated + [6] * 2 * accumulated
+    assert grown.state.global_step == 10 and grown.state.epoch == pytest.approx(10 * accumulated / 32)
+    assert len([log for log in grown.state.log_history if "loss" in log]) == 10
+
+    recorded, seen = run(tmp_path / "recorded", **more)
+    model = model_without_dropout()
+    method = RLoRA(keep=3, after=4).attach(model, seed=recorded.args.seed)
+    method.plan(10)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    scale = {"same": 1.0, "sqrt": 3**0.5, "linear": 3.0}[rate]
+    for first, count in [*((i, 1) for i in range(4)), (4, 3), (7, 3)]:
+        optimizer.zero_grad()
+        for batch in seen.batches[first * accumulated : (first + count) * accumulated]:
+            (model.train()(**batch).loss / count).backward()  # a BERT's means add up over accumulated micro-batches
+        for group in optimizer.param_groups:
+            group["lr"] = 0.3 * (1 - (first + count - 1) / 10) * (scale if first >= 4 else 1.0)
+        optimizer.step()
+        if first < 4:
+            method.step(optimizer)
+    torch.testing.assert_close(trainable_state(grown.model), trainable_state(model), atol=1e-5, rtol=1e-4)
+
+
+def test_steps_do_not_wait_beyond_a_checkpoint_an_epoch_or_the_end(tmp_path):
+    more = {
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 9,
+    }
+    _, passes = run(tmp_path / "run", RLoRA(keep=3, after=0), GrowBatch(4, effective=True), max_steps=19, **more)
+    assert passes.rows == [16, 16, 4, 16, 12, 8, 4], "a checkpoint after 9, an epoch of 16, a checkpoint, the end"
+
+
+def test_a_resumed_run_with_larger_batches_is_the_same_run(tmp_path):
+    more = {"gradient_accumulation_steps": 1, "max_steps": 14, "save_strategy": "steps", "save_steps": 6}
+
+    def grow():
+        return GrowBatch(2, effective=True, rate="linear")
+
+    whole, _ = run(tmp_path / "run", RLoRA(keep=3, after=4), grow(), **more)
+    again, passes = run(
+        tmp_path / "run", RLoRA(keep=3, after=4), grow(), resume=str(tmp_path / "run/checkpoint-6"), **more
+    )
+    assert passes.rows == [4] * 4
+    torch.testing.assert_close(trainable_state(again.model), trainable_state(whole.model), atol=1e-6, rtol=1e-5)
+
+
+def test_what_a_larger_effective_batch_cannot_do(tmp_path):
+    with pytest.raises(ConfigError, match="`rate='linear'` is for a larger effective batch"):
+        GrowBatch(2, rate="linear")
+    with pytest.raises(ConfigError, match="`rate='root'` is unknown"):
+        GrowBatch(2, effective=True, rate="root")  # type: ignore[arg-type]
+    model = prepare("adalora", bert().unload(), {"target_modules": ["query"], "task_type": "SEQ_CLS"}, target_r=2)
+    trainer = make_trainer(tmp_path, AdaLoRA(), GrowBatch(2, effective=True), model=model, max_steps=10)
+    with pytest.raises(ConfigError, match="AdaLoRA acts in every one of them"):
+        trainer.train()
+
+
 def test_refusals_come_before_training(tmp_path):
     with pytest.raises(ConfigError, match="`factor=1`"):
         GrowBatch(1)
@@ -131,3 +201,15 @@ def test_refusals_come_before_training(tmp_path):
         run(tmp_path, RLoRA(keep=3, after=0), GrowBatch(2), gradient_accumulation_steps=1)
     with pytest.raises(ConfigError, match="give it a `factor`"):
         run(tmp_path, GrowBatch())
+
+
+def test_a_recipe_can_ask_for_a_larger_effective_batch():
+    entries = {"model": "none", "task": "regression", "data": {"train": "a.jsonl"}, "output_dir": "out"}
+    for written, expected in (
+        (True, (None, False, "same")),
+        (3, (3, False, "same")),
+        ({"effective": True}, (None, True, "same")),
+        ({"factor": 4, "effective": True, "rate": "sqrt"}, (4, True, "sqrt")),
+    ):
+        (grow,) = _after_the_cut(parse_recipe({**entries, "method": "weightlora", "grow_batch": written}))
+        assert isinstance(grow, GrowBatch) and (grow.wanted, grow.effective, grow.rate) == expected

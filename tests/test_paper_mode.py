@@ -1,4 +1,4 @@
-"""Paper mode against WeightLoRA's equations, written down once more in plain tensors and autograd: the same run to 1e-6."""
+"""Paper mode against WeightLoRA's equations, written down once more in plain tensors: the same run to 1e-6."""
 
 from __future__ import annotations
 

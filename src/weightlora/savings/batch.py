@@ -1,26 +1,29 @@
-"""`GrowBatch`: after the cut fewer, larger micro-batches with the same effective batch (WeightLoRA, section 3.3).
+"""`GrowBatch`: after the cut larger batches, for which there is room now (WeightLoRA, section 3.3).
 
     args = TrainingArguments(..., per_device_train_batch_size=4, gradient_accumulation_steps=8)
     trainer = Trainer(peft_model, args, ..., callbacks=[WeightLoRA(keep=10), GrowBatch()])
 
-The memory that dropped adapters no longer need makes room for more rows at a time. The Trainer goes on counting the
-micro-batches it was set up with; several of them are merged into one forward and backward pass.
+    GrowBatch(4)                    4 micro-batches in a pass; an optimizer step has the rows it had, in fewer passes
+    GrowBatch(4, effective=True)    an optimizer step has 4 times the rows, and an epoch a quarter of the steps
+
+The Trainer goes on counting the micro-batches and steps it was set up with; several of them are made as one.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
-from weightlora import options
+from weightlora import optim, options
 from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError
 from weightlora.measure import saved_bytes
@@ -30,36 +33,61 @@ logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 
+Rate = Literal["same", "sqrt", "linear"]
+RATES: Mapping[str, Callable[[int], float]] = {"same": lambda _: 1.0, "sqrt": math.sqrt, "linear": float}
+
 
 class GrowBatch(TrainerCallback):
-    """Merge micro-batches of gradient accumulation once the selection is done.
+    """Merge micro-batches once the selection is done.
 
-    Gradients stay those of the whole effective batch, up to rounding and to dropout masks.
+    By default those of gradient accumulation, so that gradients stay those of the whole effective batch, up to rounding
+    and to dropout masks. With `effective` those of several optimizer steps too, which become one with the mean of
+    their gradients. The Trainer still counts them all, so schedule, epochs, evaluation, checkpoints and the end of the
+    run stay at the same rows. Steps are not merged across the end of an epoch or a checkpoint that `save_steps` asks
+    for; one that a signal asks for loses the rows that wait.
 
     Args:
-        factor: most micro-batches to merge into one. Default: as many as fit into the memory that activations took
-            before the cut; the forward pass of one batch is measured before and after it.
+        factor: most micro-batches to merge into one, and with `effective` most steps. Default: as many as fit into the
+            memory that activations took before the cut; the forward pass of one batch is measured before and after it.
+        effective: let the effective batch grow, as in the paper.
+        rate: the learning rate of the larger batches, times what the schedule says: the "same", "sqrt" of the factor as
+            is usual for Adam, or "linear" as for SGD. The paper does not say.
 
     Raises:
-        ConfigError: a `factor` below 2, or no gradient accumulation in the run.
+        ConfigError: a `factor` below 2; no gradient accumulation in the run, unless `effective`; with `effective`
+            fp16, or a method that goes on acting in every step.
     """
 
-    def __init__(self, factor: int | None = None) -> None:
+    def __init__(self, factor: int | None = None, *, effective: bool = False, rate: Rate = "same") -> None:
         if factor is not None:
             options.whole("factor", factor, 2, of="micro-batches")
-        self.wanted = factor
+        options.one_of("rate", rate, tuple(RATES))
+        if rate != "same" and not effective:
+            raise ConfigError(
+                f"`rate={rate!r}` is for a larger effective batch, and this one stays as it is; add `effective=True`, "
+                "or leave it out."
+            )
+        self.wanted, self.effective, self.rate = factor, effective, rate
         self.factor = 1  # micro-batches merged now
         self._before: float | None = None  # bytes kept for backward per row, with all adapters
         self._waiting: list[Mapping[str, Any]] = []
         self._seen = 0  # micro-batches of the present optimizer step
+        self._steps = 0  # of the Trainer's, that wait to be made as one
+        self._items: Any = None  # tokens with a label in them
         self._decided = self._adds_up = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse a run without accumulation when the Trainer is built."""
-        if args.gradient_accumulation_steps == 1:
+        if args.gradient_accumulation_steps == 1 and not self.effective:
             raise ConfigError(
                 "`GrowBatch` merges the micro-batches of one optimizer step, and `gradient_accumulation_steps` is 1; "
-                "raise it and lower `per_device_train_batch_size`, or leave it out."
+                "raise it and lower `per_device_train_batch_size`, let the effective batch grow with `effective=True`, "
+                "or leave it out."
+            )
+        if args.fp16 and self.effective:
+            raise ConfigError(
+                "`GrowBatch(effective=True)` leaves out optimizer steps, which the loss scaling of fp16 does not take; "
+                "use bf16."
             )
 
     def on_train_begin(
@@ -69,10 +97,17 @@ class GrowBatch(TrainerCallback):
         self.on_init_end(args, state, control)  # it may have been added since
         if self.wanted is None and _engine_of(kwargs["model"]) is None:
             raise ConfigError("`GrowBatch()` waits for a cut and no method is at work; give it a `factor`.")
+        method = getattr(find_host(kwargs["model"]), "_weightlora_method", None)
+        if self.effective and method is not None and method.acts_after_cut:
+            raise ConfigError(
+                f"`GrowBatch(effective=True)` leaves out optimizer steps, and {type(method).__name__} acts in every "
+                "one of them; use `GrowBatch()`."
+            )
         trainer = calling_trainer()
         assert trainer is not None
         self.factor, self._before, self._decided = 1, None, False
-        self._waiting, self._seen = [], 0
+        self._waiting, self._seen, self._steps, self._items = [], 0, 0, None
+        self._state, self._per_epoch = state, _steps_of_an_epoch(kwargs.get("train_dataloader"), args)
         self._trainer: Any = trainer
         self._train_on = trainer.training_step
         trainer.training_step = self._training_step  # type: ignore[method-assign]
@@ -88,6 +123,8 @@ class GrowBatch(TrainerCallback):
         """One micro-batch. It waits for those it is merged with; the last of them does the work for all."""
         if not self._seen and not self._decided:
             self._choose_factor(model, inputs, num_items_in_batch)
+        if self.effective and self.factor > 1:
+            return self._part_of_a_larger_step(model, inputs, num_items_in_batch)
         self._waiting.append(inputs)
         self._seen += 1
         total = self._trainer.current_gradient_accumulation_steps
@@ -104,6 +141,51 @@ class GrowBatch(TrainerCallback):
                 return torch.stack([self._train_on(model, dict(batch), num_items_in_batch) for batch in batches]).sum()
         finally:
             self._trainer.current_gradient_accumulation_steps = total
+
+    def _part_of_a_larger_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Tensor:
+        """A micro-batch of several steps that are made as one: without gradients the optimizer does nothing."""
+        self._waiting.append(inputs)
+        self._seen += 1
+        total = self._trainer.current_gradient_accumulation_steps
+        if self._seen >= total:
+            self._seen, self._steps = 0, self._steps + 1
+            if num_items_in_batch is not None:
+                self._items = num_items_in_batch + (0 if self._items is None else self._items)
+        if self._seen or not self._is_due():
+            return torch.zeros((), device=self._trainer.args.device)
+        waiting, steps, items = self._waiting, self._steps, self._items
+        self._waiting, self._steps, self._items = [], 0, None
+        groups = [waiting[i : i + self.factor] for i in range(0, len(waiting), self.factor)]
+        losses = []
+        try:
+            for group in groups:
+                batches = self._merged(model, group)
+                parts = len(group) / len(batches)
+                self._trainer.current_gradient_accumulation_steps = len(waiting) / parts
+                with self._scaled_loss(parts / steps if self._adds_up else 1):
+                    losses += [self._train_on(model, dict(batch), items) for batch in batches]
+        finally:
+            self._trainer.current_gradient_accumulation_steps = total
+        return torch.stack(losses).sum() * steps  # logged as a mean over the Trainer's steps
+
+    def _is_due(self) -> bool:
+        """Whether the steps that wait are made now: there are enough, or what comes next should find them made."""
+        step, args = self._state.global_step + 1, self._trainer.args
+        saves = args.save_strategy == SaveStrategy.STEPS and step % max(1, self._state.save_steps) == 0
+        ends = step >= self._state.max_steps or (self._per_epoch is not None and step % self._per_epoch == 0)
+        return self._steps >= self.factor or saves or ends
+
+    def _raise_rates(self) -> None:
+        """Scale what the schedule starts from; a scheduler that was saved after that has it already."""
+        scheduler = self._trainer.lr_scheduler
+        factor = RATES[self.rate](self.factor)
+        if factor == 1 or getattr(scheduler, "weightlora_rate", None) is not None:
+            return
+        scheduler.weightlora_rate = factor
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        for group in optim.host(self._trainer.optimizer).param_groups:
+            group["lr"] *= factor
 
     def _merged(self, model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """One batch of all, or all of them where they cannot be put together."""
@@ -130,8 +212,13 @@ class GrowBatch(TrainerCallback):
             return
         accumulated = self._trainer.args.gradient_accumulation_steps
         room = self.wanted or int((self._before or 0) / self._bytes_per_token(model, inputs))
-        self.factor = math.ceil(accumulated / math.ceil(accumulated / max(1, room)))  # in equal parts
         self._adds_up = self._loss_adds_up(model, inputs, num_items_in_batch)
+        if self.effective:
+            self.factor = max(1, room)
+            self._raise_rates()
+            logger.info("%d optimizer steps are made as one from here on", self.factor)
+            return
+        self.factor = math.ceil(accumulated / math.ceil(accumulated / max(1, room)))  # in equal parts
         logger.info("%d of %d accumulated micro-batches run as one from here on", self.factor, accumulated)
 
     def _bytes_per_token(self, model: Any, inputs: Mapping[str, Any]) -> float:
@@ -170,6 +257,14 @@ class GrowBatch(TrainerCallback):
         finally:
             if scale != 1:
                 del self._trainer.compute_loss
+
+
+def _steps_of_an_epoch(loader: Any, args: TrainingArguments) -> int | None:
+    """Optimizer steps, or None where the data has no length."""
+    try:
+        return max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
+    except TypeError:
+        return None
 
 
 def merge(batches: Sequence[Mapping[str, Any]], pad_token: int, *, left: bool = False) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ from weightlora.training.model import (
 )
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
-from weightlora.training.recipe import GenerationSpec, Recipe, SourceSpec
+from weightlora.training.recipe import GenerationSpec, GrowSpec, Recipe, SourceSpec
 
 _BATCHES = 16  # of training data, at most, for methods that need some to start
 
@@ -192,7 +192,8 @@ def _after_the_cut(recipe: Recipe) -> list[TrainerCallback]:
     if reuse:
         callbacks.append(ReusePrefix(dtype=None if reuse is True else reuse))
     if grow:
-        callbacks.append(GrowBatch(None if grow is True else grow))
+        own = grow.model_dump() if isinstance(grow, GrowSpec) else {"factor": None if grow is True else grow}
+        callbacks.append(GrowBatch(**own))
     return callbacks
 
 

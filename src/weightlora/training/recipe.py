@@ -167,14 +167,26 @@ class GenerationSpec(Section):
     forced_bos_token_id: int | None = Field(default=None, ge=0)
 
 
+class GrowSpec(Section):
+    """Larger batches after the cut, see `GrowBatch`.
+
+    `factor` is how many micro-batches become one, by default as many as fit; with `effective` that many optimizer steps
+    do too, at a `rate` that stays the same or grows with the square root of the factor or with the factor.
+    """
+
+    factor: int | None = None
+    effective: bool = False
+    rate: Literal["same", "sqrt", "linear"] = "same"
+
+
 class Recipe(Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
     `metric` is the score that counts, in place of the task's own: it is shown, a suite tunes by it, and with
     `load_best_model_at_end` it says which checkpoint is the best.
     After the cut, `reuse_prefix` runs frozen blocks once per example (true, or the type of the kept output) and
-    `grow_batch` merges accumulated micro-batches (true, or how many). `on_nan` says what becomes of a step whose
-    gradients are NaN or infinite.
+    `grow_batch` merges accumulated micro-batches (true, or how many), with `effective: true` optimizer steps too.
+    `on_nan` says what becomes of a step whose gradients are NaN or infinite.
     """
 
     what: ClassVar[str] = "recipe"
@@ -189,7 +201,7 @@ class Recipe(Section):
     training: dict[str, Any] = Field(TRAINING_DEFAULTS, validate_default=True)
     generation: GenerationSpec = GenerationSpec()
     reuse_prefix: bool | Literal["float32", "bfloat16"] = False
-    grow_batch: bool | int = False
+    grow_batch: bool | int | GrowSpec = False
     on_nan: Literal["stop", "skip"] = "stop"
     output_dir: str
     seed: int = Field(42, ge=0, lt=2**32)

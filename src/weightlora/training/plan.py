@@ -192,8 +192,9 @@ def _after_the_cut(recipe: Recipe) -> list[TrainerCallback]:
     if reuse:
         callbacks.append(ReusePrefix(dtype=None if reuse is True else reuse))
     if grow:
-        own = grow.model_dump() if isinstance(grow, GrowSpec) else {"factor": None if grow is True else grow}
-        callbacks.append(GrowBatch(**own))
+        if not isinstance(grow, GrowSpec):
+            grow = GrowSpec(factor=None if grow is True else grow)
+        callbacks.append(GrowBatch(grow.factor, effective=grow.effective, rate=grow.rate))
     return callbacks
 
 

@@ -21,6 +21,7 @@ LAYERS = [
     "terminal",
     "federated",
     "bench",
+    "figures",
     "training",
     "output",
     "savings",

@@ -45,11 +45,14 @@ app = typer.Typer(
     weightlora train recipe.yaml                train, select, save an ordinary PEFT adapter
     weightlora export runs/topics out           copy a run's adapter out, checked
     weightlora bench suite.yaml                 methods by tasks by seeds, as one table
+    weightlora figure alignment recipe.yaml out where would an adapter matter?
     weightlora list methods                     what `method:` can be
     """,
 )
 listing = typer.Typer(no_args_is_help=True, help="Show what a recipe can name: methods or tasks.")
 app.add_typer(listing, name="list")
+figure = typer.Typer(no_args_is_help=True, help="Draw a figure of the papers for a model and task of your own.")
+app.add_typer(figure, name="figure")
 
 
 def main() -> None:
@@ -166,6 +169,41 @@ def train(
         print("Dry run: nothing was trained or written.")
     elif _is_first():
         terminal.show_result(metrics, loaded.output_dir)
+
+
+@figure.command("alignment")
+def alignment(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds from the recipe's on.")] = 5,
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Train each adapter alone, as the paper does: a run for each module.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows to take the gradient on.")] = 512,
+) -> None:
+    """Where would an adapter matter? WeightLoRA's Figure 2.
+
+    Trains LoRA and shows |<gradient of the loss in W, B A>| of every module, block by projection, mean over seeds. If
+    the recipe's method selects among adapters, it runs as well and what it keeps is starred. Interrupt and start it
+    again as you like: runs that are in OUT/alignment.jsonl are not made again.
+
+    \b
+    Example: weightlora figure alignment recipe.yaml figures/topics
+             weightlora figure alignment recipe.yaml figures/topics training.num_train_epochs=3 --one-by-one
+    """
+    from weightlora.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _log_to_stderr()
+    from weightlora.figures import ALIGNMENT_PICTURE, draw_alignment
+
+    with _interruptible("the same command goes on after the runs that are finished"):
+        draw_alignment(loaded, out, seeds=seeds, one_by_one=one_by_one, rows=rows)
+    print(f"Drawn in {out / ALIGNMENT_PICTURE}")
 
 
 @app.command()

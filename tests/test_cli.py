@@ -119,6 +119,35 @@ def test_export_copies_a_run_out(command: Callable[..., Any], folder: Path) -> N
     assert str(folder / "out") in out
 
 
+def test_export_of_several_runs_and_what_it_cannot_do(command: Callable[..., Any], tmp_path: Path) -> None:
+    import tiny
+    import torch
+    from peft import get_peft_model
+
+    made = tiny.build("llama")
+    made.model.save_pretrained(tmp_path / "base")
+    for name, target in (("a", "q_proj"), ("b", "up_proj")):
+        torch.manual_seed(0)
+        model: Any = type(made.model).from_pretrained(tmp_path / "base")
+        lora = tiny.lora(made, target_modules=[target], init_lora_weights=False)
+        get_peft_model(model, lora).save_pretrained(tmp_path / name)
+    a, b, out = tmp_path / "a", tmp_path / "b", tmp_path / "out"
+    assert command("export", a, b, out, "--same-shape")[0] == 0
+    assert sorted(folder.name for folder in out.iterdir()) == ["a", "b"]
+    assert command("export", a, tmp_path / "gguf", "--gguf")[0] == 0
+    assert (tmp_path / "gguf/adapter.gguf").is_file()
+    for arguments, says in (
+        ([a], "takes a run and a folder to write to"),
+        ([a, b, tmp_path / "c"], "was given 2 runs; add --same-shape"),
+        ([a, b, tmp_path / "c", "--same-shape", "--merged"], "leave out --merged and --gguf"),
+        ([a, tmp_path / "c", "--portable", "--gguf"], "forms of their own"),
+        ([tmp_path / "base", tmp_path / "c", "--gguf"], "export it without `gguf`"),
+    ):
+        code, out_, err = command("export", *arguments)
+        assert (code, out_) == (2, "") and says in err and "Traceback" not in err
+        assert not (tmp_path / "c").exists()
+
+
 def test_many_adapters_are_grouped(command: Callable[..., Any], folder: Path) -> None:
     save_tiny_bert(folder / "model", layers=7)
     code, out, _ = command("train", folder / "recipe.yaml", "--dry-run")

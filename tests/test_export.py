@@ -95,16 +95,29 @@ def run(make_run: MakeRun) -> Run:
     return make_run()
 
 
+@pytest.fixture
+def headless(make_run: MakeRun) -> Run:
+    """The head is the base model's, so that the adapter is A and B alone."""
+    return make_run(task_type=None)
+
+
 def leftovers(folder: Path) -> set[str]:
     """Everything in a folder but what these tests put there."""
     known = {"run", "base", "stock-inputs.safetensors", "stock-outputs.safetensors"}
     return {path.name for path in folder.iterdir()} - known
 
 
-@by_form
-@pytest.mark.parametrize("lora_bias", [False, True])
+def alone(form: str) -> dict[str, Any]:
+    """Options of a run whose adapter holds no head, where the form has no place for one."""
+    return {"task_type": None} if form == "portable" else {}
+
+
+@pytest.mark.parametrize(
+    ("form", "lora_bias"),
+    [(form, bias) for form in FORMS for bias in (False, True) if (form, bias) != ("portable", True)],
+)
 def test_every_form_gives_the_outputs_of_the_model(form, lora_bias, make_run, tmp_path, stock_peft):
-    run = make_run(lora_bias=lora_bias)
+    run = make_run(lora_bias=lora_bias, **alone(form))
     ranks = {a.name: a.r for a in run.method.adapters}
     assert len(set(ranks.values())) == 5
     assert len({a.scaling for a in run.method.adapters}) == 5
@@ -149,7 +162,8 @@ def llama_cpp_rule(config: dict[str, Any], name: str, rank_in_file: int) -> floa
 
 
 @pytest.mark.parametrize("rule", [peft_rule, vllm_rule, llama_cpp_rule])
-def test_portable_is_right_under_every_consumers_scaling(rule, run, tmp_path):
+def test_portable_is_right_under_every_consumers_scaling(rule, headless, tmp_path):
+    run = headless
     truth = {a.name: a.scaling * (a.B.weight @ a.A.weight).detach() for a in run.method.adapters}
     stock = updates(export(run.folder, tmp_path / "stock"), rule)
     portable = updates(export(run.folder, tmp_path / "portable", portable=True), rule)
@@ -160,8 +174,8 @@ def test_portable_is_right_under_every_consumers_scaling(rule, run, tmp_path):
     assert (off < 1e-6) == (rule is peft_rule)  # this is why there is a portable form
 
 
-def test_portable_has_one_rank_and_no_patterns(run, tmp_path):
-    out = export(run.folder, tmp_path / "out", portable=True)
+def test_portable_has_one_rank_and_no_patterns(headless, tmp_path):
+    out = export(headless.folder, tmp_path / "out", portable=True)
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["use_rslora"] is False
@@ -173,10 +187,10 @@ def test_portable_has_one_rank_and_no_patterns(run, tmp_path):
 
 @pytest.mark.parametrize("form", ["stock", "portable"])
 def test_many_kept_adapters_come_back_as_exactly_those(form, tmp_path, stock_peft):
-    """From 20 names on PEFT rewrites a list of target modules as suffixes; what we write it must take as it is."""
+    """From 20 names on PEFT rewrites a list of target modules as suffixes; a regular expression it takes as it is."""
     tiny.build("bert", num_hidden_layers=4).model.save_pretrained(tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
-    model = get_peft_model(model, tiny.lora(tiny.build("bert"), init_lora_weights=False))
+    model = get_peft_model(model, tiny.lora(tiny.build("bert"), init_lora_weights=False, **alone(form)))
     method = RLoRA(keep=22, after=0).attach(model)
     assert len(method.dropped) == 3
     model.save_pretrained(tmp_path / "run")
@@ -185,6 +199,9 @@ def test_many_kept_adapters_come_back_as_exactly_those(form, tmp_path, stock_pef
         loaded = stock_peft("BertForSequenceClassification", tmp_path / "base", folder, tiny.build("bert").batch)
         assert loaded.ranks == dict.fromkeys(method.kept, 2)
         written = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+        if folder == out and form == "portable":
+            assert sorted(written) == sorted(method.kept)  # a plain list, for those who read nothing else
+            continue
         base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
         assert PeftModel.from_pretrained(base, str(folder)).peft_config["default"].target_modules == written
 
@@ -210,7 +227,7 @@ def test_a_kept_module_whose_name_ends_dropped_ones(form, tmp_path):
     base = Suffixes(made.model.config).eval()
     lower = "bert.encoder.layer.1.attention.self.query"
     options = {"target_modules": ["query"], "rank_pattern": {"^query": 3, f"^{lower}": 5}, "init_lora_weights": False}
-    model = get_peft_model(Suffixes(made.model.config), tiny.lora(made, **options))
+    model = get_peft_model(Suffixes(made.model.config), tiny.lora(made, **options, **alone(form)))
     model.get_base_model().load_state_dict(_as_lora_base(base, model), strict=False)
     disconnect(model, [a for a in list_adapters(model) if a.name not in ("query", lower)])
     structure.sync_config(model, "default")
@@ -257,7 +274,7 @@ def test_an_empty_folder_is_filled(run, tmp_path):
 
 
 def test_one_form_at_a_time(run, tmp_path):
-    with pytest.raises(ConfigError, match="two forms"):
+    with pytest.raises(ConfigError, match="`portable` and `merged` are forms of their own"):
         export(run.folder, tmp_path / "out", portable=True, merged=True)
 
 
@@ -332,8 +349,9 @@ def test_a_damaged_adapter_is_refused(damage, run, tmp_path):
 
 
 @by_form
-def test_outputs_that_differ_leave_nothing_behind(form, run, tmp_path, monkeypatch):
+def test_outputs_that_differ_leave_nothing_behind(form, make_run, tmp_path, monkeypatch):
     """The file is written and then spoilt, by one per cent in one tensor, before it is read back."""
+    run = make_run(**alone(form))
     module = importlib.import_module("weightlora.output.export")
     writer = "_write_merged" if form == "merged" else "_write_adapter"
     write = getattr(module, writer)
@@ -354,7 +372,8 @@ def test_outputs_that_differ_leave_nothing_behind(form, run, tmp_path, monkeypat
     assert leftovers(tmp_path) == set()
 
 
-def test_a_wrong_conversion_is_noticed(run, tmp_path, monkeypatch):
+def test_a_wrong_conversion_is_noticed(headless, tmp_path, monkeypatch):
+    run = headless
     monkeypatch.setattr(surgery, "zero_pad", lambda A, B, r: extend_wrongly(A, B, r))
     with pytest.raises(CheckpointError, match="gave another"):
         export(run.folder, tmp_path / "out", portable=True)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         list_methods,
         prepare,
     )
-    from weightlora.output import export
+    from weightlora.output import export, export_together
     from weightlora.savings import GrowBatch, ReusePrefix
     from weightlora.selection import read_events
     from weightlora.training.diverging import OnNan
@@ -74,6 +74,7 @@ _HOMES = {
     "WeightLoRAError": "errors",
     "WeightLoRAPlus": "methods",
     "export": "output",
+    "export_together": "output",
     "last_checkpoint": "durable",
     "list_adapters": "adapters",
     "list_methods": "methods",
@@ -108,6 +109,7 @@ __all__ = [
     "WeightLoRAError",
     "WeightLoRAPlus",
     "export",
+    "export_together",
     "last_checkpoint",
     "list_adapters",
     "list_methods",

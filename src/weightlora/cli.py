@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from weightlora.errors import WeightLoRAError, short
+from weightlora.errors import ConfigError, WeightLoRAError, short
 
 try:
     import typer
@@ -20,6 +20,7 @@ except ModuleNotFoundError as missing:
 _EXTRA = {
     "datasets": "train",
     "filelock": "train",
+    "gguf": "llm",
     "optuna": "tune",
     "rouge_score": "train",
     "sacrebleu": "train",
@@ -208,23 +209,46 @@ def alignment(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run.", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN... OUT", help="A run's output_dir, and a folder that is new.", show_default=False),
+    ],
     portable: Annotated[
-        bool, typer.Option("--portable", help="One rank for all adapters, for vLLM or llama.cpp.")
+        bool, typer.Option("--portable", help="One rank, one alpha and a list of names, for vLLM and SGLang.")
     ] = False,
     merged: Annotated[bool, typer.Option("--merged", help="A plain model with the adapter merged in.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="A LoRA for llama.cpp, with a Modelfile for Ollama.")] = False,
+    same_shape: Annotated[
+        bool,
+        typer.Option("--same-shape", help="Several runs, each portable and on the modules of all, to swap in place."),
+    ] = False,
 ) -> None:
     """Copy a run's adapter out, reload the copy and compare outputs.
 
+    What a reader of that form would refuse (modules saved whole, biases) is refused before anything is written.
+
     \b
     Example: weightlora export runs/topics topics-adapter
+             weightlora export runs/topics topics-vllm --portable
+             weightlora export runs/topics topics-llama-cpp --gguf
              weightlora export runs/topics topics-model --merged
+             weightlora export runs/topics runs/moods both --same-shape     # both/topics, both/moods
     """
+    *sources, out = runs
+    if not sources:
+        raise ConfigError("`export` takes a run and a folder to write to: weightlora export RUN OUT.")
+    if len(sources) > 1 and not same_shape:
+        raise ConfigError(f"`export` was given {len(sources)} runs; add --same-shape, or export one at a time.")
+    if same_shape and (merged or gguf):
+        raise ConfigError("--same-shape writes adapters for PEFT and vLLM; leave out --merged and --gguf.")
     _log_to_stderr()
     from weightlora import export as export_run
+    from weightlora import export_together
 
-    export_run(run, out, portable=portable, merged=merged)
+    if same_shape:
+        export_together(sources, out)
+    else:
+        export_run(sources[0], out, portable=portable, merged=merged, gguf=gguf)
     print(f"Written to {out}")
 
 

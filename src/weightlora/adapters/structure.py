@@ -20,10 +20,14 @@ from weightlora.errors import CheckpointError
 LONGEST_LIST = 19
 
 
-def sync_config(model: nn.Module, adapter_name: str) -> None:
+def sync_config(model: nn.Module, adapter_name: str, *, as_list: bool = False) -> None:
     """Make `peft_config[adapter_name]` say which modules carry the adapter, at which rank and alpha.
 
     The commonest rank becomes `r`; the others go into `rank_pattern` and `alpha_pattern` under anchored full names.
+
+    Args:
+        as_list: the names as a list however many they are, for programs that read nothing else. PEFT attaches the same
+            modules, but shortens a long list when it reads it, and so writes another one.
     """
     host = find_host(model)
     forms = {a.name: (a.r, alpha_for(a)) for a in list_adapters(host, adapter_name)}
@@ -37,10 +41,12 @@ def sync_config(model: nn.Module, adapter_name: str) -> None:
         forms[name] = layer.r[adapter_name], layer.lora_alpha[adapter_name]
     config: Any = host.peft_config[adapter_name]
     names = {n for n, m in base_of(host).named_modules() if not _inside_adapter(n)}
-    config.target_modules = target_modules(targets, names)
+    config.target_modules = targets if as_list else target_modules(targets, names)
     if parameters:
         config.target_parameters = parameters
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    config.layers_to_transform = config.layers_pattern = None
+    also = sorted(other for other in names.difference(targets) if other.endswith(_suffixes(targets)))
+    config.exclude_modules = exactly(also) if as_list and also else None
     (config.r, config.lora_alpha), _ = Counter(forms.values()).most_common(1)[0]
     config.rank_pattern = {anchored(n): r for n, (r, _) in forms.items() if r != config.r}
     config.alpha_pattern = {anchored(n): alpha for n, (_, alpha) in forms.items() if alpha != config.lora_alpha}
@@ -48,11 +54,19 @@ def sync_config(model: nn.Module, adapter_name: str) -> None:
 
 def target_modules(names: Sequence[str], others: Iterable[str]) -> list[str] | str:
     """The `target_modules` that match `names` and nothing else among `others`: a list where that is safe."""
-    suffixes = tuple(f".{name}" for name in names)
-    ambiguous = any(other.endswith(suffixes) for other in others)
+    ambiguous = any(other.endswith(_suffixes(names)) for other in others)
     if len(names) <= LONGEST_LIST and not ambiguous:
         return list(names)
+    return exactly(names)
+
+
+def exactly(names: Iterable[str]) -> str:
+    """The regular expression that matches these names and no others."""
     return "|".join(re.escape(name) for name in names)
+
+
+def _suffixes(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
 
 
 def anchored(name: str) -> str:

@@ -20,13 +20,16 @@ from weightlora.selection.events import Event
 logger = logging.getLogger(__name__)
 
 
-def model_card(run: Path, adapter: Path, *, merged: bool = False, metrics: dict[str, Any] | None = None) -> str:
+def model_card(
+    run: Path, adapter: Path, *, merged: bool = False, gguf: bool = False, metrics: dict[str, Any] | None = None
+) -> str:
     """Markdown with the front matter the hubs read.
 
     Args:
         run: folder with `events.jsonl` and `metrics.json`, as far as there are any and they can be read.
         adapter: folder with `adapter_config.json`; without one the card is for a plain model.
         merged: the card is for the model with the adapter in its weights.
+        gguf: it is for the adapter as a file of llama.cpp's.
         metrics: the later content of `metrics.json`, while the run has not written it.
     """
     config = records.adapter_config(adapter)
@@ -36,9 +39,9 @@ def model_card(run: Path, adapter: Path, *, merged: bool = False, metrics: dict[
     plain = merged or not config
     method = str(metrics.get("method") or _method(events))
     parts = [
-        _front_matter(base, plain),
+        _front_matter(base, "gguf" if gguf else "transformers" if plain else "peft"),
         "# Fine-tuned model" if plain else f"# {_kind(config)} adapter",
-        _origin(base, method, config, merged),
+        _origin(base, method, config, merged, gguf),
         *_section(lambda: _adapters(events), "events.jsonl"),
         *_section(lambda: _data_and_scores(run, metrics), "metrics.json and recipe.yaml"),
     ]
@@ -64,20 +67,25 @@ def _method(events: list[Event]) -> str:
     return next((str(e.get("method")) for e in events if e["event"] == "attach"), "lora")
 
 
-def _front_matter(base: str | None, plain: bool) -> str:
+def _front_matter(base: str | None, library: str) -> str:
     data = ModelCardData(
         base_model=None if base is None else " ".join(str(base).split()),
-        library_name="transformers" if plain else "peft",
+        library_name=library,
         tags=["lora", "weightlora"],
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _origin(base: str | None, method: str, config: dict[str, Any], merged: bool) -> str:
+def _origin(base: str | None, method: str, config: dict[str, Any], merged: bool, gguf: bool) -> str:
     loading = f"It is an ordinary PEFT {_kind(config)}: `PeftModel.from_pretrained(base_model, this_folder)` loads it."
     if merged or not config:
         where = "The adapter is merged into the weights" if config else "The weights are its own"
         loading = f"{where}: `from_pretrained(this_folder)` of transformers loads it."
+    if gguf:
+        loading = (
+            "It is a LoRA for llama.cpp: `llama-cli -m base.gguf --lora adapter.gguf`, with the base model in GGUF. "
+            "`ollama create my-model -f Modelfile` makes a model of Ollama from it."
+        )
     return f"Trained from {_code(base)} with the method {_code(method)}. {loading}"
 
 

@@ -72,7 +72,7 @@ def outputs(model: nn.Module) -> Tensor:
         size = (2, config.num_channels, config.image_size, config.image_size)
         inputs = {"pixel_values": torch.randn(size, generator=generator).to(device)}
     else:
-        vocabulary = inner.get_input_embeddings().num_embeddings
+        vocabulary = _vocabulary(inner)
         ids = torch.randint(0, vocabulary, (2, 8), generator=generator).to(device)
         # Where a token marks the end or the padding, its place decides what is pooled: leave such tokens out.
         special = torch.tensor(_special_tokens(inner.config), device=device)
@@ -83,6 +83,14 @@ def outputs(model: nn.Module) -> Tensor:
     with torch.no_grad():
         result = model.eval()(**inputs)
     return next(v for v in result.values() if torch.is_tensor(v))
+
+
+def _vocabulary(model: Any) -> int:
+    """How many tokens there are; embeddings of which PEFT trains some rows have no such number of their own."""
+    embeddings = model.get_input_embeddings()
+    while not hasattr(embeddings, "num_embeddings") and hasattr(embeddings, "original_module"):
+        embeddings = embeddings.original_module
+    return embeddings.num_embeddings
 
 
 def _special_tokens(config: Any) -> list[int]:

@@ -2,8 +2,9 @@
 
 stock      ranks and alphas as they are, exceptions as anchored patterns; PEFT loads it. AdaLoRA becomes a LoRA; what is
            no LoRA (DoRA's magnitudes, VeRA, VB-LoRA) stays in PEFT's own form, a plain model is a plain model
-portable   every adapter zero-padded to one rank, one alpha, no patterns: PEFT's alpha_i / r_i, vLLM's alpha / r and
-           llama.cpp's alpha / r_i then all give the same scaling
+portable   every adapter zero-padded to one rank, one alpha, no patterns, module names as a list: PEFT's alpha_i / r_i,
+           vLLM's and SGLang's alpha / r and llama.cpp's alpha / r_i then all give the same scaling
+gguf       the adapter as a file of llama.cpp's, with a Modelfile for Ollama
 merged     a plain transformers model
 """
 
@@ -23,6 +24,7 @@ from weightlora.adapters.attach import list_adapters
 from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError
 from weightlora.methods.adalora import as_lora
+from weightlora.output import consumers, llama_cpp
 from weightlora.output.card import model_card
 from weightlora.output.check import compare, fingerprint
 from weightlora.output.loading import (
@@ -30,8 +32,8 @@ from weightlora.output.loading import (
     gguf_file,
     is_adapter,
     load_adapter,
-    load_base,
     load_plain,
+    own_base,
     run_folder,
 )
 
@@ -42,6 +44,7 @@ def export(
     *,
     portable: bool = False,
     merged: bool = False,
+    gguf: bool = False,
     base_model: str | Path | nn.Module | None = None,
 ) -> Path:
     """Write what a run has trained to a new folder, reload it with stock PEFT or transformers and compare outputs.
@@ -49,68 +52,84 @@ def export(
     Args:
         run: a run of `weightlora train`, a Trainer's output directory, a checkpoint in it, or an adapter folder.
         out: a folder that does not exist or is empty.
-        portable, merged: the form; at most one of them.
+        portable, merged, gguf: the form; at most one of them. `gguf` needs the package of that name.
         base_model: where the base model is now, or the model itself, if not where the adapter says.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: both forms at once, a form that this adapter does not have, or `out` is in use.
+        ConfigError: two forms at once, a form that this adapter does not have or its readers would refuse, or `out` is
+            in use.
         CheckpointError: nothing to export in `run`, the base model cannot be loaded, the disk is full, or the outputs
             of what was written differ; nothing is left in `out`.
     """
     out = Path(out)
-    if portable and merged:
-        raise ConfigError("`portable` and `merged` are two forms; ask for one of them.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"{out} is in use; give a folder that does not exist or is empty.")
+    forms = [name for name, wanted in (("portable", portable), ("merged", merged), ("gguf", gguf)) if wanted]
+    if len(forms) > 1:
+        raise ConfigError(f"`{'` and `'.join(forms)}` are forms of their own; ask for one of them.")
+    refuse_used(out)
     folder = find_result(Path(run))
-    if base_model is None and is_adapter(folder) and gguf_file(folder):
-        base_model = load_base(folder)  # the copy does not say which file of the folder it was
+    if is_adapter(folder):
+        base_model = own_base(folder, base_model)
     model = load_adapter(folder, base_model) if is_adapter(folder) else load_plain(folder)
+    if portable or gguf:
+        consumers.check_servable(model, forms[0])
     expected = fingerprint(model)
     if isinstance(model, PeftModel):
         model = as_lora(model)
-    if portable:
-        _check_portable(model)
+    if gguf:
+        llama_cpp.check(model)  # type: ignore[arg-type]
+    elif portable:
+        consumers.check_rank(max(a.r for a in list_adapters(model)))
     with durable.whole_folder(out) as draft:
-        if isinstance(model, PeftModel) and not merged:
+        if gguf:
+            reload = _write_gguf(model, folder, draft)  # type: ignore[arg-type]
+        elif isinstance(model, PeftModel) and not merged:
             reload = _write_adapter(model, folder, draft, portable)
         else:
             reload = _write_merged(model, folder, draft)
         described = draft if is_adapter(draft) else folder
-        (draft / "README.md").write_text(model_card(run_folder(folder), described, merged=merged), encoding="utf-8")
+        card = model_card(run_folder(folder), described, merged=merged, gguf=gguf)
+        (draft / "README.md").write_text(card, encoding="utf-8")
         compare(expected, fingerprint(reload(base_model)))
     return out
+
+
+def refuse_used(out: Path) -> None:
+    """Raises ConfigError unless `out` does not exist or is an empty folder."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"{out} is in use; give a folder that does not exist or is empty.")
+
+
+def _write_gguf(model: PeftModel, folder: Path, draft: Path):
+    base: Any = model.peft_config[active_adapter(model)].base_model_name_or_path
+    if file := gguf_file(folder):
+        base = str(Path(base) / file)
+    named = Path(base or "base model").stem if gguf_file(folder) else Path(base or "base model").name
+    llama_cpp.write(model, draft / llama_cpp.ADAPTER_FILE, name=f"LoRA for {named}")
+    (draft / llama_cpp.MODELFILE).write_text(llama_cpp.modelfile(base), encoding="utf-8")
+
+    def reload(_: Any) -> PeftModel:
+        llama_cpp.put(llama_cpp.read(draft / llama_cpp.ADAPTER_FILE, model), model)
+        return model
+
+    return reload
 
 
 def _write_adapter(model: PeftModel, folder: Path, draft: Path, portable: bool):
     if portable:
         _make_portable(model)
     model.save_pretrained(str(draft))
-    _copy_tokenizer(folder, draft)
+    copy_tokenizer(folder, draft)
 
     return lambda base_model: load_adapter(draft, base_model)
-
-
-def _check_portable(model: nn.Module) -> None:
-    """Raises ConfigError unless the model is its base and the two factors of a LoRA."""
-    if not isinstance(model, PeftModel):
-        raise ConfigError("this run has no adapter but a model of its own; export it without `portable`.")
-    config: Any = model.peft_config[active_adapter(model)]
-    kind = "DoRA" if getattr(config, "use_dora", False) else getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        raise ConfigError(
-            f"vLLM and llama.cpp read the two factors of a LoRA, and {kind} is not only that; export it for PEFT "
-            "(without `portable`), or `merged` into a plain model."
-        )
 
 
 def _write_merged(model: Any, folder: Path, draft: Path):
     merged: Any = model.merge_and_unload() if isinstance(model, PeftModel) else model
     merged.save_pretrained(str(draft))
-    _copy_tokenizer(folder, draft)
+    copy_tokenizer(folder, draft)
     return lambda _: type(merged).from_pretrained(str(draft))
 
 
@@ -130,10 +149,11 @@ def _make_portable(model: PeftModel) -> None:
         adapter.layer.use_rslora[key] = False
         adapter.layer.lora_alpha[key] = surgery.alpha_for(adapter)
     model.peft_config[key].use_rslora = False  # type: ignore[attr-defined]
-    structure.sync_config(model, key)
+    structure.sync_config(model, key, as_list=True)
 
 
-def _copy_tokenizer(folder: Path, draft: Path) -> None:
+def copy_tokenizer(folder: Path, draft: Path) -> None:
+    """The files of a tokenizer, as far as there are any."""
     for pattern in (
         "tokenizer*",
         "vocab*",

@@ -112,6 +112,11 @@ def gguf_file(folder: Path) -> str | None:
     return model.get("gguf_file") if isinstance(model, dict) else None
 
 
+def own_base(folder: Path, base_model: str | Path | nn.Module | None) -> str | Path | nn.Module | None:
+    """`base_model`, or the model itself where a copy of the adapter would not say which file of a folder it was."""
+    return load_base(folder) if base_model is None and gguf_file(folder) else base_model
+
+
 def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) -> nn.Module:
     """The base model an adapter belongs to, in the class its task needs.
 

@@ -139,9 +139,11 @@ def test_export_of_several_runs_and_what_it_cannot_do(command: Callable[..., Any
     for arguments, says in (
         ([a], "takes a run and a folder to write to"),
         ([a, b, tmp_path / "c"], "was given 2 runs; add --same-shape"),
-        ([a, b, tmp_path / "c", "--same-shape", "--merged"], "leave out --merged and --gguf"),
+        ([a, b, tmp_path / "c", "--same-shape", "--merged"], "leave out --merged, --gguf and --dtype"),
         ([a, tmp_path / "c", "--portable", "--gguf"], "forms of their own"),
         ([tmp_path / "base", tmp_path / "c", "--gguf"], "export it without `gguf`"),
+        ([a, tmp_path / "c", "--merged", "--dtype", "float8"], "there are: float32, float16, bfloat16"),
+        ([a, tmp_path / "c", "--dtype", "float16"], "an adapter keeps its own"),
     ):
         code, out_, err = command("export", *arguments)
         assert (code, out_) == (2, "") and says in err and "Traceback" not in err

@@ -24,6 +24,7 @@ from weightlora.adapters import disconnect, structure, surgery
 from weightlora.output import model_card
 
 FORMS = {"stock": {}, "portable": {"portable": True}, "merged": {"merged": True}}
+DTYPES = ("float32", "float16")
 WEIGHTS = "adapter_model.safetensors"
 
 # PEFT 0.21 takes the bias of lora_B for a broken shard.
@@ -410,7 +411,35 @@ def test_a_decoder_with_several_end_tokens_in_either_precision(form, dtype, tmp_
     assert model.dtype == dtype
     model = get_peft_model(model, tiny.lora(made, init_lora_weights=False, rank_pattern={"q_proj": 5}))
     model.save_pretrained(tmp_path / "run")
-    assert (export(tmp_path / "run", tmp_path / "out", **FORMS[form]) / "config.json").is_file() == (form == "merged")
+    out = export(tmp_path / "run", tmp_path / "out", **FORMS[form])
+    assert (out / "config.json").is_file() == (form == "merged")
+    if form == "merged":
+        assert AutoModelForCausalLM.from_pretrained(out).dtype == dtype
+
+
+def test_a_merged_model_in_fewer_bits_is_the_merged_one_rounded(run, tmp_path, monkeypatch):
+    module = importlib.import_module("weightlora.output.export")
+    whole, half = (
+        load_file(export(run.folder, tmp_path / d, merged=True, dtype=d) / "model.safetensors") for d in DTYPES
+    )
+    assert all(torch.equal(half[key], tensor.half()) for key, tensor in whole.items())
+    assert any(
+        tensor.dtype == torch.float32 and not torch.equal(half[k].float(), tensor) for k, tensor in whole.items()
+    )
+
+    write = module._write_merged
+
+    def spoil(model: Any, folder: Path, draft: Path, *rest: Any) -> Any:
+        check = write(model, folder, draft, *rest)
+        tensors = load_file(draft / "model.safetensors")
+        tensors["classifier.weight"][0, 0] *= 1.01
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        return check
+
+    monkeypatch.setattr(module, "_write_merged", spoil)
+    with pytest.raises(CheckpointError, match=r"gave another classifier\.weight"):
+        export(run.folder, tmp_path / "out", merged=True, dtype="float16")
+    assert leftovers(tmp_path) == set(DTYPES)
 
 
 @pytest.mark.parametrize("harm", ["", "{", "[]", "null", '{"before": 3, "rows": [1]}', "\x00", "a: [", '{"labels": 3}'])

@@ -249,9 +249,13 @@ def test_a_gguf_file_is_trained_and_exported(folder: Path) -> None:
     entries = {"model": model, "lora": lora, "training": {"max_steps": 2, "use_cpu": True}}
     metrics = run(parse_recipe(recipe(folder, **entries)))
     assert len(metrics["adapters"]["attached"]) == 14
-    export(folder / "run", folder / "out")
-    merged = export(folder / "run", folder / "merged", merged=True)
-    assert transformers.AutoModelForSequenceClassification.from_pretrained(merged).config.num_labels == 3
+    out = export(folder / "run", folder / "out")
+    config = transformers.AutoConfig.from_pretrained(out)  # which converters of adapters read
+    assert (config.model_type, config.hidden_size, hasattr(config, "quantization_config")) == ("llama", 32, False)
+    for dtype, expected in ((None, torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        merged = export(folder / "run", folder / str(dtype), merged=True, dtype=dtype)
+        found = transformers.AutoModelForSequenceClassification.from_pretrained(merged)
+        assert {p.dtype for p in found.parameters()} == {expected} and found.config.num_labels == 3
 
 
 def test_a_gguf_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

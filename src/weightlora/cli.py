@@ -218,6 +218,10 @@ def export(
     ] = False,
     merged: Annotated[bool, typer.Option("--merged", help="A plain model with the adapter merged in.")] = False,
     gguf: Annotated[bool, typer.Option("--gguf", help="A LoRA for llama.cpp, with a Modelfile for Ollama.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="What --merged writes: float32, float16, bfloat16. Default: as the base model."),
+    ] = None,
     same_shape: Annotated[
         bool,
         typer.Option("--same-shape", help="Several runs, each portable and on the modules of all, to swap in place."),
@@ -239,8 +243,8 @@ def export(
         raise ConfigError("`export` takes a run and a folder to write to: weightlora export RUN OUT.")
     if len(sources) > 1 and not same_shape:
         raise ConfigError(f"`export` was given {len(sources)} runs; add --same-shape, or export one at a time.")
-    if same_shape and (merged or gguf):
-        raise ConfigError("--same-shape writes adapters for PEFT and vLLM; leave out --merged and --gguf.")
+    if same_shape and (merged or gguf or dtype):
+        raise ConfigError("--same-shape writes adapters for PEFT and vLLM; leave out --merged, --gguf and --dtype.")
     _log_to_stderr()
     from weightlora import export as export_run
     from weightlora import export_together
@@ -248,7 +252,7 @@ def export(
     if same_shape:
         export_together(sources, out)
     else:
-        export_run(sources[0], out, portable=portable, merged=merged, gguf=gguf)
+        export_run(sources[0], out, portable=portable, merged=merged, gguf=gguf, dtype=dtype)
     print(f"Written to {out}")
 
 

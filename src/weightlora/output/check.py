@@ -47,6 +47,17 @@ def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     logger.info("reloaded the export: it differs by at most %.2g", worst)
 
 
+def compare_weights(expected: nn.Module, found: nn.Module) -> None:
+    """Raise `CheckpointError` unless two models of one class hold the same numbers: for what was rounded on purpose."""
+    theirs = found.state_dict()
+    for name, tensor in expected.state_dict().items():
+        if name not in theirs or not torch.equal(tensor.cpu(), theirs[name].cpu()):
+            raise CheckpointError(f"the export was written, reloaded and gave another {name}. Nothing was kept.")
+        if not tensor.isfinite().all():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{name} has values that {kind} cannot hold; choose another `dtype`.")
+
+
 def _difference(name: str, expected: Tensor, found: Tensor) -> float:
     # Merging rounds to the weights' own precision, so half precision cannot be held to the same bound.
     resolution = max(TOLERANCE, 4 * torch.finfo(expected.dtype).eps)

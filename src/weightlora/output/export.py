@@ -5,18 +5,20 @@ stock      ranks and alphas as they are, exceptions as anchored patterns; PEFT l
 portable   every adapter zero-padded to one rank, one alpha, no patterns, module names as a list: PEFT's alpha_i / r_i,
            vLLM's and SGLang's alpha / r and llama.cpp's alpha / r_i then all give the same scaling
 gguf       the adapter as a file of llama.cpp's, with a Modelfile for Ollama
-merged     a plain transformers model
+merged     a plain transformers model, in the type of the base model's weights
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from weightlora import durable
 from weightlora.adapters import structure, surgery
@@ -26,7 +28,7 @@ from weightlora.errors import ConfigError
 from weightlora.methods.adalora import as_lora
 from weightlora.output import consumers, llama_cpp
 from weightlora.output.card import model_card
-from weightlora.output.check import compare, fingerprint
+from weightlora.output.check import compare, compare_weights, fingerprint
 from weightlora.output.loading import (
     find_result,
     gguf_file,
@@ -34,8 +36,14 @@ from weightlora.output.loading import (
     load_adapter,
     load_plain,
     own_base,
+    own_dtype,
     run_folder,
 )
+
+Fingerprint = dict[str, Tensor]
+Check = Callable[[], None]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def export(
@@ -46,6 +54,7 @@ def export(
     merged: bool = False,
     gguf: bool = False,
     base_model: str | Path | nn.Module | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Write what a run has trained to a new folder, reload it with stock PEFT or transformers and compare outputs.
 
@@ -54,6 +63,8 @@ def export(
         out: a folder that does not exist or is empty.
         portable, merged, gguf: the form; at most one of them. `gguf` needs the package of that name.
         base_model: where the base model is now, or the model itself, if not where the adapter says.
+        dtype: "float32", "float16" or "bfloat16", what a merged model is written in. Default: as the base model was
+            saved; float16 where that was packed in a GGUF file.
 
     Returns:
         `out`.
@@ -65,16 +76,21 @@ def export(
             of what was written differ; nothing is left in `out`.
     """
     out = Path(out)
-    forms = [name for name, wanted in (("portable", portable), ("merged", merged), ("gguf", gguf)) if wanted]
-    if len(forms) > 1:
-        raise ConfigError(f"`{'` and `'.join(forms)}` are forms of their own; ask for one of them.")
+    form = _form(portable=portable, merged=merged, gguf=gguf)
+    if dtype is not None and (not merged or dtype not in _DTYPES):
+        what = f"it is {dtype!r}, and there are: {', '.join(_DTYPES)}" if merged else "an adapter keeps its own"
+        raise ConfigError(f"`dtype` is for merged models; {what}.")
     refuse_used(out)
     folder = find_result(Path(run))
+    kept = None
     if is_adapter(folder):
+        kept = own_dtype(folder, base_model) if merged else None
         base_model = own_base(folder, base_model)
-    model = load_adapter(folder, base_model) if is_adapter(folder) else load_plain(folder)
+        model = load_adapter(folder, base_model)
+    else:
+        model = load_plain(folder)
     if portable or gguf:
-        consumers.check_servable(model, forms[0])
+        consumers.check_servable(model, form)
     expected = fingerprint(model)
     if isinstance(model, PeftModel):
         model = as_lora(model)
@@ -84,16 +100,24 @@ def export(
         consumers.check_rank(max(a.r for a in list_adapters(model)))
     with durable.whole_folder(out) as draft:
         if gguf:
-            reload = _write_gguf(model, folder, draft)  # type: ignore[arg-type]
+            check = _write_gguf(model, folder, draft, expected)  # type: ignore[arg-type]
         elif isinstance(model, PeftModel) and not merged:
-            reload = _write_adapter(model, folder, draft, portable)
+            check = _write_adapter(model, folder, draft, expected, portable, base_model)
         else:
-            reload = _write_merged(model, folder, draft)
+            check = _write_merged(model, folder, draft, expected, _DTYPES[dtype] if dtype else kept)
         described = draft if is_adapter(draft) else folder
         card = model_card(run_folder(folder), described, merged=merged, gguf=gguf)
         (draft / "README.md").write_text(card, encoding="utf-8")
-        compare(expected, fingerprint(reload(base_model)))
+        check()
     return out
+
+
+def _form(**wanted: bool) -> str:
+    """The one form that is asked for, or none."""
+    forms = [name for name, asked in wanted.items() if asked]
+    if len(forms) > 1:
+        raise ConfigError(f"`{'` and `'.join(forms)}` are forms of their own; ask for one of them.")
+    return "".join(forms)
 
 
 def refuse_used(out: Path) -> None:
@@ -102,7 +126,10 @@ def refuse_used(out: Path) -> None:
         raise ConfigError(f"{out} is in use; give a folder that does not exist or is empty.")
 
 
-def _write_gguf(model: PeftModel, folder: Path, draft: Path):
+# Each writes the files of a form, and gives the check that they compute `expected`.
+
+
+def _write_gguf(model: PeftModel, folder: Path, draft: Path, expected: Fingerprint) -> Check:
     base: Any = model.peft_config[active_adapter(model)].base_model_name_or_path
     if file := gguf_file(folder):
         base = str(Path(base) / file)
@@ -110,27 +137,43 @@ def _write_gguf(model: PeftModel, folder: Path, draft: Path):
     llama_cpp.write(model, draft / llama_cpp.ADAPTER_FILE, name=f"LoRA for {named}")
     (draft / llama_cpp.MODELFILE).write_text(llama_cpp.modelfile(base), encoding="utf-8")
 
-    def reload(_: Any) -> PeftModel:
+    def check() -> None:
         llama_cpp.put(llama_cpp.read(draft / llama_cpp.ADAPTER_FILE, model), model)
-        return model
+        compare(expected, fingerprint(model))
 
-    return reload
+    return check
 
 
-def _write_adapter(model: PeftModel, folder: Path, draft: Path, portable: bool):
+def _write_adapter(
+    model: PeftModel, folder: Path, draft: Path, expected: Fingerprint, portable: bool, base_model: Any
+) -> Check:
     if portable:
         _make_portable(model)
     model.save_pretrained(str(draft))
     copy_tokenizer(folder, draft)
+    if gguf_file(folder):  # the base model's folder has no config.json, and converters ask for one
+        config: Any = model.get_base_model().config
+        config.save_pretrained(str(draft))
+    return lambda: compare(expected, fingerprint(load_adapter(draft, base_model)))
 
-    return lambda base_model: load_adapter(draft, base_model)
 
-
-def _write_merged(model: Any, folder: Path, draft: Path):
+def _write_merged(model: Any, folder: Path, draft: Path, expected: Fingerprint, dtype: torch.dtype | None) -> Check:
     merged: Any = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    rounded = dtype not in (None, merged.dtype)
+    if rounded:
+        compare(expected, fingerprint(merged))  # what rounding changes is not for the check to judge
+        merged = merged.to(dtype)
     merged.save_pretrained(str(draft))
     copy_tokenizer(folder, draft)
-    return lambda _: type(merged).from_pretrained(str(draft))
+
+    def check() -> None:
+        found = type(merged).from_pretrained(str(draft))
+        if rounded:
+            compare_weights(merged, found)
+        else:
+            compare(expected, fingerprint(found))
+
+    return check
 
 
 def _make_portable(model: PeftModel) -> None:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -104,6 +105,23 @@ def gguf_options(file: str | None) -> dict[str, Any]:
 
     config = getattr(quantization_config, "GgufConfig", None)
     return {"gguf_file": file, **({} if config is None else {"quantization_config": config(dequantize=True)})}
+
+
+def own_dtype(folder: Path, base_model: str | Path | nn.Module | None) -> torch.dtype | None:
+    """The type a plain model keeps its weights in where that is not the one it was loaded in: GGUF files are unpacked.
+
+    float32 and bfloat16 stay what they are in the file; all that is packed, and float16, is float16.
+    """
+    file = gguf_file(folder)
+    if file is None or base_model is not None:
+        return None
+    import gguf
+    from transformers.utils.hub import cached_file
+
+    source = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    found = cached_file(str(source), file)
+    kinds = {t.tensor_type.name for t in gguf.GGUFReader(str(found)).tensors if len(t.shape) > 1}
+    return {"F32": torch.float32, "BF16": torch.bfloat16}.get(kinds.pop() if len(kinds) == 1 else "", torch.float16)
 
 
 def gguf_file(folder: Path) -> str | None:

@@ -410,6 +410,11 @@ def test_the_command(folder: Path) -> None:
     assert isinstance(early.exception, ConfigError) and "no finished runs" in str(early.exception)
     done = command.invoke(app, ["bench", str(folder / "suite.yaml")])
     assert done.exit_code == 0 and "topics lora seed 0: 0." in done.stdout and "Runs       2 of 2" in done.stdout
+    assert f"Report     {folder / 'out/report.html'}" in done.stdout
+    page = (folder / "out/report.html").read_text(encoding="utf-8")
+    results = [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]
+    assert len(results) == 2 and all(f'value="{r["costs"]["step_s"]!r}"' in page for r in results)
+    assert "topics/lora/seed-0" in page and "Difference from lora: topics" in page
     shown = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--table"])
     assert shown.exit_code == 0 and "topics (accuracy)" in shown.stdout
 

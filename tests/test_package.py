@@ -23,6 +23,7 @@ LAYERS = [
     "bench",
     "figures",
     "training",
+    "report",
     "output",
     "savings",
     "methods",
@@ -33,6 +34,7 @@ LAYERS = [
     "measure",
     "settings",
     "options",
+    "paired",
     "durable",
     "errors",
 ]

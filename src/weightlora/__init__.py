@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         prepare,
     )
     from weightlora.output import export, export_together
+    from weightlora.report import write_report
     from weightlora.savings import GrowBatch, ReusePrefix
     from weightlora.selection import read_events
     from weightlora.training.diverging import OnNan
@@ -80,6 +81,7 @@ _HOMES = {
     "list_methods": "methods",
     "prepare": "methods",
     "read_events": "selection",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -115,6 +117,7 @@ __all__ = [
     "list_methods",
     "prepare",
     "read_events",
+    "write_report",
 ]
 
 

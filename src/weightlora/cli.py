@@ -21,6 +21,9 @@ _EXTRA = {
     "datasets": "train",
     "filelock": "train",
     "gguf": "llm",
+    "jinja2": "report",
+    "markupsafe": "report",
+    "matplotlib": "report",
     "optuna": "tune",
     "rouge_score": "train",
     "sacrebleu": "train",
@@ -47,6 +50,7 @@ app = typer.Typer(
     weightlora export runs/topics out           copy a run's adapter out, checked
     weightlora bench suite.yaml                 methods by tasks by seeds, as one table
     weightlora figure alignment recipe.yaml out where would an adapter matter?
+    weightlora report runs/topics               what runs came to, as a page to look at
     weightlora list methods                     what `method:` can be
     """,
 )
@@ -310,9 +314,45 @@ def bench(
         return
     with _interruptible("the same command goes on"):
         failed = [] if table else terminal.make_runs(loaded, jobs)
-    terminal.show_suite(loaded)
+    terminal.show_suite(loaded, "" if table else runner.write_report(loaded))
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="The output_dir of runs, or of a suite.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None,
+        typer.Option("--figures", metavar="DIR", help="Every picture as PNG and SVG too.", show_default=False),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", metavar="GROUP", help="Differences are to this; default: lora.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
+) -> None:
+    """Show what runs came to: one HTML file that loads nothing.
+
+    Which adapters were kept and why, the evidence over steps, ranks, loss, score and costs; several runs side by side,
+    with paired differences and how far their choices agree. Runs that stopped half-way are shown as far as they came.
+
+    \b
+    Example: weightlora report runs/topics
+             weightlora report runs/topics-* --out topics.html --figures paper/
+             weightlora report runs/my-suite --reference lora
+    """
+    from weightlora.report import write_report
+
+    print(f"Written to {write_report(runs, out, figures=figures, reference=reference, force=force)}")
+    if figures is not None:
+        print(f"Pictures   {figures}")
 
 
 @listing.command("methods")

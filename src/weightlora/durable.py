@@ -26,6 +26,9 @@ from weightlora.errors import CheckpointError, ConfigError, short
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"  # in a run's folder, written before anything else
+METRICS_FILE = "metrics.json"  # and what is written last
+RESULT_FILE = "result.json"  # the same for a run of a suite
+SUITE_FILE = "suite.yaml"  # in the folder of a suite
 MARK_FILE = "complete.json"
 OURS = ".weightlora-"  # what is only there while a process is at work
 LOCK_FILE = f"{OURS}lock"

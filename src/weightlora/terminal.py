@@ -46,8 +46,8 @@ def make_runs(suite: Suite, jobs: int) -> list[str]:
     return failed
 
 
-def show_suite(suite: Suite) -> None:
-    """Prints the tables of the finished runs, and where they are."""
+def show_suite(suite: Suite, report: str = "") -> None:
+    """Prints the tables of the finished runs, and where they are, and where the page about them is."""
     found = runner.read_results(suite)
     rows = summarise(suite, found)
     if not rows:
@@ -57,6 +57,8 @@ def show_suite(suite: Suite) -> None:
             _print_table(header, cells)
     print(f"Runs       {len(found)} of {len(groups(suite)) * len(suite.seeds)}")
     print(f"Files      {suite.output_dir}: {runner.TABLE_FILE}, {runner.RESULTS_FILE}, {runner.SUITE_FILE}, runs/")
+    if report:
+        print(f"Report     {report}")
 
 
 def show_plan(plan: Plan) -> None:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from weightlora import durable
-from weightlora.durable import RECIPE_FILE
+from weightlora.durable import RECIPE_FILE, RESULT_FILE
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.training.recipe import leaves, parse_recipe
 
-RESULT_FILE = "result.json"
 _WEIGHTS = ("adapter", "model")
 
 

@@ -5,6 +5,7 @@ OUT/runs/...         a folder for each run, with result.json once it is finished
 OUT/studies.db       Optuna's studies
 OUT/results.jsonl    one line for each finished run
 OUT/table.md         their results
+OUT/report.html      the same to look at, by `write_report`
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from weightlora.bench.suite import Cell, Group, Patch, Suite, groups, place, rec
 from weightlora.bench.table import markdown, summarise
 from weightlora.bench.tuning import Search
 from weightlora.bench.workers import Job, Workers
+from weightlora.durable import SUITE_FILE
 from weightlora.errors import ConfigError
 from weightlora.tasks import get_task
 from weightlora.training.recipe import parse_recipe
 
 logger = logging.getLogger(__name__)
 
-SUITE_FILE, RESULTS_FILE, TABLE_FILE, LOG_FILE = "suite.yaml", "results.jsonl", "table.md", "log.txt"
+RESULTS_FILE, TABLE_FILE, REPORT_FILE, LOG_FILE = "results.jsonl", "table.md", "report.html", "log.txt"
 
 
 class Outcome(NamedTuple):
@@ -115,6 +117,19 @@ def write_results(suite: Suite, folder: Path) -> None:
     lines = [json.dumps({**_names(cell), **ended}, ensure_ascii=False) for cell, ended in found]
     durable.write_whole(folder / RESULTS_FILE, "".join(f"{line}\n" for line in lines))
     durable.write_whole(folder / TABLE_FILE, markdown(suite, summarise(suite, found)))
+
+
+def write_report(suite: Suite) -> str:
+    """Writes report.html, from the runs there are. Returns where it is, or why there is none, which stops nothing."""
+    from weightlora.report import write_report
+
+    folder = Path(suite.output_dir)
+    there = {cell.group.method for cell, _ in read_results(suite)}
+    reference = suite.reference if suite.reference in there and not suite.settings else None
+    try:
+        return str(write_report([folder], folder / REPORT_FILE, reference=reference, force=True))
+    except (ConfigError, ModuleNotFoundError, OSError) as error:
+        return f"none: {describe(error)}"
 
 
 def _names(cell: Cell) -> dict[str, Any]:

@@ -12,27 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightlora.bench.suite import Cell, Suite
+from weightlora.paired import Difference, difference
 from weightlora.tasks import get_task
 
-CONFIDENCE = 0.95
-RESAMPLES = 10_000
-
 Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences; `low` and `high` are None where a bootstrap has nothing to draw from."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    pairs: int
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return _signed(self.mean)
-        return f"{_signed(self.mean)} [{_signed(self.low)}, {_signed(self.high)}]"
 
 
 @dataclass(frozen=True)
@@ -115,31 +98,6 @@ def _row(
 def score(result: Result) -> float:
     """The primary metric of a run's task."""
     return float(result["metrics"]["after"][result["metrics"]["primary"]])
-
-
-def difference(samples: Sequence[Sequence[float]]) -> Difference:
-    """The mean over tasks of the mean difference, with a bootstrap interval.
-
-    Args:
-        samples: for each task the paired differences, one for each seed; seeds are drawn within their task.
-    """
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    mean = statistics.fmean(statistics.fmean(values) for values in samples)
-    pairs = sum(map(len, samples))
-    if min(map(len, samples)) < 2:
-        return Difference(mean, None, None, pairs)
-    interval = bootstrap(
-        [np.asarray(values) for values in samples],
-        lambda *drawn, axis: sum(values.mean(axis=axis) for values in drawn) / len(drawn),
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Difference(mean, float(interval.low), float(interval.high), pairs)
 
 
 def _without_head(result: Result) -> int:
@@ -227,10 +185,6 @@ def markdown(suite: Suite, rows: Sequence[Row]) -> str:
 def _markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"  # no -0.000
 
 
 def _metric(suite: Suite, task: str) -> str:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weightlora.durable import RECIPE_FILE
+from weightlora.durable import METRICS_FILE, RECIPE_FILE
 from weightlora.selection.events import EVENTS_FILE, Event, read_events
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.json"
+__all__ = ["METRICS_FILE", "adapter_config", "events", "metrics", "recipe"]
 
 
 def metrics(run: Path) -> dict[str, Any]:

@@ -58,18 +58,26 @@ def spelled_out(events: Iterable[Event]) -> list[Event]:
     return found
 
 
-def _read(path: Path) -> list[Event]:
-    events = []
+def read_lines(path: Path) -> tuple[dict[int, Event], list[int]]:
+    """The events as they are kept, by the number of their line from 1 on, and the numbers of lines that are none."""
+    events, broken = {}, []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             event = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError):
             event = {}
         if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
-            events.append(event)
+            events[number] = event
         elif event is not None:
-            logger.warning("%s: line %d is no event, so it is left out", path, number)
-    return events
+            broken.append(number)
+    return events, broken
+
+
+def _read(path: Path) -> list[Event]:
+    events, broken = read_lines(path)
+    for number in broken:
+        logger.warning("%s: line %d is no event, so it is left out", path, number)
+    return list(events.values())
 
 
 class EventLog:

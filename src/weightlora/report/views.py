@@ -1,0 +1,352 @@
+"""One run as a page shows it: pictures, facts, and the kept adapters. Where no file has a number, none is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightlora.durable import METRICS_FILE, RECIPE_FILE, RESULT_FILE
+from weightlora.report.charts import (
+    Chart,
+    HeatMap,
+    Line,
+    Lines,
+    Pair,
+    Pairs,
+    Table,
+    curves,
+    heat_map,
+    kept_shares,
+    readable,
+)
+from weightlora.report.evidence import (
+    RANK_METHODS,
+    Choice,
+    choice,
+    courses,
+    digits,
+    evidence,
+    losses,
+)
+from weightlora.report.reading import STATE_FILE, Run, at, number
+from weightlora.selection.events import EVENTS_FILE
+
+MOST_ROWS = 500  # of a table of adapters
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number or text of the run: short, exactly as the file has it, and where it is from."""
+
+    label: str
+    text: str
+    exact: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What a page says of one run."""
+
+    run: Run
+    state: str
+    tiles: list[Fact]
+    choice: Choice
+    charts: list[tuple[str, list[Chart]]]
+    kept: Table
+    kept_note: str
+    costs: list[Fact]
+    missing: list[str]
+    origin: list[Fact]
+    timeline: Table
+    recipe: str
+
+
+def view(run: Run) -> RunView:
+    """Everything there is to say of a run."""
+    chosen = choice(run)
+    charts = [
+        ("Where the adapters are, and how it came to that", [*_maps(run, chosen), *_courses(run, chosen)]),
+        ("What it learnt, and what it cost", [*_losses(run), *_pairs(run)]),
+    ]
+    kept, note = _kept(run, chosen)
+    return RunView(
+        run=run,
+        state=_state(run),
+        tiles=_tiles(run, chosen),
+        choice=chosen,
+        charts=[(title, list(found)) for title, found in charts if found],
+        kept=kept,
+        kept_note=note,
+        costs=_costs(run),
+        missing=_missing(run),
+        origin=_origin(run),
+        timeline=_timeline(run),
+        recipe=_recipe(run),
+    )
+
+
+def _state(run: Run) -> str:
+    if run.finished:
+        return "This run has finished."
+    return (
+        f"This run has no {METRICS_FILE}, which is written last: it is still going on, or it was stopped or killed. "
+        f"Shown is what was written up to step {run.last_step}."
+    )
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _maps(run: Run, chosen: Choice) -> list[HeatMap]:
+    kept = set(chosen.kept) if chosen.dropped else None
+    found: list[HeatMap] = []
+    for i, shown in enumerate(evidence(run)):
+        values = {**dict.fromkeys(run.adapters), **shown.values}
+        says = shown.says + (" Outlined: kept." if kept is not None else "")
+        found.append(heat_map(f"map-{i}", shown.title, says, shown.name, values, kept))
+    if found and (shares := kept_shares(found[0])) is not None:
+        found.insert(1, shares)
+    if not found and run.adapters:
+        values: dict[str, float | None] = dict.fromkeys(run.adapters)
+        text = "No file of this run has a number for each adapter."
+        found.append(heat_map("map-0", "The adapters", text, "value", values, kept))
+    return found
+
+
+def _courses(run: Run, chosen: Choice) -> list[Chart]:
+    cuts = [e["step"] for e in run.of("cut")]
+    return [
+        curves(f"course-{i}", c.title, c.says, c.name, c.curves, chosen.kept if cuts else [], cuts)
+        if set(c.curves) & set(run.adapters)
+        else Lines(f"course-{i}", c.title, c.says, c.name, _lines(c.curves), cuts, dots=True)
+        for i, c in enumerate(courses(run))
+    ]
+
+
+def _lines(points: dict[str, list[tuple[int, float]]]) -> list[Line]:
+    return [Line(name, [(float(s), v) for s, v in found]) for name, found in points.items()]
+
+
+def _losses(run: Run) -> list[Chart]:
+    found = losses(run)
+    cuts = [e["step"] for e in run.of("cut") if e["step"]]
+    kept = f"As the Trainer logged them; {run.checkpoint} has the log up to step {run.logged}."
+    loss = {name: points for name, points in found.items() if name in ("loss", "eval_loss")}
+    charts: list[Chart] = []
+    if loss:
+        charts.append(Lines("loss", "Loss over steps", kept, "loss", _lines(loss), cuts, dots=True))
+    scores = {name: points for name, points in found.items() if name == f"eval_{run.metric}"}
+    if not scores:
+        scores = {name: points for name, points in found.items() if name not in loss}
+    if scores:
+        charts.append(Lines("score", "Score over steps", kept, "score", _lines(scores), cuts, dots=True))
+    return charts
+
+
+def _pairs(run: Run) -> list[Chart]:
+    pairs = []
+
+    def add(label: str, before: Any, after: Any, source: str) -> None:
+        if (one := number(before)) is not None and (other := number(after)) is not None:
+            pairs.append(Pair(label, one, other, source))
+
+    cuts = run.of("cut")
+    if cuts:
+        after = [e["parameters_after"] for e in run.events if "parameters_after" in e]
+        add("parameters of the adapters", cuts[0].get("parameters_before"), after[-1] if after else None, EVENTS_FILE)
+    add("seconds of a step (first and second half)", run.costs.get("first_half_step_s"), run.costs.get("step_s"),
+        RESULT_FILE)  # fmt: skip
+    for name, share in _predicted(run).items():
+        add(f"{name}, predicted, all adapters = 1", 1, share, f"{EVENTS_FILE}, cut")
+    text = "Each pair is drawn to the larger of its two; the numbers are those of the files."
+    return [Pairs("costs", "Before and after the cut", text, pairs)] if pairs and cuts else []
+
+
+def _predicted(run: Run) -> dict[str, float]:
+    cuts = run.of("cut")
+    predicted = cuts[-1].get("predicted") if cuts else None
+    named = {"memory": "bytes kept for backward", "time": "operations of a step"}
+    found = {named.get(str(k), str(k)): number(v) for k, v in _mapping(predicted).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# -- facts -----------------------------------------------------------------------------------------------------------
+
+
+def _tiles(run: Run, chosen: Choice) -> list[Fact]:
+    tiles = [Fact("method", readable(run.method))]
+    if run.adapters:
+        tiles.append(Fact("adapters kept", f"{len(chosen.kept)} of {len(run.adapters)}"))
+    if chosen.step is not None:
+        tiles.append(Fact("cut after step", str(chosen.step)))
+    if run.score is not None:
+        before = number(at(run.metrics, "before", run.metric))
+        was = f"{before:.4f} → " if before is not None else ""
+        tiles.append(Fact(readable(run.metric), f"{was}{run.score:.4f}", digits(run.score), METRICS_FILE))
+    after = number(at(run.metrics, "trainable_parameters", "after"))
+    if after is not None:
+        tiles.append(Fact("trainable at the end", f"{after:,.0f}", digits(after), METRICS_FILE))
+    seconds = number(at(run.metrics, "seconds", "training"))
+    if seconds is not None:
+        tiles.append(Fact("training", f"{seconds:,.0f} s", digits(seconds), METRICS_FILE))
+    if not run.finished:
+        tiles.append(Fact("last step written", str(run.last_step)))
+    return tiles
+
+
+def _costs(run: Run) -> list[Fact]:
+    facts = []
+
+    def add(label: str, value: Any, text: str, source: str) -> None:
+        if number(value) is not None:
+            facts.append(Fact(label, text.format(value), digits(value), source))
+
+    seconds, steps = at(run.metrics, "seconds", "training"), number(run.metrics.get("steps"))
+    add("training", seconds, "{:,.2f} s", METRICS_FILE)
+    add("whole run, with scoring", at(run.metrics, "seconds", "total"), "{:,.2f} s", METRICS_FILE)
+    if number(seconds) is not None and steps:
+        facts.append(
+            Fact("mean of a step", f"{seconds / steps:.3f} s", "", f"{METRICS_FILE}: training / {steps:g} steps")
+        )
+    add("median step, first half", run.costs.get("first_half_step_s"), "{:.4f} s", RESULT_FILE)
+    add("median step, second half", run.costs.get("step_s"), "{:.4f} s", RESULT_FILE)
+    saved = number(run.costs.get("saved_bytes"))
+    if saved is not None:
+        add("kept for backward at the end", saved, f"{saved / 2**20:,.2f} MiB", RESULT_FILE)
+    for name, share in _predicted(run).items():
+        facts.append(Fact(f"{name}, predicted", f"{100 * share:.1f} % of all adapters'", digits(share), EVENTS_FILE))
+    if run.adapter_bytes is not None:
+        text = f"{run.adapter_bytes / 2**20:,.2f} MiB"
+        facts.append(Fact("the saved adapter", text, digits(run.adapter_bytes), "its file"))
+    return facts
+
+
+def _missing(run: Run) -> list[str]:
+    """What a reader may look for, and no file of the run has."""
+    found = []
+    if not run.costs:
+        found.append(
+            "The time of single steps and the bytes kept for backward: only `weightlora bench` measures them "
+            f"({RESULT_FILE})."
+        )
+    if not _predicted(run):
+        found.append(
+            'Operations before and after the cut: predicted only where `keep` is a cost, such as "40% memory".'
+        )
+    if not run.log:
+        found.append(f"Loss over steps: it is in {STATE_FILE} of a checkpoint, and no checkpoint was kept.")
+    if not run.of("gates") and run.of("cut") and not courses(run):
+        found.append("A course over steps: this method measures once, so there is none.")
+    if not run.events:
+        found.append(f"Decisions: there is no {EVENTS_FILE}, which only methods that decide something write.")
+    found.append("The command line. The recipe holds every setting, and the command above makes the run again.")
+    return found
+
+
+def _origin(run: Run) -> list[Fact]:
+    metrics, recipe = run.metrics, run.recipe
+    facts = []
+
+    def add(label: str, value: Any, source: str) -> None:
+        if value not in (None, "", {}, []):
+            facts.append(Fact(label, readable_value(value), source=source))
+
+    source = METRICS_FILE if metrics else RECIPE_FILE
+    if recipe:
+        add("the same run again", f"weightlora train {run.folder / RECIPE_FILE} output_dir=NEW_FOLDER", RECIPE_FILE)
+    add("seed", run.seed, source)
+    add("task", run.task, source)
+    add("model", metrics.get("model") or at(recipe, "model", "name"), source)
+    data = {k: _source(v) for k, v in _mapping(recipe.get("data")).items()}
+    add("data", {k: v for k, v in data.items() if v not in (None, {}, "")} or metrics.get("data"), RECIPE_FILE)
+    add("rows", metrics.get("rows"), METRICS_FILE)
+    add("method", recipe.get("method") or {"name": run.method, **_mapping(metrics.get("options"))}, source)
+    add("versions", metrics.get("versions"), METRICS_FILE)
+    return facts
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _source(value: Any) -> Any:
+    if isinstance(value, dict):
+        return " ".join(str(part) for part in value.values() if part is not None)
+    return value
+
+
+def readable_value(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{readable(k)} {readable(v)}" for k, v in value.items() if v is not None)
+    return readable(value)
+
+
+def _recipe(run: Run) -> str:
+    if not run.recipe:
+        return ""
+    import yaml
+
+    text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)
+    return "\n".join(readable(line) for line in text[:20_000].splitlines())
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _kept(run: Run, chosen: Choice) -> tuple[Table, str]:
+    shown = evidence(run)
+    unit = shown[0].name if shown else "value"
+    header = ["place", "module", unit, "rank at the end", "parameters", "why it was kept"]
+    rows = [
+        [
+            "–" if k.place is None else str(k.place),
+            k.name,
+            digits(k.value),
+            digits(k.rank),
+            digits(k.parameters),
+            k.reason,
+        ]
+        for k in chosen.table[:MOST_ROWS]
+    ]
+    note = f"The first {MOST_ROWS} of {len(chosen.table)}." if len(chosen.table) > MOST_ROWS else ""
+    if run.method in RANK_METHODS or not run.of("cut"):
+        return (header, rows), note
+    values = shown[0].values if shown else {}
+    dropped = [(v, name) for name in chosen.dropped if (v := values.get(name)) is not None]
+    if dropped and not run.of("importance") and not run.of("cut")[-1].get("layers"):
+        value, name = max(dropped)
+        note += f" The best of the dropped ones is {readable(name)} with {digits(value)}."
+    return (header, rows), note.strip()
+
+
+def _timeline(run: Run) -> Table:
+    rows: list[list[str]] = []
+    records = run.of("gates")
+    if records:
+        text = f"omega was recorded {len(records)} times, up to step {records[-1]['step']}"
+        rows.append([str(records[0]["step"]), "gates", text])
+    for event in run.events:
+        if event["event"] != "gates":
+            rows.append([str(event["step"]), event["event"], _what_happened(event)])
+    rows.sort(key=lambda row: int(row[0]))
+    return ["step", "event", "what happened"], rows[:MOST_ROWS]
+
+
+def _what_happened(event: dict[str, Any]) -> str:
+    counts = {key: len(value) for key, value in event.items() if isinstance(value, list | dict)}
+    plain = {k: v for k, v in event.items() if k not in ("event", "step") and not isinstance(v, list | dict)}
+    said = [f"{count} {key}" for key, count in counts.items() if key not in ("types",)]
+    said += [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+    return ", ".join(said) or "–"
+
+
+def all_charts(found: RunView) -> Sequence[Chart]:
+    """Its pictures, in the order of the page."""
+    return [chart for _, charts in found.charts for chart in charts]
+
+
+__all__ = ["Fact", "HeatMap", "RunView", "all_charts", "view"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -192,13 +194,20 @@ def test_without_a_cut_all_adapters_stay(tmp_path: Path) -> None:
     assert "no checkpoint was kept" in page.text and "The command line." in page.text  # what is not recorded is said
 
 
+def test_a_trainer_of_ones_own_leaves_events_only(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", llama(1), score=None)
+    (tmp_path / "run/recipe.yaml").unlink()
+    page = report([tmp_path / "run"])
+    assert "as from a Trainer of your own" in page.text and "3 of 7 adapters were kept, cut after step 4" in page.text
+
+
 def test_costs_come_from_the_files_or_are_said_to_be_missing(tmp_path: Path) -> None:
     write_run(tmp_path / "run", llama(1))
-    assert "only `weightlora bench` measures them" in report([tmp_path / "run"]).text
+    assert "only weightlora bench measures them" in report([tmp_path / "run"]).text
     costs = {"first_half_step_s": 0.123456789, "step_s": 0.0615, "saved_bytes": 3 * 2**20}
     (tmp_path / "run/result.json").write_text(json.dumps({"metrics": {}, "costs": costs}))
     page = report([tmp_path / "run"])
-    assert "only `weightlora bench` measures them" not in page.text
+    assert "only weightlora bench measures them" not in page.text
     assert 'value="0.123456789"' in page.source and 'value="3145728"' in page.source and "3.00 MiB" in page.text
     assert "0.0615" in page.text and "0.50" in page.text
 
@@ -412,7 +421,8 @@ def test_names_are_text(tmp_path: Path) -> None:
         metrics = json.loads((folder / "metrics.json").read_text())
         metrics |= {"task": "<iframe>", "primary": "acc<s>", "after": {"acc<s>": 0.5}, "versions": {"<u>": "<q>"}}
         (folder / "metrics.json").write_text(json.dumps(metrics))
-    page = report(folders, figures=tmp_path / "figures", force=True)
+    report(folders[:1], figures=tmp_path / "figures")
+    page = report(folders)
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"img", "iframe", "b", "s", "u", "q"} and [tag for tag, _ in page.elements].count("script") == 1
     assert not [k for _, attributes in page.elements for k in attributes if k.startswith("on") or k in ("src", "style")]
@@ -450,6 +460,15 @@ def test_every_picture_has_words_and_a_table(tmp_path: Path) -> None:
     for attributes in pictures:
         assert attributes["role"] == "img" and set(attributes["aria-labelledby"].split()) <= set(ids)
     assert len([a for _, a in page.elements if a.get("class") == "plot" and a["tabindex"] == "0"]) == len(pictures)
+
+
+def test_a_recipe_that_unfolds_without_end_is_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", llama(1))
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "run/recipe.yaml").write_text("\n".join(lines))
+    page = report([tmp_path / "run"])
+    assert "recipe.yaml cannot be read" in page.text and len(page.cells("run-0-map-0")) == 7
 
 
 def test_invisible_letters_are_spelled_out() -> None:
@@ -499,7 +518,7 @@ def test_whatever_the_files_hold_there_is_a_page(tmp_path: Path) -> None:
                {"event": "importance", "step": 0, "importance": {llama(1)[0]: 0.5}, "threshold": 0.5,
                 "types": {"x": {"modules": llama(1), "kept": llama(1)[:1]}}}]  # fmt: skip
     metrics = json.loads((tmp_path / "good/metrics.json").read_text())
-    for number in range(60):
+    for number in range(30):
         lines = [broken(event) if draw.random() < 0.3 else event for event in events]
         (folder / "events.jsonl").write_text("\n".join(map(json.dumps, lines)))
         (folder / "metrics.json").write_text(json.dumps(broken(broken(metrics))))
@@ -508,6 +527,48 @@ def test_whatever_the_files_hold_there_is_a_page(tmp_path: Path) -> None:
             json.dumps(broken({"costs": {"step_s": 0.5, "saved_bytes": 9}, "metrics": metrics}))
         )
         report([folder, tmp_path / "good"][: 1 + number % 2])
+
+
+PROBE = """
+const said = {over: document.documentElement.scrollWidth - innerWidth, marks: [], errors: window.failed || 0};
+const tip = document.getElementById("tip");
+for (const plot of document.querySelectorAll(".plot")) said.marks.push(plot.querySelectorAll(".m").length);
+const [plot] = document.querySelectorAll(".plot");
+const press = (key) => plot.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+press("ArrowRight"); press("ArrowRight"); said.keys = tip.textContent;
+said.now = plot.querySelectorAll(".now").length;
+press("Escape"); said.closed = tip.hidden;
+const third = plot.querySelectorAll(".m")[2].firstElementChild, box = third.getBoundingClientRect();
+third.dispatchEvent(new PointerEvent("pointermove", {clientX: box.x + 2, clientY: box.y + 2, bubbles: true}));
+said.hover = tip.textContent;
+said.light = getComputedStyle(document.body).backgroundColor;
+const result = document.createElement("output");
+result.textContent = JSON.stringify(said); document.body.append(result);
+"""
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_a_real_browser(tmp_path: Path) -> None:
+    omega = write_run(tmp_path / "run", llama(2), keep=5)
+    page = report([tmp_path / "run"])
+
+    def show(file: Path) -> tuple[str, str]:
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1440,900", "--dump-dom"]
+        options += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
+        done = subprocess.run([str(CHROMIUM), *options, file.as_uri()], capture_output=True, text=True, timeout=120)
+        return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+    assert show(tmp_path / "report.html")[1] == ""  # as it is, with its policy
+    without = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.source)
+    (tmp_path / "probe.html").write_text(without.replace("</body>", f"<script>{PROBE}</script></body>"))
+    shown, complaints = show(tmp_path / "probe.html")
+    said = json.loads(html.unescape(re.findall(r"<output>(.*?)</output>", shown)[0]))
+    names = list(omega)
+    assert complaints == "" and said["over"] <= 0 and said["now"] == 1 and said["closed"]
+    assert len(said["marks"]) >= 3 and min(said["marks"]) > 0 and said["marks"][0] == len(names)
+    assert said["keys"].startswith(f"{names[1]}: omega {omega[names[1]]!r}, kept: ")
+    assert said["hover"].startswith(f"{names[2]}: omega {omega[names[2]]!r}, kept: ")
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

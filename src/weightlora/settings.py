@@ -58,7 +58,7 @@ def read(path: Path, overrides: list[str] | None, root: type[Section], entries: 
     if path.stat().st_size > MOST_BYTES:
         raise ConfigError(f"{named} has {path.stat().st_size:,} bytes; a {root.what} has at most {MOST_BYTES:,}.")
     try:
-        raw = _load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{named} is not YAML: {_one_line(error)}.") from None
     if not isinstance(raw, dict):
@@ -138,7 +138,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _load(text: str) -> Any:
+def load_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
@@ -190,7 +190,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     if not equals or not all(keys):
         raise ConfigError(f"Override {short(override)} is not key=value, such as `training.learning_rate=1e-3`.")
     try:
-        return keys, _load(text)
+        return keys, load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"Override {short(override)}: the value is not YAML: {_one_line(error)}.") from None
 

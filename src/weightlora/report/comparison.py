@@ -58,6 +58,8 @@ def compare(runs: Sequence[Run], reference: str | None = None) -> Comparison:
         notes.append(
             f"No run has the same task, rows and seed as one of {against}, so there are no paired differences."
         )
+    if against and len(names) > 1:
+        notes.append("Operations are not compared: no file of a run counts them.")
     sections = [
         ("Scores", scores),
         ("Score against cost", _costs(runs, names, tasks)),

@@ -16,11 +16,13 @@
       if (at >= 0) marks[at].classList.remove("now");
       hide();
     };
-    plot.addEventListener("pointermove", (event) => {
+    const point = (event) => {
       const mark = event.target.closest(".m");
       if (mark) show(mark, event.clientX, event.clientY);
       else hide();
-    });
+    };
+    plot.addEventListener("pointermove", point);
+    plot.addEventListener("pointerdown", point);
     plot.addEventListener("pointerleave", hide);
     plot.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from weightlora import __version__, durable
 from weightlora.errors import ConfigError, short
@@ -103,9 +103,19 @@ def _templates() -> Any:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    made.filters |= {"readable": readable, "readable_long": svg.readable_long, "right_aligned": _right_aligned}
+    made.filters |= {
+        "readable": readable,
+        "readable_long": svg.readable_long,
+        "right_aligned": _right_aligned,
+        "ticks": _ticks,
+    }
     made.globals |= {"draw": svg.draw, "capped": _capped}
     return made
+
+
+def _ticks(text: str) -> Markup:
+    """Words of ours, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _right_aligned(table: Table) -> list[bool]:

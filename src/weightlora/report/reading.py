@@ -181,9 +181,9 @@ def _a_mapping(value: Any) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str) -> Any:
-    import yaml
+    from weightlora.settings import load_yaml
 
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return load_yaml(text)
 
 
 def _mapping(run: Run, file: str, parse: Callable[[str], Any]) -> dict[str, Any]:

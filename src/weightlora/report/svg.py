@@ -213,7 +213,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 class _Axes:
     """From values to places, and the lines and words around them."""
 
-    def __init__(self, xs: Sequence[float], ys: Sequence[float], *, left: int, right: int = 16, top: int = 12,
+    def __init__(self, xs: Sequence[float], ys: Sequence[float], *, left: int, right: int = 16, top: int = 18,
                  bottom: int = 44, width: int = _WIDTH, height: int = _HEIGHT) -> None:  # fmt: skip
         self.x_range, self.y_range = _padded(xs, 0.0), _padded(ys, 0.05)
         words = max(len(short(_clean(value))) for value in ticks(*self.y_range))
@@ -277,7 +277,7 @@ def _lines(chart: Lines) -> tuple[int, int, list[Markup]]:
     for cut in chart.cuts:
         if axes.x_range[0] <= cut <= axes.x_range[1]:
             marks.append(_line(axes.x(cut), top, axes.x(cut), bottom, "cut"))
-            marks.append(_text(axes.x(cut) - 4, top + 9, "cut", "a", "end"))
+            marks.append(_text(axes.x(cut), top - 5, "cut", "a"))
     number = {line.name: i for i, line in enumerate(reversed(strong))}
     for line in chart.lines:
         marks.append(_curve(line, axes, number.get(line.name), chart.dots))
@@ -346,7 +346,7 @@ def _pairs(chart: Pairs) -> tuple[int, int, list[Markup]]:
 def _spreads(chart: Spreads) -> tuple[int, int, list[Markup]]:
     longest = max([4, *(min(len(readable(r.label)), 30) for r in chart.rows)])
     left, row, width = 16 + round(6.6 * longest), 26, max(_WIDTH, 16 + round(6.6 * longest) + 280)
-    height = 12 + row * len(chart.rows) + 44
+    height = 18 + row * len(chart.rows) + 44
     ends = [v for r in chart.rows for v in (*(v for _, v in r.values), r.mean, r.low, r.high) if v is not None]
     axes = _Axes([*ends, *([0.0] if chart.zero else [])], [0, 1], left=left, width=width, height=height)
     low, high = axes.x_range

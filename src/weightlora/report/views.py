@@ -91,6 +91,11 @@ def view(run: Run) -> RunView:
 def _state(run: Run) -> str:
     if run.finished:
         return "This run has finished."
+    if not run.recipe:
+        return (
+            f"There is no {METRICS_FILE} and no {RECIPE_FILE}, as from a Trainer of your own, so scores and settings "
+            f"are not known here. Shown is what was written up to step {run.last_step}."
+        )
     return (
         f"This run has no {METRICS_FILE}, which is written last: it is still going on, or it was stopped or killed. "
         f"Shown is what was written up to step {run.last_step}."

@@ -167,6 +167,11 @@ def test_a_run_without_an_end_is_shown_as_far_as_it_came(tmp_path: Path) -> None
     page = report([tmp_path / "run"])
     assert "no metrics.json" in page.text and "up to step 3" in page.text
     assert "line 5 of 5 cannot be read as an event" in page.text
+    assert "which of the 7 adapters are left is not known" in page.text  # the line may have been the cut
+    lines = (tmp_path / "run/events.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "run/events.jsonl").write_text("\n".join(lines))
+    page = report([tmp_path / "run"])
+    assert "There was no cut up to step 3, the last that was written: all 7 adapters are there" in page.text
     cells = page.cells("run-0-map-0")
     last = json.loads((tmp_path / "run/events.jsonl").read_text().splitlines()[3])["gates"]
     assert [float(cell["value"]) for cell in cells.values()] == last and len(cells) == 7
@@ -378,9 +383,9 @@ def test_twenty_thousand_adapters_fit(tmp_path: Path, shape: str) -> None:
         "flat": [f"module_{i}" for i in range(20_000)],
     }[shape]
     omega = write_run(tmp_path / "run", names, keep=2000)
-    started = time.perf_counter()
+    started = time.process_time()  # the machine may be busy
     page = report([tmp_path / "run"])
-    assert time.perf_counter() - started < 10 and len(page.source.encode()) < 3_000_000
+    assert time.process_time() - started < 10 and len(page.source.encode()) < 3_000_000
     assert f"2000 of {len(names)} adapters were kept" in page.text
     assert "a cell that stands for several adapters has the highest of their values" in page.text.lower()
     assert "of 2000" in page.text  # the table says what it leaves out

@@ -209,7 +209,9 @@ def kept_shares(chart: HeatMap) -> HeatMap | None:
 _LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.+)$")
 
 
-def heat_map(key: str, title: str, says: str, unit: str, values: Mapping[str, float | None], kept: set[str] | None):
+def heat_map(
+    key: str, title: str, says: str, unit: str, values: Mapping[str, float | None], kept: set[str] | None
+) -> HeatMap:
     """The modules as layer by projection. Where there are too many, a cell stands for several, and `note` says so.
 
     Args:

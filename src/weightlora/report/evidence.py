@@ -91,6 +91,8 @@ def _how(run: Run, kept: Sequence[str], dropped: Sequence[str]) -> str:
         return f"{len(kept)} of {total} adapters were kept; no cut is recorded."
     if not cuts and run.finished:
         return f"The method {run.method} kept all {total} adapters: it makes no cut."
+    if not cuts and (run.broken or run.of("settle", "expand", "share")):
+        return f"No cut can be read, so which of the {total} adapters are left is not known."
     if not cuts:
         return (
             f"There was no cut up to step {run.last_step}, the last that was written: all {total} adapters are there."
@@ -243,7 +245,7 @@ def _table(run: Run, found: Choice) -> list[Kept]:
 
 def _reason(run: Run, place: int | None, of: int, score: float | None, start: int | None, rank: int | None) -> str:
     if not run.of("cut"):
-        return "no cut: every adapter stays" if run.finished else "no cut yet"
+        return "no cut: every adapter stays"
     if run.method in RANK_METHODS:
         parts = [f"rank {rank}, {start} at the start"] if rank is not None and start is not None else []
         parts += [f"score {digits(score)}"] if score is not None else []

@@ -14,7 +14,7 @@ from weightlora.report.charts import Chart, HeatMap, Lines, Pairs, Points, Sprea
 
 FORMATS = ("png", "svg")
 _COLOURS = ("#0b5cad", "#b84300", "#00705a", "#9c3d74", "#7a5b00", "#5b4bb5", "#3c4650")
-_MARKERS = "os^Dv P".replace(" ", "")
+_MARKERS = "os^DvP"
 # Names come from files: none is read as mathematics.
 _STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "weightlora", "font.size": 9}
 

@@ -38,7 +38,7 @@ class Run:
         metrics, recipe, costs: contents of metrics.json, recipe.yaml and of `costs` in result.json; empty if missing.
         log: what the Trainer logged, as far as a checkpoint has kept it, up to step `logged`; `checkpoint` is its name.
         adapter_bytes: size of the saved adapter's weights, None if there is none.
-        problems: what could not be read, in words.
+        problems: what could not be read, in words. broken: lines of events.jsonl are among it.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class Run:
     checkpoint: str = ""
     adapter_bytes: int | None = None
     problems: list[str] = field(default_factory=list)
+    broken: bool = False
 
     @property
     def finished(self) -> bool:
@@ -243,6 +244,7 @@ def _events(run: Run) -> list[Event]:
             usable[line] = event
         else:
             broken.append(line)
+    run.broken = bool(broken)
     if broken:
         which = ", ".join(map(str, sorted(broken)[:10])) + (", ..." if len(broken) > 10 else "")
         lines_are = "line" if len(broken) == 1 else "lines"

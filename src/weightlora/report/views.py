@@ -183,7 +183,9 @@ def _predicted(run: Run) -> dict[str, float]:
 
 def _tiles(run: Run, chosen: Choice) -> list[Fact]:
     tiles = [Fact("method", readable(run.method))]
-    if run.adapters:
+    if run.adapters and chosen.step is None and not run.finished:
+        tiles.append(Fact("adapters attached", str(len(run.adapters))))
+    elif run.adapters:
         tiles.append(Fact("adapters kept", f"{len(chosen.kept)} of {len(run.adapters)}"))
     if chosen.step is not None:
         tiles.append(Fact("cut after step", str(chosen.step)))
@@ -315,7 +317,7 @@ def _kept(run: Run, chosen: Choice) -> tuple[Table, str]:
             digits(k.parameters),
             k.reason,
         ]
-        for k in chosen.table[:MOST_ROWS]
+        for k in (chosen.table[:MOST_ROWS] if chosen.step is not None or run.finished else [])
     ]
     note = f"The first {MOST_ROWS} of {len(chosen.table)}." if len(chosen.table) > MOST_ROWS else ""
     if run.method in RANK_METHODS or not run.of("cut"):
@@ -352,6 +354,3 @@ def _what_happened(event: dict[str, Any]) -> str:
 def all_charts(found: RunView) -> Sequence[Chart]:
     """Its pictures, in the order of the page."""
     return [chart for _, charts in found.charts for chart in charts]
-
-
-__all__ = ["Fact", "HeatMap", "RunView", "all_charts", "view"]

@@ -105,14 +105,18 @@ def _lines(chart: Lines, axes: Any, figure: Any) -> None:
         style: dict[str, Any] = {"color": "#b4bac1", "linewidth": 0.8}
         if line.name in number:
             i = number[line.name]
-            style = {"color": _COLOURS[i % 7], "linestyle": ("-", "--", ":")[i // 7 % 3], "label": readable(line.name)}
+            style = {
+                "color": _COLOURS[i % 7],
+                "linestyle": ("-", "--", ":")[i // 7 % 3],
+                "label": readable(line.label or line.name),
+            }
         axes.plot([x for x, _ in line.points], [y for _, y in line.points], **style)
     for cut in chart.cuts:
         axes.axvline(cut, color="black", linestyle="--", linewidth=0.9)
     axes.set_xlabel(chart.x)
     axes.set_ylabel(readable(chart.y))
-    if 0 < len(strong) <= 12:
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if 0 < len(strong) <= 12:  # the best comes last in `lines`, so that it lies on top
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
 
 
 def _pairs(chart: Pairs, axes: Any, figure: Any) -> None:

@@ -1,5 +1,7 @@
 """The command, as a user meets it: help, lists, runs, exit codes and messages."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,3 +262,53 @@ def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     terminal._print_table(["[bold]a[/bold]", "b"], [["[red]x", "[/nothing]"], ["[link=y]z[/link]", ":smile:"]])
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("[bold]a[/bold]", "[red]x", "[/nothing]", "[link=y]z[/link]", ":smile:"))
+
+
+# ---- estimate --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_only(tmp_path: Path) -> Path:
+    """A recipe whose model is a config.json and nothing else, and whose data does not exist."""
+    save_tiny_bert(tmp_path / "whole")
+    (tmp_path / "model").mkdir()
+    shutil.copy(tmp_path / "whole/config.json", tmp_path / "model/config.json")
+    raw = recipe(
+        tmp_path, model=str(tmp_path / "model"), data={"train": "nowhere.jsonl", "max_length": 16}, method="weightlora"
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return tmp_path / "recipe.yaml"
+
+
+def test_estimate_needs_config_json_alone_and_says_the_same_as_json(command: Callable[..., Any], config_only: Path):
+    arguments = ("estimate", config_only, "method.keep=2", "--memory", "1 GB", "--peft")
+    code, shown, error = command(*arguments)
+    assert code == 0, error
+    code, text, error = command(*arguments, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["kept"] == {"all": found["kept"]["all"], "spread": 2, "least": 2, "most": 2}
+    assert f"{found['trainable']['all']:,} of " in shown and "all 13 adapters fit" in shown
+    for memory in found["memory"]:
+        if memory["kept"] == "all":
+            assert f"{memory['saved_bytes'] / 2**20:,.2f}" in shown and f"{memory['peak_bytes'] / 2**20:,.2f}" in shown
+    for kind in found["modules"]:
+        assert f"{kind['parameters']:,}" in shown
+    assert not (config_only.parent / "runs").exists() and "scipy" not in [
+        n for n, m in sys.modules.items() if m is None
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (["lora.target_modules=[qery]"], "'qery', which matches no module; did you mean 'query'?"),
+        (["method=vera"], "'vera' is none of them"),
+        (["--memory", "plenty"], "`--memory` is 'plenty', no amount of memory"),
+        (["--memory", "10 adapters"], "no amount of memory"),
+        (["--device", "tpu"], "give cpu or cuda"),
+        (["model=nowhere/at/all"], "'nowhere/at/all' does not exist"),
+    ],
+)
+def test_estimate_says_what_cannot_be_in_one_line(command: Callable[..., Any], config_only: Path, override, said):
+    code, _, error = command("estimate", config_only, *override)
+    assert code == 2 and said in error and len(error.splitlines()) == 1

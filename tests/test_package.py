@@ -25,6 +25,7 @@ LAYERS = [
     "training",
     "report",
     "output",
+    "forecast",
     "savings",
     "methods",
     "tasks",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightLoRAError,
     )
+    from weightlora.forecast import Estimate, estimate
     from weightlora.methods import (
         AdaLoRA,
         ALoRA,
@@ -56,6 +57,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DivergedError": "errors",
     "DynamicLoRA": "methods",
+    "Estimate": "forecast",
     "Fixed": "methods",
     "Flexora": "methods",
     "GrowBatch": "savings",
@@ -74,6 +76,7 @@ _HOMES = {
     "WeightLoRA": "methods",
     "WeightLoRAError": "errors",
     "WeightLoRAPlus": "methods",
+    "estimate": "forecast",
     "export": "output",
     "export_together": "output",
     "last_checkpoint": "durable",
@@ -92,6 +95,7 @@ __all__ = [
     "ConfigError",
     "DivergedError",
     "DynamicLoRA",
+    "Estimate",
     "Fixed",
     "Flexora",
     "GrowBatch",
@@ -110,6 +114,7 @@ __all__ = [
     "WeightLoRA",
     "WeightLoRAError",
     "WeightLoRAPlus",
+    "estimate",
     "export",
     "export_together",
     "last_checkpoint",

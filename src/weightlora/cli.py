@@ -34,6 +34,8 @@ _EXTRA = {
     "yaml": "train",
     "trl": "llm",
 }
+# transformers imports these wherever they are installed, which takes seconds; an estimate needs none of them.
+_UNNEEDED = ("datasets", "hqq", "pandas", "scipy", "sklearn", "trl")
 _MOST_SHOWN = 2000  # characters of a message
 _SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
 
@@ -45,6 +47,7 @@ app = typer.Typer(
     help="""Fine-tune with LoRA and find out during the run which adapters matter.
 
     \b
+    weightlora estimate recipe.yaml             what a run would take, from the model's config.json alone
     weightlora train recipe.yaml --dry-run      what would be attached and trained
     weightlora train recipe.yaml                train, select, save an ordinary PEFT adapter
     weightlora export runs/topics out           copy a run's adapter out, checked
@@ -102,6 +105,29 @@ def _interruptible(then: str) -> Iterator[None]:
         _fail(f"{stopped}; its checkpoint is whole, and {then}", 128 + stopped.signal)
     except KeyboardInterrupt:
         _fail(f"stopped at once; {then}", 130)
+
+
+@contextmanager
+def _in_haste(quantised: bool) -> Iterator[None]:
+    """Inside, what is not needed is not found, unless it is imported already, and no garbage is looked for."""
+    import gc
+
+    import torch
+
+    unneeded = [*_UNNEEDED]
+    unneeded += [] if quantised else ["bitsandbytes"]
+    unneeded += [] if torch.cuda.is_available() else ["triton"]
+    hidden = [name for name in unneeded if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
+        if collects:
+            gc.enable()
 
 
 def _print_version(wanted: bool) -> None:
@@ -209,6 +235,60 @@ def alignment(
     with _interruptible("the same command goes on after the runs that are finished"):
         draw_alignment(loaded, out, seeds=seeds, one_by_one=one_by_one, rows=rows)
     print(f"Drawn in {out / ALIGNMENT_PICTURE}")
+
+
+@app.command()
+def estimate(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, as in train.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Say what fits it, e.g. '16 GB'.", show_default=False),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="cpu|cuda", help="Where it will run. Default: as here.", show_default=False),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1, help="Training rows, which decide when the cut comes.", show_default=False),
+    ] = None,
+    against_peft: Annotated[
+        bool, typer.Option("--peft", help="Say what stock PEFT's LoRA would save for backward, too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same numbers as JSON.")] = False,
+) -> None:
+    """Say what a recipe's run will attach, keep in memory and compute, before anything is loaded.
+
+    The model's config.json is all that is read: no weights, no tokenizer, no data. Every row counts as long as
+    `data.max_length` allows. Memory is that of one process: weights, adapters and their gradients and optimizer state,
+    and the activations that are saved for backward, for the base in float32, bfloat16, 8 and 4 bits.
+
+    \b
+    Example: weightlora estimate recipe.yaml method.keep=10% --memory "16 GB"
+             weightlora estimate recipe.yaml model.dtype=bfloat16 training.bf16=true --device cuda --json
+    """
+    from weightlora.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if device not in (None, "cpu", "cuda"):
+        _fail(f"--device {device}: give cpu or cuda.")
+    with _in_haste(quantised=loaded.model.quantization is not None):
+        _log_to_stderr()
+        from weightlora.training.forecasting import estimate_recipe
+
+        found = estimate_recipe(loaded, memory=memory, device=device, rows=rows, against_peft=against_peft)  # type: ignore[arg-type]
+    if as_json:
+        import json
+
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        from weightlora.forecast.show import print_estimate
+
+        print_estimate(found)
 
 
 @app.command()

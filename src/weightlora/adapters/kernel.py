@@ -110,10 +110,15 @@ def _can_fuse(base: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> bool:
 
 def _dtype_of_products(base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module) -> torch.dtype | None:
     """The dtype PEFT's layers would multiply in: autocast's, else the adapter's; None where they would raise."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return dtype if base.dtype == (dtype := torch.get_autocast_dtype(device)) else None
+    if (autocast := _autocast_dtype(x)) is not None:
+        return autocast if base.dtype == autocast else None
     return dtype if (dtype := _dtype(lora_A)) == _dtype(lora_B) else None
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast multiplies in on the device of x, None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _products_for(
@@ -122,7 +127,7 @@ def _products_for(
     """The products to use; None leaves them to ordinary operations, since the adapter's dtype is not the layer's."""
     if (triton := _triton()) is not None and triton.serves(x, dtype, A.shape[0]):
         return triton.Products
-    if base.dtype != dtype or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+    if base.dtype != dtype or (x.dtype != dtype and _autocast_dtype(x) is None):
         return None
     return _PLAIN if shared is None else _SHARED
 
@@ -170,7 +175,7 @@ def _frozen_weight(layer: nn.Module | None, base: Tensor) -> Tensor | None:
 def _ordinary(
     base: Tensor, x: Tensor, lora_A: nn.Module, lora_B: nn.Module, gate: Tensor | None, scaling: float, p: float
 ) -> Tensor:
-    x = x if torch.is_autocast_enabled(x.device.type) else x.to(_dtype(lora_A))  # as PEFT casts it
+    x = x if _autocast_dtype(x) is not None else x.to(_dtype(lora_A))  # as PEFT casts it
     h = lora_A(F.dropout(x, p) if p > 0 else x)  # (..., r)
     gain = scaling if gate is None else (gate * scaling).to(h.dtype)
     # On the rank-r side the product and the gate's gradient cost r numbers a token, not d_out.

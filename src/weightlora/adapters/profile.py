@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,21 @@ class Profile:
         return cls(tuple(data["names"]), parts, data["checkpointing"])
 
 
+class Recomputed(NamedTuple):
+    """What checkpointing each block would change: a step keeps its input, and computes it again for its gradients.
+
+    Attributes:
+        kept: parts kept from forward to backward; their operations are those of computing blocks again.
+        inside: for each block, in the order of execution, the parts kept while its own gradients are computed.
+        largest: bytes of the largest tensor kept inside a block. largest_outside: of the others.
+    """
+
+    kept: tuple[Part, ...]
+    inside: tuple[tuple[Part, ...], ...]
+    largest: int
+    largest_outside: int
+
+
 def take_profile(
     model: nn.Module, adapters: Sequence[Adapter], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Profile:
@@ -90,13 +105,33 @@ def take_profile(
 
     Adapters count as plain LoRA of their present rank, without gates. A loss computed outside the model is not seen.
     """
-    record = _Record(model, adapters)
+    return _taken(_Record(model, adapters), args, kwargs).profile()
+
+
+def take_both(
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    kwargs: Mapping[str, Any],
+    blocks: Sequence[nn.Module],
+    counter: FlopCounter | None = None,
+) -> tuple[Profile, Recomputed]:
+    """As `take_profile`, for a model without checkpointing, with what checkpointing `blocks` would change.
+
+    Args:
+        counter: of floating point operations. Default: PyTorch's.
+    """
+    record = _taken(_Record(model, adapters, blocks, counter), (), kwargs)
+    return record.profile(), record.recomputed()
+
+
+def _taken(record: _Record, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Record:
+    model = record.model
     devices = sorted({p.device.index for p in model.parameters() if p.device.type not in ("cpu", "meta")})
     with torch.random.fork_rng(devices), torch.enable_grad(), record.taken():
         output: Any = model.forward(*args, **kwargs)
     torch.clear_autocast_cache()  # the casts in it belong to this pass
     record.read_graph(_roots(output))
-    return record.profile()
+    return record
 
 
 def _roots(output: Any) -> list[Any]:
@@ -114,10 +149,30 @@ class _Saved:
 
     name = ""  # what the node calls it
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, block: int | None) -> None:
+        self.block = block  # in which it was saved
         storage = tensor.untyped_storage()
         self.like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         self.storage, self.nbytes = StorageWeakRef(storage), storage.nbytes()  # while we hold it no other gets its name
+
+
+class FlopCounter(Protocol):
+    """Counts floating point operations while it is entered."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exc: Any) -> Any: ...
+
+    def get_total_flops(self) -> int: ...
+
+
+class _Call:
+    """A block's forward pass: what goes in, and its FLOPs, adapters included."""
+
+    def __init__(self, inputs: Any, flops: int) -> None:
+        storages = [t.untyped_storage() for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        self.inputs = {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+        self.flops = -flops
 
 
 class _Segment:
@@ -132,14 +187,24 @@ class _Segment:
 class _Record:
     """The record of one forward pass. Sets of adapters are bits of an integer, in the order of execution."""
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[Adapter],
+        blocks: Sequence[nn.Module] = (),
+        counter: FlopCounter | None = None,
+    ) -> None:
         self.model = model
+        self.blocks = blocks
+        self.block: int | None = None  # at work
+        self.calls: list[_Call] = []  # of blocks
+        self.saved_in: dict[int | None, dict[StorageWeakRef, list[int]]] = {}  # {block: {storage: [bytes, adapters]}}
         self.names = {id(a.A): a.name for a in adapters}
         self.bits: dict[str, int] = {}
         self.always = 1 << len(adapters)  # the bit of everything else that is trained
         self.reentrant = bool(surgery.reentrant_checkpointing(model))
         self.marks: dict[int, tuple[Tensor, int]] = {}
-        self.counter = measure.flop_counter()
+        self.counter = counter or measure.flop_counter()
         self.adapter_flops = 0  # so far, of the forward pass
         self.inside = False  # an adapter is being computed
         self.segment: _Segment | None = None
@@ -164,10 +229,21 @@ class _Record:
             for module in self.model.modules():
                 if "_gradient_checkpointing_func" in vars(module):
                     stack.enter_context(_replaced(module, "_gradient_checkpointing_func", self._checkpoint))
+            for block in self.blocks:
+                stack.callback(block.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(self._leave).remove)
             yield
 
+    def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        self.block = len(self.calls)
+        self.calls.append(_Call((args, kwargs), self.counter.get_total_flops()))
+
+    def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
+        self.calls[-1].flops += self.counter.get_total_flops()
+        self.block = None
+
     def _pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        saved = _Saved(tensor, self.block)
         self.saved.append(saved)
         if self.segment is not None and not self.inside:
             self.segment.saved_at, self.segment.after = self._frozen_flops(), 0
@@ -229,6 +305,8 @@ class _Record:
     def _keep(self, saved: _Saved, adapters: int) -> None:
         if adapters and saved.storage not in self.owned:
             self.storages.setdefault(saved.storage, [saved.nbytes, 0])[1] |= adapters
+            within = self.saved_in.setdefault(saved.block, {}) if self.blocks else {}
+            within.setdefault(saved.storage, [saved.nbytes, 0])[1] |= adapters
 
     def _add(self, adapters: int, *, size: int = 0, flops: int = 0, only: int = 0) -> None:
         if adapters & self.always:
@@ -319,6 +397,32 @@ class _Record:
         )
         idle = [name for name in self.names.values() if name not in self.bits]
         return Profile((*self.bits, *idle), tuple(sorted(parts, key=repr)), bool(self.segments))
+
+    def recomputed(self) -> Recomputed:
+        kept = {storage: list(found) for storage, found in self.saved_in.get(None, {}).items()}
+        outside, again, inside = set(kept), [], []
+        for number, call in enumerate(self.calls):
+            saved = self.saved_in.get(number, {})
+            there = functools.reduce(int.__or__, (adapters for _, adapters in saved.values()), 0)
+            again.append((there, 0, call.flops))
+            for storage, size in call.inputs.items() if there else ():
+                if storage not in self.owned:
+                    kept.setdefault(storage, [size, 0])[1] |= there
+            own = [found for storage, found in saved.items() if storage not in outside | call.inputs.keys()]
+            inside.append(self._parts([(adapters, size, 0) for size, adapters in own]))
+        kept_parts = self._parts([*again, *((adapters, size, 0) for size, adapters in kept.values())])
+        within = [size for block, saved in self.saved_in.items() if block is not None for size, _ in saved.values()]
+        around = [size for size, _ in self.saved_in.get(None, {}).values()]
+        return Recomputed(kept_parts, tuple(inside), max(within, default=0), max(around, default=0))
+
+    def _parts(self, costs: Sequence[tuple[int, int, int]]) -> tuple[Part, ...]:
+        """(adapters, bytes, FLOPs), summed for equal adapters."""
+        summed: dict[int, list[int]] = {}
+        for adapters, size, flops in costs:
+            if adapters:
+                cost = summed.setdefault(self.always if adapters & self.always else adapters, [0, 0])
+                cost[0], cost[1] = cost[0] + size, cost[1] + flops
+        return tuple(Part(() if a == self.always else _runs(a), *cost) for a, cost in summed.items())
 
 
 def _is_foreign(node: Any) -> bool:

@@ -89,7 +89,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
 
 def load_model(spec: ModelSpec, head: HeadKind, names: list[str] | None) -> PreTrainedModel:
     """The base model with its head; for sequences it has an output for each of `names`, or one number if None."""
-    config = _fetched(spec, "config", lambda name, options: AutoConfig.from_pretrained(name, **options))
+    config = load_config(spec)
     if head.task_type(config) == TaskType.SEQ_CLS:
         labels = names or ["value"]
         config.id2label = dict(enumerate(labels))
@@ -112,6 +112,11 @@ def load_model(spec: ModelSpec, head: HeadKind, names: list[str] | None) -> PreT
     )
     _check_loaded(model, loading, spec.name, head_modules(model) if head.is_new else [])
     return prepared(model) if spec.quantization else model
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """The model's configuration, which is all that is read of it."""
+    return _fetched(spec, "config", lambda name, options: AutoConfig.from_pretrained(name, **options))
 
 
 def _fetched(spec: ModelSpec, what: str, load: Callable[[str, dict[str, Any]], Any]) -> Any:

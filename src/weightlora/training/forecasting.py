@@ -1,0 +1,127 @@
+"""What a recipe's run will take, from the recipe and the model's config.json alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from weightlora import methods
+from weightlora.errors import ConfigError
+from weightlora.forecast import Estimate, Training, estimate
+from weightlora.forecast.meta import Device
+from weightlora.forecast.model import Precision, without_weights
+from weightlora.methods.stock import head_modules
+from weightlora.selection import budgets
+from weightlora.tasks import get_task
+from weightlora.tasks.base import MAX_LENGTH, MAX_TARGET_LENGTH, Task
+from weightlora.training.arguments import check_fields, lora_values, training_arguments
+from weightlora.training.heads import HEADS
+from weightlora.training.model import check_lora, check_source, load_config
+from weightlora.training.plan import count_steps
+from weightlora.training.presets import resolve
+from weightlora.training.quantised import check_method
+from weightlora.training.recipe import Recipe
+
+_HALF = ("bf16", "fp16")
+_PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+
+
+def estimate_recipe(
+    recipe: Recipe,
+    *,
+    memory: str | None = None,
+    device: Device | None = None,
+    rows: int | None = None,
+    against_peft: bool = False,
+) -> Estimate:
+    """Neither weights nor tokenizer nor data are read; rows count as `data.max_length` tokens each.
+
+    Args:
+        memory: of the device, such as "16 GB".
+        device: default: the one that is here.
+        rows: of the training data, where the cut's share of the run depends on them.
+        against_peft: look too at what stock PEFT's LoRA saves.
+
+    Raises:
+        ConfigError: an entry that cannot work, a target that matches no module, or a method that is no LoRA.
+    """
+    task = get_task(recipe.task)
+    info = methods.get_method(recipe.method.name)
+    method = methods.create(recipe.method.name, recipe.method.options)
+    lora = lora_values(recipe.lora, info)
+    values = check_fields("training", recipe.training, TrainingArguments)
+    half = any(values.pop(name, False) for name in _HALF)  # which transformers refuses where no device has it
+    arguments = training_arguments(values, recipe.output_dir, recipe.seed, False)
+    memory_bytes = None if memory is None else size_in_bytes(memory, "--memory")
+    check_source(recipe.model)
+    check_method(recipe.model, info, lora)
+    kind, config = HEADS[task.head], load_config(recipe.model)
+    model = without_weights(kind.auto(config), config)
+    if "target_modules" in lora:
+        lora["target_modules"] = resolve(model, lora["target_modules"])
+    check_lora(model, lora)
+    if kind.is_new:
+        lora["modules_to_save"] = lora.get("modules_to_save") or head_modules(model)
+    return estimate(
+        model,
+        {**lora, "task_type": kind.task_type(config)},
+        method=recipe.method.name if method is None else method,
+        training=training_of(recipe, task, arguments, config, half, device, rows),
+        memory_bytes=memory_bytes,
+        against_peft=against_peft,
+    )
+
+
+def training_of(
+    recipe: Recipe,
+    task: Task,
+    arguments: TrainingArguments,
+    config: Any,
+    half: bool,
+    device: Device | None,
+    rows: int | None,
+) -> Training:
+    """The settings that costs depend on; `half` is whether products are in half precision."""
+    spec, data = recipe.model, recipe.data
+    dtype = str(getattr(config, "dtype", None) or "float32") if spec.dtype == "auto" else spec.dtype
+    steps = count_steps(rows, arguments) if rows else None
+    if steps is None and arguments.max_steps > 0:
+        steps = arguments.max_steps, arguments.max_steps
+    writes = HEADS[task.head].writes and config.is_encoder_decoder
+    target = data.max_target_length or getattr(task, "max_target_length", MAX_TARGET_LENGTH)
+    return Training(
+        batch=arguments.per_device_train_batch_size,
+        length=data.max_length or getattr(task, "max_length", MAX_LENGTH),
+        target_length=target if writes else None,
+        accumulation=arguments.gradient_accumulation_steps,
+        precision=spec.quantization or _PRECISIONS.get(dtype.removeprefix("torch."), "fp32"),
+        autocast=torch.bfloat16 if half else None,
+        checkpointing=uses_checkpointing(arguments),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
+        epochs=arguments.num_train_epochs,
+        steps=steps,
+    )
+
+
+def uses_checkpointing(arguments: TrainingArguments) -> bool:
+    """Under its new name in transformers, or the old one."""
+    new = getattr(arguments, "activation_checkpointing", None)
+    return bool(arguments.gradient_checkpointing if new is None else new)
+
+
+def size_in_bytes(text: Any, key: str) -> int:
+    """A size such as "16 GB" or "900 MiB".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        size = budgets.parse(text)
+    except ConfigError:
+        size = None
+    if size is None or size.unit != "bytes":
+        raise ConfigError(f"`{key}` is {text!r}, no amount of memory; give one such as '16 GB' or '900 MiB'.")
+    return int(size.limit)

@@ -1,0 +1,254 @@
+"""Estimates: what is predicted from a configuration is what is measured on the model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from weightlora import ConfigError, Fixed, WeightLoRA, estimate, list_adapters, measure
+from weightlora.adapters import attach, kernel, surgery
+from weightlora.forecast import model as models
+from weightlora.forecast.costs import Costs, optimizer_bytes, take_costs
+from weightlora.forecast.model import Base
+
+ARCHITECTURES = ["bert", "roberta", "deberta-v2", "bart", "t5", "llama", "qwen", "gemma", "gpt2", "modernbert"]
+KEPT = {"all": slice(None), "spread": slice(1, None, 3), "last": slice(-3, None)}
+
+
+def real(name: str, kept: Any = None, *, checkpointing: bool = False) -> tuple[PeftModel, dict[str, Tensor]]:
+    """A tiny model with our kernel, cut down to `kept` where that is given."""
+    made = tiny.build(name)
+    model = get_peft_model(made.model, tiny.lora(made, lora_dropout=0.1)).train()
+    if checkpointing:
+        model.config.use_cache = False
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    adapters = list_adapters(model)
+    attach.use_kernel(adapters, gates=False)
+    if kept is not None:
+        surgery.disconnect(model, [a for a in adapters if a.name not in kept])
+        surgery.release_inputs(model)
+    return model, made.batch
+
+
+def predicted(name: str, precision: Any = "fp32", **passes: Any) -> Costs:
+    """From the config alone."""
+    made = tiny.build(name)
+    with torch.device("meta"):
+        model = get_peft_model(
+            models.without_weights(type(made.model), made.model.config), tiny.lora(made, lora_dropout=0.1)
+        )
+    adapters = list_adapters(model)
+    attach.use_kernel(adapters, gates=False)
+    batch, length = made.batch["input_ids"].shape
+    return take_costs(
+        Base(model), adapters, precision, batch, length, length, "cpu", passes.pop("autocast", None), **passes
+    )
+
+
+def mask(costs: Costs, kept: Any) -> np.ndarray:
+    return np.isin(costs.names, list(kept))
+
+
+def saved(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    return measure.saved_bytes(lambda: model(**inputs).loss, exclude=model)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_predicted_from_the_config_is_what_is_measured(name):
+    costs = predicted(name)
+    for label, places in KEPT.items():
+        kept = costs.names[places]
+        step = costs.step(mask(costs, kept), checkpointing=False)
+        assert step.saved_bytes == pytest.approx(saved(*real(name, kept)), rel=0.05), label
+        model, inputs = real(name, kept)
+        assert step.flops == measure.flops(lambda m=model, i=inputs: m(**i).loss.backward()), label
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "llama", "gpt2"])
+def test_checkpointing_keeps_the_inputs_of_blocks_and_computes_them_again(name):
+    costs = predicted(name)
+    for label, places in KEPT.items():
+        kept = costs.names[places]
+        model, inputs = real(name, kept, checkpointing=True)
+        step = costs.step(mask(costs, kept), checkpointing=True)
+        assert step.saved_bytes == pytest.approx(saved(model, inputs), rel=0.06), label
+        flops = measure.flops(lambda m=model, i=inputs: m(**i).loss.backward())
+        assert flops <= step.flops <= 1.11 * flops, label  # a block is computed again up to what backward needs
+
+
+def test_autocast_keeps_what_it_keeps_on_a_cpu():
+    costs = predicted("llama", autocast=torch.bfloat16)
+    model, inputs = real("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = saved(model, inputs)
+    assert costs.step(mask(costs, costs.names), checkpointing=False).saved_bytes == pytest.approx(measured, rel=0.05)
+
+
+def test_four_bits_keep_what_bitsandbytes_keeps():
+    bnb = pytest.importorskip("bitsandbytes")
+    made = tiny.build("llama")
+    for name, linear in [(n, m) for n, m in made.model.named_modules() if ".layers." in n and type(m) is nn.Linear]:
+        layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16)
+        layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False)
+        made.model.set_submodule(name, layer.to("cpu"))
+    made.model.is_loaded_in_4bit = True
+    model = get_peft_model(made.model, tiny.lora(made, lora_dropout=0.1)).train()
+    attach.use_kernel(list_adapters(model), gates=False)
+    costs = predicted("llama", "4bit")
+    expected = costs.step(mask(costs, costs.names), checkpointing=False).saved_bytes
+    assert expected == pytest.approx(saved(model, made.batch), rel=0.05)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd"])
+def test_the_state_of_an_optimizer_is_what_it_allocates(optim):
+    model, inputs = real("bert")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    made: Any = {
+        "adamw_torch": lambda: torch.optim.AdamW(trained),
+        "adafactor": lambda: transformers.Adafactor(trained),
+        "sgd": lambda: torch.optim.SGD(trained, lr=0.1),
+    }[optim]()
+    model(**inputs).loss.backward()
+    made.step()
+    allocated = measure.optimizer_bytes(made)
+    assert optimizer_bytes(optim, [tuple(p.shape) for p in trained]) == pytest.approx(allocated, rel=0.06)
+
+
+# ---- The whole estimate ----------------------------------------------------------------------------------------
+
+
+def config(name: str = "llama", **changes: Any) -> Any:
+    return tiny.build(name, **changes).model.config
+
+
+LORA = {"r": 2, "lora_dropout": 0.1, "target_modules": "all-linear"}
+SMALL = {"batch": 4, "length": 7}
+
+
+def test_an_estimate_counts_what_the_real_model_has():
+    made = tiny.build("bert")
+    found = estimate(made.model.config, {**LORA, "task_type": "SEQ_CLS"}, method=WeightLoRA(keep=3), **SMALL)
+    real_model = get_peft_model(made.model, LoraConfig(**LORA, task_type="SEQ_CLS"))
+    adapters = list_adapters(real_model)
+    assert found.trainable["all"] == measure.trainable_parameters(real_model)
+    assert sum(k.count for k in found.modules) == found.kept["all"] == len(adapters)
+    assert sum(k.parameters for k in found.modules) == sum(a.parameters for a in adapters)
+    assert found.kept == {"all": len(adapters), "spread": 3, "least": 3, "most": 3}
+    own = found.find()
+    assert own.trained_bytes == own.gradient_bytes == 4 * found.trainable["all"] == own.optimizer_bytes // 2
+    assert own.weights_bytes == sum(
+        p.numel() * p.element_size() for p in real_model.parameters() if not p.requires_grad
+    )
+    assert found.find("least").saved_bytes <= found.find("spread").saved_bytes <= found.find("most").saved_bytes
+    assert found.find("most").saved_bytes <= own.saved_bytes
+    assert own.peak_bytes > found.find(checkpointing=True).peak_bytes
+
+
+def test_nothing_is_allocated_and_the_model_that_is_given_stays_as_it_is():
+    made = tiny.build("llama")
+    before = {name: p.clone() for name, p in made.model.named_parameters()}
+    products = kernel._products_for
+    from_model = estimate(made.model, LORA, **SMALL)
+    from_config = estimate(made.model.config, {**LORA, "task_type": "CAUSAL_LM"}, **SMALL)
+    assert from_model == from_config and kernel._products_for is products
+    assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
+    peft = get_peft_model(made.model, LoraConfig(**LORA))
+    assert estimate(peft, **SMALL) == from_model
+    huge = transformers.LlamaConfig(hidden_size=65536, intermediate_size=2**18, num_hidden_layers=2, vocab_size=10**6)
+    assert estimate(huge, {**LORA, "task_type": "CAUSAL_LM"}, **SMALL).parameters > 5e10
+
+
+def test_stock_lora_is_what_peft_keeps():
+    made = tiny.build("llama")
+    model = get_peft_model(made.model, LoraConfig(**LORA)).train()
+    measured = saved(model, made.batch)
+    for method in ("lora", "weightlora"):
+        found = estimate(
+            made.model.config, {**LORA, "task_type": "CAUSAL_LM"}, method=method, against_peft=True, **SMALL
+        )
+        assert found.stock_saved_bytes == pytest.approx(measured, rel=0.05)
+    assert estimate(made.model.config, {**LORA, "task_type": "CAUSAL_LM"}, method="lora", **SMALL).kept == {"all": 14}
+
+
+def test_fixed_places_and_budgets_in_costs_are_known_beforehand():
+    lora = {**LORA, "task_type": "CAUSAL_LM"}
+    fixed = Fixed(keep=3, where="last", modules="all")
+    found = estimate(config(), lora, method=fixed, **SMALL)
+    model = get_peft_model(tiny.build("llama").model, LoraConfig(**LORA))
+    fixed.attach(model)
+    assert found.kept == {"all": 14, "kept": 3} and found.cut_at == 0
+    assert found.trainable["kept"] == measure.trainable_parameters(model)
+    half = estimate(config(), lora, method=WeightLoRA(keep="50% memory"), **SMALL)
+    assert half.find("chosen").saved_bytes <= 0.5 * half.find().saved_bytes
+
+
+@pytest.mark.parametrize(
+    ("after", "settings", "share"),
+    [
+        (None, {"epochs": 3}, 0.1),
+        (None, {"epochs": 20}, 0.05),
+        (0.25, {}, 0.25),
+        (100, {}, None),
+        (100, {"steps": (400, 50)}, 0.25),
+    ],
+)
+def test_a_run_costs_lora_up_to_the_cut(after, settings, share):
+    lora = {**LORA, "task_type": "CAUSAL_LM"}
+    found = estimate(config(), lora, method=WeightLoRA(keep=2, after=after), precisions=(), **SMALL, **settings)
+    least = next(o for o in found.operations if o.kept == "least")
+    assert found.cut_at == share
+    assert least.run_of_lora == (None if share is None else pytest.approx(share + (1 - share) * least.of_lora))
+
+
+def test_what_fits_a_memory_stays_below_it_and_what_is_next_does_not():
+    lora, settings = {**LORA, "task_type": "CAUSAL_LM"}, {"batch": 8, "length": 32, "accumulation": 2}
+    own = estimate(config(), lora, **settings)
+    for share in (0.99, 0.6):
+        found = estimate(config(), lora, memory_bytes=int(share * own.find().peak_bytes), **settings)
+        room, choice = found.room, found.room.choice
+        assert choice.batch * choice.accumulation == 16 and choice.peak_bytes <= room.memory_bytes
+        assert room.adapters_last >= room.adapters_spread and room.adapters_spread < 14
+        smaller = {**settings, "batch": choice.batch, "checkpointing": choice.checkpointing}
+        assert estimate(config(), lora, **smaller).find().peak_bytes == pytest.approx(choice.peak_bytes, rel=0.02)
+    assert estimate(config(), lora, memory_bytes=1000, **settings).room.choice is None
+
+
+def test_experts_are_said_to_carry_no_adapters():
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    moe = transformers.Qwen3MoeConfig(
+        **small, head_dim=16, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, vocab_size=100
+    )
+    found = estimate(moe, {**LORA, "task_type": "CAUSAL_LM"}, method="lora", **SMALL)
+    assert {k.name: k.count for k in found.modules} == dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj"], 2)
+    assert "experts (8 in each of 2 layers) carry no adapters" in found.notes[0] and "block-linear" in found.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"method": "vera"}, "'vera' is none of them"),
+        ({"method": "wieghtlora"}, "did you mean 'weightlora'"),
+        ({"batch": 0}, "`batch=0`"),
+        ({"device": "tpu"}, "device"),
+        ({"method": WeightLoRA(keep=99)}, "exceeds the 14"),
+    ],
+)
+def test_what_cannot_be_estimated_is_said_in_one_line(arguments, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        estimate(config(), {**LORA, "task_type": "CAUSAL_LM"}, **{**SMALL, **arguments})
+
+
+def test_a_config_that_does_not_say_what_it_is_for():
+    with pytest.raises(ConfigError, match="task_type"):
+        estimate(config(), LORA, **SMALL)
+    with pytest.raises(ConfigError, match="reads `pixel_values`"):
+        estimate(tiny.build("vit").model, {**LORA, "target_modules": ["q_proj"]}, **SMALL)

@@ -72,6 +72,8 @@ def show_plan(plan: Plan) -> None:
     print(f"Data       {rows} rows{labels}")
     print(f"Trainable  {_trainable(plan)}")
     print(f"Steps      {plan.steps:,} ({plan.steps_per_epoch:,} an epoch)")
+    if plan.fitted is not None:
+        print(f"Fit        {plan.fitted}")
     if plan.cuts:
         print(f"Cut        after step {', '.join(map(str, plan.cuts))}")
 

@@ -403,7 +403,7 @@ class _Estimator:
             step = many if t.batch == 1 else few.between(many, (batch - 1) / (t.batch - 1))
             return self._memory(own, t.precision, checkpointing, ALL, mask, step).peak_bytes
 
-        found: list[Choice] = choices(peak, len(own.names), t.batch, t.accumulation)
+        found: list[Choice] = choices(peak, len(own.names), t.batch, t.accumulation, t.checkpointing)
         return Room.of(found, peak, len(own.names), memory_bytes, t.batch, t.checkpointing)
 
 

@@ -63,17 +63,17 @@ class Room:
         )
 
 
-def choices(peak: Peak, n: int, batch: int, accumulation: int) -> list[Choice]:
+def choices(peak: Peak, n: int, batch: int, accumulation: int, checkpointing: bool) -> list[Choice]:
     """Ways to make a step of batch x accumulation rows, in the order in which they are to be tried.
 
     A smaller micro-batch computes the same and comes first; then checkpointing, which computes every block twice, with
-    the largest micro-batch.
+    the largest micro-batch. A run with `checkpointing` keeps it.
     """
     everything = np.ones(n, dtype=bool)
     sizes = [size for size in range(batch, 0, -1) if batch % size == 0]
     return [
         Choice(size, accumulation * (batch // size), again, peak(everything, size, again))
-        for again in (False, True)
+        for again in ((True,) if checkpointing else (False, True))
         for size in sizes
     ]
 

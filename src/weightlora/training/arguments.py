@@ -166,3 +166,13 @@ def _built(section: str, make: Callable[..., Any], values: dict[str, Any]) -> An
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"The `{section}` section cannot work: {' '.join(str(error).split())}") from error
+
+
+def count_steps(rows: int, arguments: TrainingArguments) -> tuple[int, int]:
+    """Optimizer steps of the run and of one epoch, counted as the Trainer does."""
+    batches = rows / (arguments.train_batch_size * arguments.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    if arguments.max_steps > 0:
+        return arguments.max_steps, per_epoch
+    return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,15 +12,14 @@ from weightlora import methods
 from weightlora.errors import ConfigError
 from weightlora.forecast import Estimate, Training, estimate
 from weightlora.forecast.meta import Device
-from weightlora.forecast.model import Precision, without_weights
+from weightlora.forecast.model import PRECISIONS, Precision, without_weights
 from weightlora.methods.stock import head_modules
 from weightlora.selection import budgets
 from weightlora.tasks import get_task
 from weightlora.tasks.base import MAX_LENGTH, MAX_TARGET_LENGTH, Task
-from weightlora.training.arguments import check_fields, lora_values, training_arguments
+from weightlora.training.arguments import check_fields, count_steps, lora_values, training_arguments
 from weightlora.training.heads import HEADS
 from weightlora.training.model import check_lora, check_source, load_config
-from weightlora.training.plan import count_steps
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
 from weightlora.training.recipe import Recipe
@@ -31,18 +31,20 @@ _PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "flo
 def estimate_recipe(
     recipe: Recipe,
     *,
-    memory: str | None = None,
+    memory: str | int | None = None,
     device: Device | None = None,
     rows: int | None = None,
     against_peft: bool = False,
+    precisions: Sequence[Precision] = PRECISIONS,
 ) -> Estimate:
     """Neither weights nor tokenizer nor data are read; rows count as `data.max_length` tokens each.
 
     Args:
-        memory: of the device, such as "16 GB".
+        memory: of the device, such as "16 GB", or in bytes.
         device: default: the one that is here.
         rows: of the training data, where the cut's share of the run depends on them.
         against_peft: look too at what stock PEFT's LoRA saves.
+        precisions: to be compared with the recipe's own.
 
     Raises:
         ConfigError: an entry that cannot work, a target that matches no module, or a method that is no LoRA.
@@ -54,7 +56,7 @@ def estimate_recipe(
     values = check_fields("training", recipe.training, TrainingArguments)
     half = any(values.pop(name, False) for name in _HALF)  # which transformers refuses where no device has it
     arguments = training_arguments(values, recipe.output_dir, recipe.seed, False)
-    memory_bytes = None if memory is None else size_in_bytes(memory, "--memory")
+    memory_bytes = size_in_bytes(memory, "--memory") if isinstance(memory, str) else memory
     check_source(recipe.model)
     check_method(recipe.model, info, lora)
     kind, config = HEADS[task.head], load_config(recipe.model)
@@ -71,6 +73,7 @@ def estimate_recipe(
         training=training_of(recipe, task, arguments, config, half, device, rows),
         memory_bytes=memory_bytes,
         against_peft=against_peft,
+        precisions=precisions,
     )
 
 

@@ -29,7 +29,8 @@ from weightlora.savings import GrowBatch, ReusePrefix
 from weightlora.tasks import Task, get_task
 from weightlora.tasks.base import MAX_LENGTH, MAX_TARGET_LENGTH, Encoded, Format, Part
 from weightlora.tasks.data import Source, Splits, load_splits, sources
-from weightlora.training.arguments import lora_values, training_arguments
+from weightlora.training.arguments import count_steps, lora_values, training_arguments
+from weightlora.training.fitting import Fitted, fitted
 from weightlora.training.generating import check_lengths
 from weightlora.training.heads import HEADS, HeadKind
 from weightlora.training.model import (
@@ -59,6 +60,7 @@ class Job:
     method: Method | None  # the actions during training; None for stock LoRA and most others
     arguments: TrainingArguments
     after: list[TrainerCallback]  # the actions after the cut
+    fitted: Fitted | None = None  # what `fit` has chosen
 
     @property
     def head(self) -> HeadKind:
@@ -109,6 +111,7 @@ class Plan:
     steps_per_epoch: int
     cuts: tuple[int, ...]  # the steps after which adapters are dropped; none without a selection
     bytes_written: int  # what checkpoints and results take at most, about
+    fitted: Fitted | None = None
 
 
 def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
@@ -126,6 +129,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
         splits = _load_data(recipe, task)
 
     tokenizer = load_tokenizer(recipe.model)
+    recipe, chosen = fitted(recipe, resume=resume)
     set_seed(recipe.seed)
     model = load_model(recipe.model, HEADS[task.head], splits.names)
     assert recipe.data.max_length is not None
@@ -136,7 +140,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
         lora["target_modules"] = resolve(model, lora["target_modules"])
     check_lora(model, lora)
     arguments = _arguments(recipe, task, progress, HEADS[task.head].arguments(model.config))
-    job = Job(recipe, task, splits, tokenizer, model, method, arguments, after)
+    job = Job(recipe, task, splits, tokenizer, model, method, arguments, after, chosen)
     return replace(job, model=_ready(job, lora))
 
 
@@ -257,6 +261,7 @@ def make_plan(job: Job) -> Plan:
         steps_per_epoch=per_epoch,
         cuts=cuts,
         bytes_written=_bytes_written(job, steps, per_epoch),
+        fitted=job.fitted,
     )
 
 
@@ -303,16 +308,6 @@ def _check_batches(rows: int, arguments: TrainingArguments) -> None:
             f"`training.dataloader_drop_last` leaves out all {rows} training rows, since a batch has {size}; lower "
             "`training.per_device_train_batch_size` or leave the key out."
         )
-
-
-def count_steps(rows: int, arguments: TrainingArguments) -> tuple[int, int]:
-    """Optimizer steps of the run and of one epoch, counted as the Trainer does."""
-    batches = rows / (arguments.train_batch_size * arguments.world_size)
-    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
-    per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
-    if arguments.max_steps > 0:
-        return arguments.max_steps, per_epoch
-    return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch
 
 
 def with_sources(recipe: Recipe, task: Task) -> Recipe:

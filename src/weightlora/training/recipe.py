@@ -185,8 +185,9 @@ class Recipe(Section):
     `metric` is the score that counts, in place of the task's own: it is shown, a suite tunes by it, and with
     `load_best_model_at_end` it says which checkpoint is the best.
     After the cut, `reuse_prefix` runs frozen blocks once per example (true, or the type of the kept output) and
-    `grow_batch` merges accumulated micro-batches (true, or how many), with `effective: true` optimizer steps too.
-    `on_nan` says what becomes of a step whose gradients are NaN or infinite.
+    `grow_batch` merges accumulated micro-batches (true, or how many), with `effective: true` optimizer steps too. `fit`
+    is a memory to stay below, such as "16 GB", by the choice of micro-batch, accumulation and checkpointing. `on_nan`
+    says what becomes of a step whose gradients are NaN or infinite.
     """
 
     what: ClassVar[str] = "recipe"
@@ -202,6 +203,7 @@ class Recipe(Section):
     generation: GenerationSpec = GenerationSpec()
     reuse_prefix: bool | Literal["float32", "bfloat16"] = False
     grow_batch: bool | int | GrowSpec = False
+    fit: str | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     output_dir: str
     seed: int = Field(42, ge=0, lt=2**32)

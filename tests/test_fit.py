@@ -1,0 +1,86 @@
+"""`fit` in a recipe: explicit settings below a memory, with the same rows to an optimizer step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_text import recipe
+
+from weightlora import ConfigError
+from weightlora.training import fitting
+from weightlora.training.fitting import fitted
+from weightlora.training.forecasting import estimate_recipe
+from weightlora.training.recipe import Recipe, parse_recipe
+from weightlora.training.run import run
+
+BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is for the model alone, and the estimate is taken as it is."""
+    monkeypatch.setattr(fitting, "_other_bytes", lambda: 0)
+    monkeypatch.setattr(fitting, "_MARGINS", {"cpu": 0.0, "cuda": 0.0})
+
+
+def made(folder: Path, **entries: Any) -> Recipe:
+    training = {"max_steps": 4, "report_to": "none", **BATCH, **entries.pop("training", {})}
+    return parse_recipe(
+        recipe(folder, method={"name": "weightlora", "keep": 2, "after": 2}, training=training, **entries)
+    )
+
+
+def peak(chosen: Recipe) -> int:
+    return estimate_recipe(chosen, precisions=()).find().peak_bytes
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.62])
+def test_it_stays_below_with_the_same_rows_to_a_step(folder: Path, share: float) -> None:
+    plain = made(folder)
+    limit = int(share * peak(plain)) + 1
+    chosen, found = fitted(made(folder, fit=f"{limit} bytes"), resume=False)
+    assert found is not None
+    training = chosen.training
+    size, steps = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
+    assert size * steps == 16 and training["per_device_eval_batch_size"] <= 2 * size
+    assert peak(chosen) <= limit * 1.001 and (size == 8) == (share == 1.0)
+    assert found.choice.batch == size and f"micro-batches of {size}, {steps} to a step" in str(found)
+
+
+def test_checkpointing_comes_where_no_micro_batch_fits_without(folder: Path) -> None:
+    one = made(folder, training={"per_device_train_batch_size": 1})
+    chosen, _ = fitted(made(folder, fit=f"{peak(one) - 2000} bytes"), resume=False)
+    assert chosen.training["gradient_checkpointing"] is True
+    assert chosen.training["per_device_train_batch_size"] * chosen.training["gradient_accumulation_steps"] == 16
+
+
+def test_a_run_writes_what_was_chosen_and_goes_on_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = f"{int(0.8 * peak(made(folder)))} bytes"
+    wanted = made(folder, fit=limit, training={"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"})
+    plans: list[Any] = []
+    run(wanted, on_ready=plans.append)
+    written = yaml.safe_load((Path(wanted.output_dir) / "recipe.yaml").read_text())
+    assert plans[0].fitted is not None and plans[0].steps == 4
+    assert written["training"]["per_device_train_batch_size"] == plans[0].fitted.choice.batch < 8
+    assert json.loads((Path(wanted.output_dir) / "metrics.json").read_text())["steps"] == 4
+    monkeypatch.setattr(fitting, "_other_bytes", lambda: 10**12)  # now nothing would fit
+    again, found = fitted(wanted, resume=True)
+    assert found is None and again.training == {**wanted.training, **written["training"]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"fit": "1 kB"}, "`fit` is '1 kB', which is too little"),
+        ({"fit": "plenty"}, "`fit` is 'plenty', no amount of memory"),
+        ({"fit": "12 adapters"}, "no amount of memory"),
+    ],
+)
+def test_what_cannot_fit_is_said_in_one_line(folder: Path, entries: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        fitted(made(folder, **entries), resume=False)
+    assert said in str(caught.value)

@@ -69,7 +69,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     assert min(seconds) < 1.0  # the machine may be busy once
 
 
-@pytest.mark.parametrize("name", [["train"], ["export"], ["list", "methods"], ["list", "tasks"]])
+@pytest.mark.parametrize("name", [["train"], ["select"], ["export"], ["list", "methods"], ["list", "tasks"]])
 def test_every_command_has_help_with_an_example(command: Callable[..., Any], name: list[str]) -> None:
     code, out, _ = command(*name, "--help")
     assert code == 0 and "Example:" in out
@@ -119,6 +119,15 @@ def test_export_copies_a_run_out(command: Callable[..., Any], folder: Path) -> N
     assert code == 0, err
     assert (folder / "out/adapter_model.safetensors").is_file()
     assert str(folder / "out") in out
+
+
+def test_select_shows_the_choice_and_where_it_is(command: Callable[..., Any], folder: Path) -> None:
+    code, out, _ = command("select", folder / "recipe.yaml", "method={name: weightlora, keep: 2, after: 4}")
+    assert code == 0 and "Chosen     2 modules, r 4" in out
+    assert "adapter_config.json, axolotl.yaml, llama-factory.yaml, ms-swift.txt" in out
+    assert (folder / "run/adapter_config.json").is_file()
+    code, _, err = command("select", folder / "recipe.yaml", f"output_dir={folder / 'other'}")
+    assert code == 2 and "'lora' chooses no modules or ranks" in err
 
 
 def test_export_of_several_runs_and_what_it_cannot_do(command: Callable[..., Any], tmp_path: Path) -> None:

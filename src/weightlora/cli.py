@@ -50,6 +50,7 @@ app = typer.Typer(
     weightlora estimate recipe.yaml             what a run would take, from the model's config.json alone
     weightlora train recipe.yaml --dry-run      what would be attached and trained
     weightlora train recipe.yaml                train, select, save an ordinary PEFT adapter
+    weightlora select recipe.yaml               only choose where LoRA goes, for another tool
     weightlora export runs/topics out           copy a run's adapter out, checked
     weightlora bench suite.yaml                 methods by tasks by seeds, as one table
     weightlora figure alignment recipe.yaml out where would an adapter matter?
@@ -289,6 +290,35 @@ def estimate(
         from weightlora.forecast.show import print_estimate
 
         print_estimate(found)
+
+
+@app.command()
+def select(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. method.keep=5.", show_default=False),
+    ] = None,
+) -> None:
+    """Choose where LoRA goes and stop there, for a run in another tool.
+
+    Trains as the recipe says up to the last cut and writes the structure into its `output_dir`: adapter_config.json, an
+    ordinary LoraConfig, and the lines that Axolotl, LLaMA-Factory and ms-swift take.
+
+    \b
+    Example: weightlora select recipe.yaml method.keep=20 output_dir=runs/choice
+    """
+    from weightlora.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _log_to_stderr()
+    from weightlora import terminal
+    from weightlora.training.choice import choose
+
+    with _interruptible("the choice has to be made again"):
+        config = choose(loaded, progress=_is_first(), on_ready=terminal.show_plan if _is_first() else None)
+    if _is_first():
+        terminal.show_choice(config, loaded.output_dir)
 
 
 @app.command()

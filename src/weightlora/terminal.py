@@ -16,6 +16,7 @@ from weightlora.bench.runner import Outcome, run_suite
 from weightlora.bench.suite import Suite, groups
 from weightlora.bench.table import chosen_table, differences_table, scores_table, summarise
 from weightlora.errors import ConfigError
+from weightlora.training.choice import CONFIG_FILE, lines, listed
 from weightlora.training.plan import Plan
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -105,6 +106,16 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     console = Console(**_PLAIN)
     # A pipe has no width; names must not be broken there.
     (console if console.is_terminal else Console(**_PLAIN, width=160)).print(table)
+
+
+def show_choice(config: Any, output_dir: str) -> None:
+    """Prints the modules that were chosen, and where the files are."""
+    names = listed(config.target_modules)
+    print()
+    print(f"Chosen     {len(names)} modules, r {config.r}{' and others' if config.rank_pattern else ''}")
+    for name in names:
+        print(f"           {name}")
+    print(f"Files      {output_dir}: {', '.join([CONFIG_FILE, *lines(config), 'recipe.yaml', 'events.jsonl'])}")
 
 
 def show_result(metrics: dict[str, Any], output_dir: str) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from torch import nn
 
 from weightlora.adapters.attach import list_adapters, list_others
 from weightlora.adapters.host import base_of, find_host
 from weightlora.adapters.surgery import alpha_for
-from weightlora.errors import CheckpointError
+from weightlora.errors import CheckpointError, UnsupportedError
 
 # From this many names on PEFT replaces a list of target modules by suffixes it finds itself, which can match
 # modules that were dropped; a regular expression is taken as it is.
@@ -50,6 +52,20 @@ def sync_config(model: nn.Module, adapter_name: str, *, as_list: bool = False) -
     (config.r, config.lora_alpha), _ = Counter(forms.values()).most_common(1)[0]
     config.rank_pattern = {anchored(n): r for n, (r, _) in forms.items() if r != config.r}
     config.alpha_pattern = {anchored(n): alpha for n, (_, alpha) in forms.items() if alpha != config.lora_alpha}
+
+
+def fresh_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """What an adapter's config says of modules, ranks and alphas, for a LoRA that starts afresh on the base model.
+
+    Raises:
+        UnsupportedError: the adapter is no LoRA.
+    """
+    config = peft_model(model).peft_config[adapter_name]
+    if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
+        raise UnsupportedError(f"the adapter is a {config.peft_type}, which no `LoraConfig` describes.")
+    chosen = copy.deepcopy(config)
+    chosen.inference_mode = False
+    return chosen
 
 
 def target_modules(names: Sequence[str], others: Iterable[str]) -> list[str] | str:

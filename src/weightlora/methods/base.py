@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightlora import durable, optim, options
-from weightlora.adapters import admission, checkpoint, surgery
+from weightlora.adapters import admission, checkpoint, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap, wait_for_all
 from weightlora.adapters.host import active_adapter, find_host
@@ -73,6 +73,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         method.arguments = options.given(cls.__init__, (method, *args), kwargs)
         return method
 
+    chooses = False  # whether what it leaves is a LoRA on modules, or of ranks, that it has chosen
     acts_after_cut = False  # whether `observe` and `step` have work to do once the structure is final
 
     def __init__(self, *, seed: int | None = None) -> None:
@@ -299,6 +300,12 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Module names of the adapters that were disconnected."""
         return self.engine.dropped
 
+    def lora_config(self) -> LoraConfig:
+        """What was chosen as an ordinary `LoraConfig`, to start afresh in any tool; ConfigError before the last cut."""
+        if not self.engine.done:
+            raise ConfigError("nothing is chosen before the last cut; train up to it, or call `finish()`.")
+        return structure.fresh_config(self.engine.model, self.engine.key)
+
     @property
     def events(self) -> list[Event]:
         """Everything that was decided, as `read_events` reads it from `events.jsonl`."""
@@ -393,6 +400,8 @@ class SelectionMethod(Method[Selector]):
         super().__init__(seed=seed)
         self.share_dropout = share_dropout
         self.strategy(0)  # bad arguments are refused where they are written
+
+    chooses = True
 
     @abstractmethod
     def strategy(self, seed: int) -> Strategy:

@@ -330,6 +330,7 @@ R = TypeVar("R", bound=RankEngine)
 class RankMethod(Method[R]):
     """A method that allocates ranks. Subclasses are final; `start` returns their `RankEngine`."""
 
+    chooses = True
     acts_after_cut = True  # gates are folded when training ends
 
     def progress(self) -> dict[str, float]:

@@ -68,7 +68,7 @@ def run(
     """
     started = time.perf_counter()
     job = prepare(recipe, resume=resume, progress=progress)
-    with _alone(Path(recipe.output_dir)):
+    with alone(Path(recipe.output_dir)):
         return _run(job, started, resume, progress, score_first, on_ready, callbacks)
 
 
@@ -251,7 +251,7 @@ def _save(job: Job, output_dir: Path, metrics: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """One run to a folder, which goes again if nothing was written into it."""
     if not is_first():
         yield

@@ -63,6 +63,8 @@ class Flexora(Method[LayerSearch]):
         ConfigError: an argument that cannot work.
     """
 
+    chooses = True
+
     def __init__(
         self,
         keep: int | float | None = None,

@@ -1,0 +1,122 @@
+"""Only the choice: train as a recipe says up to the last cut, and write the structure down for whoever trains it.
+
+    choice = choose(load_recipe("recipe.yaml"))
+    model = get_peft_model(fresh_model, choice)
+
+The choice is that of a whole run of the recipe: the schedule is the same, and training ends when the method has chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightlora import durable, methods
+from weightlora.adapters.distributed import is_first
+from weightlora.durable import RECIPE_FILE
+from weightlora.errors import ConfigError
+from weightlora.methods import Method
+from weightlora.selection.events import EVENTS_FILE
+from weightlora.training.plan import Plan, make_plan, prepare
+from weightlora.training.recipe import Recipe, save_recipe
+from weightlora.training.run import alone, build_trainer
+
+CONFIG_FILE = "adapter_config.json"
+_ONE_RANK = "one rank and one alpha for all; the choice has others too, which PEFT's patterns alone can say"
+
+
+def choose(recipe: Recipe, *, progress: bool = False, on_ready: Callable[[Plan], None] | None = None) -> LoraConfig:
+    """Runs the part of a recipe in which its method chooses; no checkpoint, evaluation or adapter is written.
+
+    Into `output_dir` go adapter_config.json, which `LoraConfig.from_pretrained(output_dir)` reads, the lines of other
+    tools (see `lines`), events.jsonl and recipe.yaml.
+
+    Returns:
+        The LoRA that was chosen, to be started afresh on the base model.
+
+    Raises:
+        ConfigError: as `run` does, or the method chooses nothing.
+    """
+    method = methods.create(recipe.method.name, recipe.method.options)
+    if method is None or not method.chooses:
+        able = [info.name for info in methods.list_methods() if getattr(info.callback, "chooses", False)]
+        raise ConfigError(f"Method {recipe.method.name!r} chooses no modules or ranks; these do: {', '.join(able)}.")
+    training = {**recipe.training, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+    recipe = recipe.model_copy(update={"training": training})
+    job = prepare(recipe, resume=False, progress=progress)
+    method, output_dir = job.method, Path(recipe.output_dir)
+    assert method is not None
+    with alone(output_dir):
+        trainer, _ = build_trainer(job, progress, [_EndWithTheChoice(method)])
+        plan = make_plan(job)
+        if on_ready is not None:
+            on_ready(plan)
+        try:
+            trainer.train()
+        except BaseException:  # half a choice is none, and its folder would be in the way of the next
+            (output_dir / EVENTS_FILE).unlink(missing_ok=True)
+            raise
+        config = method.lora_config()
+        if is_first():
+            save_recipe(job.recipe, output_dir / RECIPE_FILE)
+            for name, text in {CONFIG_FILE: _as_json(config), **lines(config)}.items():
+                durable.write_whole(output_dir / name, text)
+    return config
+
+
+class _EndWithTheChoice(TrainerCallback):
+    """Ends training after the step of the last cut."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.method.engine.done:
+            control.should_training_stop = True
+
+
+def lines(config: LoraConfig) -> dict[str, str]:
+    """{file name: what goes into the settings of Axolotl, LLaMA-Factory and ms-swift}, for one LoRA."""
+    targets = listed(config.target_modules)
+    remark = f"# {_ONE_RANK}\n" if config.rank_pattern or config.alpha_pattern else ""
+    axolotl = {
+        "adapter": "lora",
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": targets,
+        **({"peft_use_rslora": True} if config.use_rslora else {}),
+    }
+    factory = {
+        "finetuning_type": "lora",
+        "lora_rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_target": ",".join(targets),
+        **({"use_rslora": True} if config.use_rslora else {}),
+    }
+    swift = ["--tuner_type", "lora", "--lora_rank", config.r, "--lora_alpha", config.lora_alpha]
+    swift += ["--lora_dropout", config.lora_dropout, *(["--use_rslora", "true"] if config.use_rslora else [])]
+    swift += ["--target_modules", *targets]
+    return {
+        "axolotl.yaml": remark + yaml.safe_dump(axolotl, sort_keys=False),
+        "llama-factory.yaml": remark + yaml.safe_dump(factory, sort_keys=False, width=10**6),
+        "ms-swift.txt": remark + shlex.join(map(str, swift)) + "\n",
+    }
+
+
+def listed(targets: Any) -> list[str]:
+    """The names in `target_modules`; a regular expression of ours is names and nothing else."""
+    return sorted(targets) if not isinstance(targets, str) else [name.replace("\\", "") for name in targets.split("|")]
+
+
+def _as_json(config: LoraConfig) -> str:
+    facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return json.dumps(facts, indent=2, sort_keys=True, default=lambda value: getattr(value, "value", str(value))) + "\n"

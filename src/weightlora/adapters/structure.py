@@ -60,7 +60,7 @@ def fresh_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     Raises:
         UnsupportedError: the adapter is no LoRA.
     """
-    config = peft_model(model).peft_config[adapter_name]
+    config = find_host(model).peft_config[adapter_name]
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         raise UnsupportedError(f"the adapter is a {config.peft_type}, which no `LoraConfig` describes.")
     chosen = copy.deepcopy(config)

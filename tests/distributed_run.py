@@ -58,7 +58,7 @@ RANKS = {
     "sora": (lambda: SoRA(0.05, after=8), 4),
     "dynamic_lora": (lambda: DynamicLoRA(2), 4),
     "increlora": (lambda: IncreLoRA(3, add_r=1, top_h=5, init_warmup=1, incre_interval=2), 1),
-    "alora": (lambda: ALoRA(rounds=2), 4),
+    "alora": (lambda: ALoRA(rounds=2, batch=batch(32)), 4),
 }
 
 

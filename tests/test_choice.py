@@ -101,7 +101,7 @@ def test_nothing_is_said_before_the_cut() -> None:
 
 def test_many_names_and_several_ranks() -> None:
     model = bert(8, rank_pattern={"layer.0.attention.self.query": 2}, use_rslora=True)
-    method = RLoRA(keep=22).attach(model)
+    method = RLoRA(keep=22, after=0).attach(model)
     config = method.lora_config()
     assert isinstance(config.target_modules, str)
     found = lines(config)

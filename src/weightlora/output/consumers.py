@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from weightlora.adapters.attach import active_adapter, list_adapters
+from weightlora.adapters.attach import kind_of, list_adapters, list_others
+from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,6 @@ def check_servable(model: nn.Module, form: str) -> None:
 
 
 def _more_than_two_factors(model: PeftModel, config: Any) -> Iterator[str]:
-    adapters = list_adapters(model)
     if whole := _whole_modules(model):
         yield f"the adapter holds whole modules too (`modules_to_save`): {', '.join(whole)}"
     if config.bias != "none":
@@ -62,10 +61,10 @@ def _more_than_two_factors(model: PeftModel, config: Any) -> Iterator[str]:
         yield f"the adapter is on bare parameters (`target_parameters`): {', '.join(found)}"
     if config.layer_replication:
         yield "the adapter repeats layers of the base model (`layer_replication`)"
-    for adapter in adapters:
-        if not _is_linear(adapter.layer, adapter.key):
-            yield f"{adapter.name!r} is of type {type(adapter.layer.get_base_layer()).__name__} and not linear"
-        elif adapter.B.bias is not None:
+    for name, layer in list_others(model, active_adapter(model)):
+        yield f"{name!r} is of type {kind_of(layer)} and not linear"
+    for adapter in list_adapters(model):
+        if adapter.B.bias is not None:
             yield f"the adapter on {adapter.name!r} has a bias of its own (`lora_bias`)"
 
 
@@ -73,10 +72,6 @@ def _whole_modules(model: PeftModel) -> list[str]:
     """Names of the modules that are saved whole."""
     named = model.get_base_model().named_modules()
     return [name for name, module in named if hasattr(module, "modules_to_save") and module.modules_to_save]
-
-
-def _is_linear(layer: LoraLayer, key: str) -> bool:
-    return key in layer.lora_A and isinstance(layer.lora_A[key], nn.Linear) and isinstance(layer.lora_B[key], nn.Linear)
 
 
 def vllm_rank(r: int) -> int:

@@ -83,3 +83,17 @@ def train(
         method.step(optimizer)
         optimizer.zero_grad()
     return optimizer
+
+
+def losses_of(model: nn.Module, method: Any, optimizer: torch.optim.Optimizer, batches: Any) -> list[float]:
+    """Train a classifier on (x, y) pairs in a plain loop, with the method's two calls; the loss of each step."""
+    losses = []
+    for x, y in batches:
+        loss = nn.functional.cross_entropy(model(x), y)
+        losses.append(loss.item())
+        loss.backward()
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
+    return losses

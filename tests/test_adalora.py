@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import batch, bert, make_trainer, rows
+from helpers import batch, bert, losses_of, make_trainer, rows
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
@@ -466,15 +466,7 @@ def by_the_library() -> tuple[dict[str, torch.Tensor], list[list[torch.Tensor]],
     method, optimizer = start(model, STEPS, lr=RATE, tinit=T_I, tfinal=T_F)
     parts = ("lora_A", "lora_E", "lora_B")
     factors = [[getattr(a.layer, part)["default"].detach().clone() for part in parts] for a in list_attached(model)]
-    losses = []
-    for x, y in batches():
-        loss = nn.functional.cross_entropy(model(x), y)
-        losses.append(loss.item())
-        loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+    losses = losses_of(model, method, optimizer, batches())
     return frozen, factors, losses, [a.r for a in list_attached(model)]
 
 

@@ -11,21 +11,13 @@ import pytest
 import torch
 import yaml
 from helpers import batch, bert
-from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
+from tiny_text import recipe
 
 from weightlora import ConfigError, cli, list_adapters
 from weightlora.figures import alignment, draw_alignment, table
 from weightlora.training.recipe import parse_recipe
 
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    save_tiny_bert(tmp_path / "model")
-    write_jsonl(tmp_path / "train.jsonl", questions())
-    return tmp_path
 
 
 def entries(folder: Path, **more: Any) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, rows, train
+from helpers import batch, make_trainer, train
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 
 from weightlora import ConfigError, Fixed, SoRA, WeightLoRA, WeightLoRAPlus, list_adapters, read_events
 from weightlora.adapters.host import active_adapter, base_of, find_host
@@ -120,18 +120,7 @@ def run(folder: Path, method: Any, seed: int, *others: TrainerCallback, steps: i
     model = plain()
     torch.manual_seed(seed)
     model.add_adapter(lora(lora_dropout=0.05, modules_to_save=["classifier"]))
-    args = TrainingArguments(
-        str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        save_steps=5,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    return Trainer(model, args, train_dataset=rows(), callbacks=[method, *others])
+    return make_trainer(folder, method, *others, model=model, max_steps=steps, save_steps=5)
 
 
 def test_every_checkpoint_is_what_transformers_loads(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import losses_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -52,15 +53,7 @@ def ours(method: WeightLoRA | WeightLoRAPlus) -> tuple[list[Tensor], list[Tensor
     method.attach(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     method.plan(STEPS)
-    losses = []
-    for x, y in batches():
-        loss = nn.functional.cross_entropy(model(x), y)
-        losses.append(loss.item())
-        loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+    losses = losses_of(model, method, optimizer, batches())
     found: list[Tensor | None] = [None] * LAYERS
     for a in list_adapters(model):
         found[int(a.name[-1])] = (a.B.weight @ a.A.weight).detach()

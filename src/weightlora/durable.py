@@ -18,8 +18,9 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from weightlora.errors import CheckpointError, ConfigError, short
 
@@ -205,6 +206,17 @@ def _hash(file: Path) -> str:
 def contents(folder: Path) -> set[str]:
     """What is in a folder, without empty folders and files that are there only while a process is at work."""
     return {path.name for path in folder.iterdir() if _counts(path)} if folder.is_dir() else set()
+
+
+def read_mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    """What `parse` makes of a file: empty where there is none, None where it holds no mapping or cannot be read."""
+    if not file.is_file():
+        return {}
+    try:
+        found = parse(file.read_text(encoding="utf-8"))
+    except Exception:  # a parser of YAML may raise anything
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _counts(path: Path) -> bool:

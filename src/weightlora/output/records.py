@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weightlora.durable import METRICS_FILE, RECIPE_FILE
+from weightlora.durable import METRICS_FILE, RECIPE_FILE, read_mapping
 from weightlora.selection.events import EVENTS_FILE, Event, read_events
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,8 @@ def events(run: Path) -> list[Event]:
 
 
 def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = parse(file.read_text(encoding="utf-8"))
-    except Exception:  # a parser of YAML may raise anything
-        found = None
-    if not isinstance(found, dict):
+    found = read_mapping(file, parse)
+    if found is None:
         logger.warning("%s cannot be read, so it is left out", file)
         return {}
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from weightlora import durable
-from weightlora.durable import METRICS_FILE, RECIPE_FILE, RESULT_FILE, SUITE_FILE
+from weightlora.durable import METRICS_FILE, RECIPE_FILE, RESULT_FILE, SUITE_FILE, read_mapping
 from weightlora.errors import ConfigError, short
 from weightlora.selection.events import EVENTS_FILE, Event, read_lines, spelled_out
 
@@ -188,14 +188,8 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _mapping(run: Run, file: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-    path = run.folder / file
-    if not path.is_file():
-        return {}
-    try:
-        found = parse(path.read_text(encoding="utf-8"))
-    except Exception:  # a parser of YAML may raise anything
-        found = None
-    if not isinstance(found, dict):
+    found = read_mapping(run.folder / file, parse)
+    if found is None:
         run.problems.append(f"{file} cannot be read, so what it says is missing here.")
         return {}
     return found

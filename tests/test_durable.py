@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,13 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_loaded(path, fold
     for go in (run, dry_run):
         with pytest.raises(ConfigError, match=r"`output_dir` .* cannot be used: "):
             go(parse_recipe(recipe(folder, output_dir=str(folder / path), model="no/such/model")))
+
+
+def test_runs_that_start_at_once_below_one_new_folder_do_not_meet(tmp_path):
+    places = [tmp_path / "suite" / f"task-{number % 2}" / f"seed-{number}" for number in range(8)]
+    with ThreadPoolExecutor(len(places)) as pool:
+        list(pool.map(durable.check_writable, places * 40))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("number", "says"), [(errno.EROFS, "the disk is read-only"), (errno.EACCES, "no permission")])

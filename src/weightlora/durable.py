@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,7 +253,9 @@ def one_process(folder: Path, what: str) -> Iterator[None]:
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:
-    """Make a folder, write a file into it, look at the room there, and take away again what was not there before.
+    """Write a file where a folder is or would be, look at the room there, and leave nothing behind.
+
+    A folder that is not there is made under another name, so that processes that share its parents do not meet.
 
     Args:
         needed: bytes.
@@ -260,23 +263,19 @@ def check_writable(folder: Path, needed: int = 0) -> None:
     Raises:
         ConfigError: the folder cannot be made or written to, or the bytes would not fit.
     """
-    made: list[Path] = []
     try:
-        for path in (*reversed(folder.absolute().parents), folder):
-            if not path.is_dir():
-                path.mkdir()
-                made.append(path)
-        probe = folder / f"{OURS}{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        free = shutil.disk_usage(folder).free
+        place = Path(os.path.realpath(folder))
+        there = next(path for path in (place, *place.parents) if path.exists())
+        if not there.is_dir():
+            raise OSError(errno.EEXIST if there == place else errno.ENOTDIR, "")
+        with tempfile.TemporaryDirectory(prefix=OURS, dir=there) as draft:
+            trial = Path(draft, place.relative_to(there))
+            trial.mkdir(parents=True, exist_ok=True)
+            (trial / "probe").touch()
+        free = shutil.disk_usage(there).free
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"`output_dir` {short(str(folder))} cannot be used: {why}.") from None
-    finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):
-                path.rmdir()
     if free < needed:
         raise ConfigError(
             f"`output_dir` {short(str(folder))} has room for {free / 1e9:.2f} GB, and this run's checkpoints take "

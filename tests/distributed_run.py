@@ -40,6 +40,7 @@ from weightlora import (
 METHODS = {
     "weightlora": (lambda: WeightLoRA(keep=3, after=6), True),
     "weightlora_plus": (lambda: WeightLoRAPlus(keep=3, after=6, rounds=2), False),
+    "evidence": (lambda: WeightLoRA(keep=3, after=6, score="gauss_newton"), False),
     "rlora": (lambda: RLoRA(keep=3, after=6), False),
     "fixed": (lambda: Fixed(keep=3, init_after=4), False),
     "adalora": (lambda: AdaLoRA(tfinal=6), False),

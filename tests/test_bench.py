@@ -77,6 +77,49 @@ def scores(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
+# -- equal cost -------------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_those_of_the_steps_and_counting_changes_nothing(folder: Path) -> None:
+    from weightlora.training.recipe import parse_recipe
+    from weightlora.training.run import run
+
+    (outcome,) = run_suite(parse_suite(raw(folder, methods=["lora"], seeds=[0])))
+    assert outcome.result is not None
+    metrics = run(parse_recipe({**outcome.cell.recipe, "output_dir": str(folder / "plain")}))
+    assert metrics["after"] == outcome.result["metrics"]["after"]
+    longer = parse_suite(raw(folder, methods=["lora"], seeds=[0], output_dir=str(folder / "longer")))
+    longer.base["training"] = {**QUICK, "max_steps": 8}
+    (other,) = run_suite(longer)
+    assert other.result is not None
+    ratio = other.result["costs"]["operations"] / outcome.result["costs"]["operations"]
+    assert ratio == pytest.approx(2, rel=0.1)  # rows differ in length
+
+
+def test_equal_operations_lets_every_method_spend_what_the_reference_does(folder: Path) -> None:
+    training = {**QUICK, "max_steps": 20}
+    kept = {"method": {"name": "fixed", "keep": 1, "where": "last", "modules": "all", "init": None}}
+    suite = parse_suite(
+        raw(
+            folder,
+            base={**raw(folder)["base"], "training": training},
+            methods={"lora": "lora", "last": kept},
+            seeds=[0],
+            equal="operations",
+        )
+    )
+    found = {outcome.cell.group.method: outcome.result for outcome in run_suite(suite)}
+    steps = {name: result["metrics"]["steps"] for name, result in found.items() if result}
+    assert steps["lora"] == 20 < steps["last"]
+    costs = {name: result["costs"]["operations"] for name, result in found.items() if result}
+    assert costs["last"] / costs["lora"] == pytest.approx(1, abs=0.06)
+    assert (folder / "out/pilot/topics/last/result.json").is_file()
+    again = {outcome.cell.group.method: outcome.result for outcome in run_suite(suite)}
+    assert again == found, "finished runs and pilots stay"
+    with pytest.raises(ConfigError, match="`equal` needs a `reference`"):
+        parse_suite(raw(folder, equal="operations", reference=None))
+
+
 # -- which runs ------------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +400,7 @@ def _result(score: float, step: float, trainable: int) -> dict[str, Any]:
             "after": {"accuracy": score},
             "trainable_parameters": {"after": trainable, "head": 10},
         },
-        "costs": {"step_s": step, "first_half_step_s": step, "saved_bytes": 1000 * step},
+        "costs": {"step_s": step, "first_half_step_s": step, "saved_bytes": 1000 * step, "operations": 3 * step},
     }
 
 
@@ -391,7 +434,8 @@ def test_the_table_by_hand(folder: Path) -> None:
     page = markdown(suite, [lora, kept])
     spread = statistics.stdev([0.6, 0.9])
     assert (
-        f"| kept | 0.750 ± {spread:.3f} | 0.700 ± 0.000 | 0.725 | +0.025 [+0.000, +0.050] | 0.50 | 0.50 | 20 |" in page
+        f"| kept | 0.750 ± {spread:.3f} | 0.700 ± 0.000 | 0.725 | +0.025 [+0.000, +0.050] | 0.50 | 0.50 | 0.50 | 20 |"
+        in page
     )
     assert page.startswith("# By hand") and "| learning_rate | a | b |" in page
     part = summarise(suite, found[:-1])

@@ -47,7 +47,8 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "method", ["weightlora", "weightlora_plus", "rlora", "adalora", "flexora", "lora_drop", "plain", "wrapped_later"]
+    "method",
+    ["weightlora", "weightlora_plus", "evidence", "rlora", "adalora", "flexora", "lora_drop", "plain", "wrapped_later"],
 )
 def test_two_processes_agree_with_one(method, runs):
     first, second, alone = agreeing(method, runs)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from weightlora import ConfigError, WeightLoRA, WeightLoRAPlus, list_adapters, read_events
 from weightlora.errors import UnsupportedError
-from weightlora.selection.evidence import DAMPING, RULES, Evidence, GaussNewton
+from weightlora.selection.evidence import DAMPING, RULES, Effects, Evidence
+from weightlora.selection.informed import cheapest
 
 CUT = 8
 
@@ -62,7 +63,7 @@ class Seen:
             if step == CUT - 1:
                 evidence = method.engine.evidence
                 self.scores = {rule: evidence.scores(rule) for rule in RULES}
-                self.choice = evidence.choice
+                self.effects = evidence.effects
                 self.basis = {a.name: s.basis.clone() for a, s in zip(adapters, evidence._sums, strict=True)}
                 self.B = {a.name: a.B.weight.detach().clone() for a in adapters}
                 self.sums = {a.name: s for a, s in zip(adapters, evidence._sums, strict=True)}
@@ -82,8 +83,8 @@ def test_descent_and_second_moments_are_those_of_single_rows(seen):
     u = torch.stack(
         [torch.stack([(g * seen.basis[n][:, -4:]).sum() for g in seen.rows[n]]) for n in seen.names], dim=1
     ).double()
-    torch.testing.assert_close(seen.choice.b, (-u.mean(0)).clamp(min=0), rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(seen.choice.Q, u.T @ u / len(u), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(seen.effects.b, (-u.mean(0)).clamp(min=0), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(seen.effects.Q, u.T @ u / len(u), rtol=1e-3, atol=1e-9)
     for name in seen.names:
         torch.testing.assert_close(seen.basis[name][:, -4:].norm(), torch.tensor(1.0))
 
@@ -135,16 +136,23 @@ def test_the_greedy_choice_is_the_one_that_brute_force_makes():
     random = torch.Generator().manual_seed(0)
     J = torch.randn(40, 6, generator=random, dtype=torch.float64)
     J[:, 3] = J[:, 0] + 0.01 * J[:, 3]  # two that do the same
-    model = GaussNewton(J.mean(0).abs() + 0.1, J.T @ J / 40)
+    model = Effects(J.mean(0).abs() + 0.1, J.T @ J / 40)
     order, gains = model.greedy()
     for k in range(1, 7):
         assert gains[k - 1] == pytest.approx(model.gain(order[:k]))
         others = [model.gain([*order[: k - 1], i]) for i in range(6) if i not in order[: k - 1]]
         assert gains[k - 1] == pytest.approx(max(others))
     assert order.index(3) > 1 or order.index(0) > 1, "a copy adds little"
+    order, shares = model.cover()
+    for k in range(1, 7):
+        assert shares[k - 1] == pytest.approx(model.coverage(order[:k]))
+        others = [model.coverage([*order[: k - 1], i]) for i in range(6) if i not in order[: k - 1]]
+        assert shares[k - 1] == pytest.approx(max(others))
+    assert shares[4] > 0.999, "five do what six do, one of which is a copy"
+    assert model.cover([1, 2], 0.999)[0] in ([1, 2], [2, 1]) and len(model.cover(enough=shares[2])[0]) == 3
     assert 1 <= model.effective_rank <= 6
-    assert GaussNewton(model.b, torch.ones(6, 6, dtype=torch.float64)).effective_rank == pytest.approx(1)
-    assert GaussNewton(model.b, torch.eye(6, dtype=torch.float64)).effective_rank == pytest.approx(6)
+    assert Effects(model.b, torch.ones(6, 6, dtype=torch.float64)).effective_rank == pytest.approx(1)
+    assert Effects(model.b, torch.eye(6, dtype=torch.float64)).effective_rank == pytest.approx(6)
 
 
 class Parallel(nn.Module):
@@ -275,29 +283,27 @@ def test_auto_takes_the_cheapest_set_that_is_good_enough():
     train(model, method := WeightLoRA(keep="auto", after=CUT), CUT)
     event = evidence_of(method)
     auto = event["auto"]
-    assert auto["gain"] >= 0.95 * auto["gain_of_all"] * (1 - 1e-6) and auto["operations"] <= 1
-    assert str(len(method.kept)) in auto["reason"] and event["rule"] == "gauss_newton"
-    whole = still()
-    train(whole, everything := WeightLoRA(keep={"auto": 1e-9}, after=CUT), CUT)
+    assert auto["coverage"] >= 0.9 - 1e-6 and auto["operations"] <= 1
+    assert f"{len(method.kept)} of 9 adapters" in auto["reason"] and event["rule"] == "coverage"
+    train(still(), everything := WeightLoRA(keep={"auto": 1e-9}, after=CUT), CUT)
     assert len(everything.kept) >= len(method.kept)
-    assert evidence_of(everything)["auto"]["gain"] >= auto["gain"]
+    assert evidence_of(everything)["auto"]["coverage"] == pytest.approx(1)
 
 
 def test_auto_compares_depths_by_what_they_cost():
-    from weightlora.selection.informed import cheapest
-
-    Q = torch.eye(4, dtype=torch.float64)
-    model = GaussNewton(torch.tensor([1.0, 1.0, 3.0, 3.0], dtype=torch.float64), Q)
+    random = torch.Generator().manual_seed(0)
+    J = torch.randn(40, 5, generator=random, dtype=torch.float64) * torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0])
+    J[:, 0] += J[:, 4]  # what the lowest does, the highest does nearly too
+    effects = Effects(J.mean(0), J.T @ J / 40)
 
     def cost(chosen: Any) -> float:
-        return 4.0 - min(chosen)
+        return 5.0 - min(chosen)
 
-    sets = [s for k in range(1, 5) for s in itertools.combinations(range(4), k)]
-    for tolerance in (0.0, 0.06, 0.11, 0.5):
-        chosen, least = cheapest(model, range(4), tolerance, cost)
-        enough = (1 - tolerance) * model.gain(range(4)) * (1 - 1e-9)
-        assert model.gain(chosen) >= enough
-        assert least == min(cost(s) for s in sets if model.gain(s) >= enough)
+    sets = [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
+    for tolerance in (0.0, 0.01, 0.05, 0.3, 0.6):
+        chosen, least = cheapest(effects, range(5), tolerance, cost)
+        assert effects.coverage(chosen) >= 1 - tolerance - 1e-6
+        assert least == min(cost(s) for s in sets if effects.coverage(s) >= 1 - tolerance - 1e-9)
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -311,8 +317,8 @@ def test_auto_compares_depths_by_what_they_cost():
         ({"score": "snr", "mode": "paper"}, r"`score='snr'` trains no omega"),
         ({"score": "snr", "gate_lr": 1.0}, r"trains no omega; leave out"),
         ({"score": "snr", "gate": "hold"}, r"trains no omega"),
-        ({"score": "kfac", "keep": "auto"}, r"keep='auto' goes by the gain that score='gauss_newton' predicts"),
-        ({"keep": {"auto": 1.5}}, r"the tolerance is a share of the gain, below 1"),
+        ({"score": "kfac", "keep": "auto"}, r"keep='auto' takes the cheapest set that score='coverage' calls enough"),
+        ({"keep": {"auto": 1.5}}, r"the tolerance is a share, below 1"),
         ({"score": "kfac", "after": 1}, r"`after=1` is too early"),
     ],
 )

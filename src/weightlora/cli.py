@@ -50,6 +50,7 @@ app = typer.Typer(
     weightlora estimate recipe.yaml             what a run would take, from the model's config.json alone
     weightlora train recipe.yaml --dry-run      what would be attached and trained
     weightlora train recipe.yaml                train, select, save an ordinary PEFT adapter
+    weightlora probe recipe.yaml                where would LoRA matter, and how much does it?
     weightlora select recipe.yaml               only choose where LoRA goes, for another tool
     weightlora export runs/topics out           copy a run's adapter out, checked
     weightlora bench suite.yaml                 methods by tasks by seeds, as one table
@@ -290,6 +291,48 @@ def estimate(
         from weightlora.forecast.show import print_estimate
 
         print_estimate(found)
+
+
+@app.command()
+def probe(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, as in train.", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option("--steps", min=2, help="Optimizer steps to look at, half of the run at most.")
+    ] = 32,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Default: the recipe's output_dir with -probe.", show_default=False),
+    ] = None,
+) -> None:
+    """Where would LoRA matter for this model and task, and how much can the choice matter at all?
+
+    Trains LoRA on every module for the first steps of the recipe's run and scores each adapter in five ways, from the
+    same steps. Says how many are enough, whether random ones would do as well, and what to put into the recipe.
+    report.html shows every score as a map of layers by projections. The recipe's own method is not used, and nothing
+    is kept.
+
+    \b
+    Example: weightlora probe recipe.yaml
+             weightlora probe recipe.yaml --steps 64 --out probes/topics
+    """
+    from weightlora.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    loaded = loaded.model_copy(update={"output_dir": str(out) if out is not None else f"{loaded.output_dir}-probe"})
+    _log_to_stderr()
+    from weightlora import terminal
+    from weightlora.training import probing
+
+    with _interruptible("the probe has to be made again"):
+        found = probing.probe(
+            loaded, steps=steps, progress=_is_first(), on_ready=terminal.show_plan if _is_first() else None
+        )
+    if _is_first():
+        terminal.show_probe(found, loaded.output_dir)
 
 
 @app.command()

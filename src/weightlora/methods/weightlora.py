@@ -35,11 +35,11 @@ class WeightLoRA(SelectionMethod):
     Args:
         keep: how much stays: a number of adapters (10), a share (0.25), '61440 parameters' or '2 MB'; or a share of
             the cost of a step with all adapters: '40% memory' (activations) or '50% time' (operations). "auto": the set
-            with the cheapest step among those that are predicted 95% of what all gain.
+            with the cheapest step among those that cover 90% of what all do, see `score="coverage"`.
         after: T, the optimizer step of the cut, or a share of the run (0.1). Default: a tenth of the run and at most
             one epoch.
         score: what adapters are compared by: "omega", or a rule that trains no omega, from `selection.evidence`:
-            "kfac", "snr", "gauss_newton", "leave_one_out", "output"; or a function of the `Evidence`.
+            "coverage", "kfac", "snr", "gauss_newton", "leave_one_out", "output"; or a function of the `Evidence`.
         mode: "default" or "paper". "paper" is the paper to the letter: plain SGD on omega at 5.0, top-K after every
             step, omega <= 0 gated off, and omega held fixed in the forward after T.
         largest: which omegas count as large: "positive" (by value, above 0), "signed" (by value) or "magnitude".

@@ -20,6 +20,11 @@ RULES = {
         "What Adam's next steps would do to the loss.",
     ),
     "kfac": ("gain", "K-FAC gain", "The fall of the loss that the adapter's best step is predicted, by itself."),
+    "coverage": (
+        "turn",
+        "Coverage",
+        "The highest is taken first, then what does most that it cannot do, and so on; see the effective rank.",
+    ),
     "gauss_newton": (
         "turn",
         "Gauss-Newton set",
@@ -209,7 +214,7 @@ def headroom(run: Run) -> str:
     if rank is None:
         return text
     return (
-        f"{text} The steps of {len(events[-1]['scores'].get('gauss_newton') or ())} adapters have an effective rank of "
+        f"{text} The steps of {len(events[-1]['scores'].get('coverage') or ())} adapters have an effective rank of "
         f"{digits(rank)}: so many different things they can do to the loss."
     )
 

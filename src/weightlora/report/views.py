@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightlora.durable import METRICS_FILE, RECIPE_FILE, RESULT_FILE
+from weightlora.durable import CHOICE_FILE, METRICS_FILE, PROBE_FILE, RECIPE_FILE, RESULT_FILE
 from weightlora.report.charts import (
     Chart,
     HeatMap,
@@ -91,6 +91,8 @@ def view(run: Run) -> RunView:
 def _state(run: Run) -> str:
     if run.finished:
         return "This run has finished."
+    if any((run.folder / name).is_file() for name in (CHOICE_FILE, PROBE_FILE)):
+        return f"This run only compared the adapters; it ended on purpose after step {run.last_step}."
     if not run.recipe:
         return (
             f"There is no {METRICS_FILE} and no {RECIPE_FILE}, as from a Trainer of your own, so scores and settings "

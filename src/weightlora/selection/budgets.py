@@ -8,7 +8,7 @@ keep="40% memory"        activations of a step        keep={"memory": 0.4}
 keep="50% time"          operations of a step         keep={"time": 0.5}
 
 The last two are shares of the cost of a step with all adapters, not sums over adapters; see `costs`. keep="auto", and
-keep={"auto": 0.05} with its tolerance, leave the number to the evidence; see `informed`.
+keep={"auto": 0.1} with its tolerance, leave the number to the evidence; see `informed`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from weightlora.errors import ConfigError, did_you_mean
 
 COSTS = ("memory", "time")
 UNITS = ("adapters", "share", "parameters", "bytes", *COSTS, "auto")
-TOLERANCE = 0.05  # of keep="auto"
+TOLERANCE = 0.1  # of keep="auto"
 _SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _WRITTEN = re.compile(r"\s*([\d_.]+(?:e\d+)?)\s*(%|[kmg]i?(?=b\b|\s|$|p))?\s*([a-z]*)\s*", re.IGNORECASE)
 
@@ -52,7 +52,7 @@ class Budget:
         if not math.isfinite(self.limit) or self.limit <= 0:
             raise ConfigError(f"`keep={self}` keeps nothing; it must be above 0.")
         if self.unit == "auto" and self.limit >= 1:
-            raise ConfigError(f"keep={{'auto': {self.limit:g}}}: the tolerance is a share of the gain, below 1.")
+            raise ConfigError(f"keep={{'auto': {self.limit:g}}}: the tolerance is a share, below 1.")
         if self.in_cost and self.limit > 1:
             raise ConfigError(
                 f"`keep={self.limit:g} {self.unit}` is above what all adapters take; give a share of it up to 1, as in "

@@ -10,12 +10,14 @@ B, and of a row of tokens t: u = sum_t d_t' D a_t along a step D, w = sum_t d_t'
 
     snr             <g of odd steps, g of even steps> / root mean square: what Adam's next steps do to the loss
     kfac            1/2 ||Gam^-1/2 g S^-1/2||^2 with S = E[a a'] and Gam = E[d d'], in the space that g spans
-    gauss_newton    the place in a greedy choice by F(M) = 1/2 b_M' (Q_MM + ridge)^-1 b_M, b = -E[u], Q = E[u u']
+    coverage        the place in a greedy choice by the mean share of an adapter's u that those of a set explain
+    gauss_newton    the place in a greedy choice by F(M) = 1/2 b_M' (Q_MM + ridge)^-1 b_M, b = -E[u]
     leave_one_out   E[-w + w^2/2]: by how much the loss rises, to second order, without the adapter
     output          E||B a||^2, over the tokens that the loss depends on (LoRA-drop's importance)
 
-Q is the empirical Fisher matrix of steps of unit norm, one along each adapter. Its effective rank, with a unit
-diagonal, says how much there is to choose at all: near 1, any adapter does what the others do.
+Q = E[u u'] is the empirical Fisher matrix of steps of unit norm, one along each adapter. Its effective rank, with a
+unit diagonal, says how much there is to choose at all: near 1, any adapter does what the others do. A few hundred rows
+give Q well, and b badly, since single rows differ more than they agree: F is mostly noise until there are thousands.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from weightlora.adapters import distributed
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 
-RULES = ("snr", "kfac", "gauss_newton", "leave_one_out", "output")
-OF_ROWS = ("gauss_newton", "leave_one_out")  # need to know which tokens belong to a row
+RULES = ("snr", "kfac", "coverage", "gauss_newton", "leave_one_out", "output")
+OF_ROWS = ("coverage", "gauss_newton", "leave_one_out")  # need to know which tokens belong to a row
 DAMPING = 1e-2  # of K-FAC, as a share of the mean of each factor's diagonal
 RIDGE = 0.05  # of Q's diagonal
-MOST = 4096  # adapters whose n^2 products are kept; beyond that, no gauss_newton
+MOST = 4096  # adapters whose n^2 products are kept; beyond that, neither coverage nor gauss_newton
 
 
 class Evidence:
@@ -189,8 +191,8 @@ class Evidence:
         """
         if rule in OF_ROWS:
             self._check_rows()
-        if rule == "gauss_newton":
-            order = self.choice.order
+        if rule in ("coverage", "gauss_newton"):
+            order = self.effects.cover()[0] if rule == "coverage" else self.effects.greedy()[0]
             found = torch.zeros(len(self.adapters), dtype=torch.float64)
             found[torch.tensor(order)] = torch.arange(len(order), 0, -1, dtype=found.dtype)
         elif rule == "leave_one_out":
@@ -201,8 +203,8 @@ class Evidence:
         return found.masked_fill(~self.reached, -torch.inf)
 
     @property
-    def choice(self) -> GaussNewton:
-        """The model that `gauss_newton` chooses by.
+    def effects(self) -> Effects:
+        """What steps along the adapters do to the rows.
 
         Raises:
             UnsupportedError: there are too many adapters to compare every pair, or rows cannot be told apart.
@@ -210,13 +212,13 @@ class Evidence:
         self._check_rows()
         if self._Q is None:
             raise UnsupportedError(
-                f"score='gauss_newton' compares every pair, and {len(self.adapters):,} adapters are more than "
-                f"{MOST:,}; use score='kfac'."
+                f"score='coverage' and 'gauss_newton' compare every pair, and {len(self.adapters):,} adapters are more "
+                f"than {MOST:,}; use score='kfac'."
             )
         rows, u, *_ = self._of_rows.cpu()
         rows = rows.clamp(min=1)
         Q = self._Q.cpu() / torch.minimum(rows[:, None], rows)
-        return GaussNewton((-u / rows).masked_fill(~self.reached, 0.0), Q)
+        return Effects((-u / rows).masked_fill(~self.reached, 0.0), Q)
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
@@ -342,20 +344,56 @@ def _solve(factor: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L, right.double(), upper=False)
 
 
-class GaussNewton:
-    """The loss's fall that a set of adapters can reach, in a quadratic model of one step along each.
+class Effects:
+    """What unit steps along n adapters do to the losses of rows.
 
     Attributes:
-        b: (n,) descent along each step of unit norm; what would raise the loss counts 0.
-        Q: (n, n) their second moments over rows.
+        b: (n,) mean descent; what would raise the loss counts 0.
+        Q: (n, n) second moments over rows.
     """
 
     def __init__(self, b: Tensor, Q: Tensor) -> None:
         self.b, self.Q = b.clamp(min=0), Q
+        root = Q.diagonal().sqrt()
+        root = torch.where(root > 0, root, torch.inf)
+        self._alike = Q / root / root[:, None]  # each adapter's effects count alike
+        self._there = float((Q.diagonal() > 0).sum().clamp(min=1))
         self._ridged = Q + RIDGE * torch.diag(Q.diagonal()) + 1e-30 * torch.eye(len(b), dtype=Q.dtype)
 
+    def coverage(self, chosen: Sequence[int]) -> float:
+        """How much of what a step along any adapter does to the rows, steps along these can do: the mean R^2."""
+        index = torch.tensor(list(chosen), dtype=torch.long)
+        part = self._alike[index]
+        explained = (part * torch.linalg.lstsq(part[:, index], part, driver="gelsd").solution).sum()
+        return min(1.0, float(explained) / self._there)
+
+    def cover(self, among: Sequence[int] | None = None, enough: float = math.inf) -> tuple[list[int], list[float]]:
+        """Adapters in the order in which each adds most to the coverage, and the coverage after each.
+
+        Args:
+            among: those in question; default all.
+            enough: stop once the coverage reaches this.
+        """
+        left, smallest = self._alike.clone(), 1e-12
+        free = torch.zeros(len(self.b), dtype=torch.bool)
+        free[list(range(len(self.b)) if among is None else among)] = True
+        order: list[int] = []
+        shares: list[float] = []
+        while free.any() and (not shares or shares[-1] < enough):
+            own = left.diagonal()
+            worth = left.square().sum(0) / own.clamp(min=smallest)
+            best = int(worth.masked_fill(~free | (own <= smallest), -1.0).argmax())
+            if not free[best]:
+                best = int(free.nonzero()[0])  # nothing is left to explain
+            if own[best] > smallest:
+                left = left - torch.outer(left[best], left[best]) / own[best]
+            free[best] = False
+            order.append(best)
+            shares.append(min(1.0, 1 - float(left.trace()) / self._there))
+        return order, shares
+
     def gain(self, chosen: Sequence[int]) -> float:
-        """F of a set."""
+        """F of a set: the loss's fall that it can reach, in a quadratic model of one step along each."""
         if not len(chosen):
             return 0.0
         index = torch.tensor(list(chosen))
@@ -388,17 +426,9 @@ class GaussNewton:
         return order, gains
 
     @property
-    def order(self) -> list[int]:
-        """All adapters, the first the best."""
-        return self.greedy()[0]
-
-    @property
     def effective_rank(self) -> float:
         """(sum of eigenvalues)^2 / sum of their squares, of Q with a unit diagonal: between 1 and n."""
-        root = self.Q.diagonal().sqrt()
-        there = root > 0
-        scaled = (self.Q / root / root[:, None])[there][:, there]
-        return float(scaled.trace() ** 2 / scaled.square().sum()) if there.any() else 0.0
+        return float(self._alike.trace() ** 2 / self._alike.square().sum().clamp(min=1e-300))
 
 
 def _first_tensor(inputs: Any) -> Tensor | None:

@@ -3,8 +3,8 @@
 The run itself is LoRA on every module, with no gates. All rules are scored from the same steps and written to the event
 `evidence`, whichever of them chooses.
 
-keep="auto" goes on from there: of all sets whose predicted gain is within a tolerance of that of all adapters, the one
-with the cheapest step.
+keep="auto" goes on from there: of the sets whose steps can do nearly all that those of all adapters do to the rows'
+losses, the one with the cheapest training step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
 from weightlora.selection import budgets
 from weightlora.selection.budgets import Budget
 from weightlora.selection.costs import Costs
-from weightlora.selection.evidence import OF_ROWS, RULES, Evidence, GaussNewton
+from weightlora.selection.evidence import OF_ROWS, RULES, Effects, Evidence
 from weightlora.selection.selector import Selector, Strategy
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def parse(score: Rule, keep: Any) -> tuple[ByEvidence | None, Budget]:
     """What a user writes for `score` and `keep`; no score for "omega", which is not of the evidence.
 
     Raises:
-        ConfigError: one cannot be read, or keep="auto" has a score that predicts no gain of a set.
+        ConfigError: one cannot be read, or keep="auto" has a score that says nothing of a set.
     """
     known = ("omega", *RULES)
     if not callable(score) and score not in known:
@@ -68,12 +68,12 @@ def parse(score: Rule, keep: Any) -> tuple[ByEvidence | None, Budget]:
         )
     budget = budgets.parse(keep, auto=True)
     if budget.unit == "auto":
-        if score not in ("omega", "gauss_newton"):
+        if score not in ("omega", "coverage"):
             raise ConfigError(
-                f"keep='auto' goes by the gain that score='gauss_newton' predicts for a set, and `score={score!r}` "
-                "predicts none; leave `score` out, or give `keep` in adapters."
+                f"keep='auto' takes the cheapest set that score='coverage' calls enough, and `score={score!r}` says "
+                "nothing of that; leave `score` out, or give `keep` in adapters."
             )
-        score = "gauss_newton"
+        score = "coverage"
     return None if score == "omega" else ByEvidence(score), budget
 
 
@@ -158,16 +158,16 @@ class InformedSelector(Selector):
             scores[rule] = {a.name: _rounded(v) for a, v in zip(self.adapters, values, strict=True)}
         rule = self._score.rule if isinstance(self._score.rule, str) else "function"
         told: dict[str, Any] = {"rule": rule, "steps": evidence.steps, "scores": scores}
-        if "gauss_newton" in scores:
-            model = evidence.choice
-            curve = model.greedy()[1]
-            told |= {"effective_rank": _rounded(model.effective_rank), "curve": [_rounded(gain) for gain in curve]}
+        if "coverage" in scores:
+            effects = evidence.effects
+            curve = effects.cover()[1]
+            told |= {"effective_rank": _rounded(effects.effective_rank), "curve": [_rounded(share) for share in curve]}
             if self._tolerance is not None:
-                told["auto"] = self._auto(model, self._tolerance)
+                told["auto"] = self._auto(effects, self._tolerance)
         return told
 
-    def _auto(self, model: GaussNewton, tolerance: float) -> dict[str, Any]:
-        """Find the cheapest set that is good enough, and say how much the choice mattered."""
+    def _auto(self, effects: Effects, tolerance: float) -> dict[str, Any]:
+        """Find the cheapest set that covers enough, and say how much the choice mattered."""
         assert self._costs is not None
         if self._costs.profile is None:
             raise ConfigError(
@@ -176,24 +176,22 @@ class InformedSelector(Selector):
             )
         table, place = self._costs.table, {name: i for i, name in enumerate(self._names)}
         order = [place[name] for name in table.names.tolist()]  # as they run
-        self._found, cost = cheapest(model, order, tolerance, lambda chosen: table.cost(_mask(order, chosen)))
+        self._found, cost = cheapest(effects, order, tolerance, lambda chosen: table.cost(_mask(order, chosen)))
         n, k = len(order), len(self._found)
         draw = torch.Generator().manual_seed(self.seed)
-        random = [model.gain(torch.randperm(n, generator=draw)[:k].tolist()) for _ in range(RANDOM_SETS)]
-        whole, gain, mean = model.gain(range(n)), model.gain(self._found), sum(random) / len(random)
-        matters = mean < (1 - tolerance) * gain
-        share = mean / gain if gain else 1.0
+        random = [effects.coverage(torch.randperm(n, generator=draw)[:k].tolist()) for _ in range(RANDOM_SETS)]
+        covered, mean = effects.coverage(self._found), sum(random) / len(random)
+        matters = mean < (1 - tolerance) * covered
         reason = (
-            f"{k} of {n} adapters are predicted {gain / whole if whole else 1:.0%} of the gain of all, at "
-            f"{cost / table.total:.0%} of the operations of a step; as many at random are predicted {share:.0%} of that"
+            f"steps of {k} of {n} adapters can do {covered:.0%} of what those of all do to the rows' losses, at "
+            f"{cost / table.total:.0%} of the operations; those of {k} at random {mean:.0%}"
             f"{'' if matters else ', so which ones hardly matters, and the cheapest were taken'}."
         )
         logger.info("keep='auto': %s", reason)
         return {
             "tolerance": tolerance,
-            "gain": _rounded(gain),
-            "gain_of_all": _rounded(whole),
-            "gain_at_random": _rounded(mean),
+            "coverage": _rounded(covered),
+            "coverage_at_random": _rounded(mean),
             "matters": matters,
             "operations": _rounded(cost / table.total),
             "reason": reason,
@@ -222,24 +220,23 @@ class InformedSelector(Selector):
 
 
 def cheapest(
-    model: GaussNewton, order: Sequence[int], tolerance: float, cost: Callable[[Sequence[int]], float]
+    effects: Effects, order: Sequence[int], tolerance: float, cost: Callable[[Sequence[int]], float]
 ) -> tuple[list[int], float]:
-    """Of the sets whose gain is within `tolerance` of that of all adapters the one that costs least, and its cost.
+    """Of the sets that cover all but `tolerance` the one that costs least, and its cost.
 
-    For each place the lowest adapter can have, adapters above it are taken greedily until their gain is enough.
+    For each place the lowest adapter can have, adapters above it are taken greedily until they cover enough.
 
     Args:
         order: all adapters as they run.
         cost: of a set.
     """
-    n = len(order)
-    enough = (1 - tolerance) * model.gain(order) * (1 - 1e-9)
+    n, enough = len(order), 1 - tolerance - 1e-9
     found: list[tuple[float, int, list[int]]] = []
     for lowest in sorted({round(i) for i in np.linspace(0, n - 1, min(n, MOST_DEPTHS))}):
-        chosen, gains = model.greedy(order[lowest:], enough)
-        if gains[-1] >= enough:
+        chosen, shares = effects.cover(order[lowest:], enough)
+        if shares[-1] >= enough:
             found.append((cost(chosen), len(chosen), chosen))
-    least, _, chosen = min(found)
+    least, _, chosen = min(found, default=(cost(order), n, list(order)))
     return chosen, least
 
 

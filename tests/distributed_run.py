@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -188,4 +189,5 @@ def write(folder: Path, name: str, rank: int, model: PeftModel, facts: dict[str,
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as conftest.py does
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -250,7 +250,8 @@ def main() -> None:
         soft_wrap=True,
         highlight=False,
     )
-    console.print(f"\nWhat was decided, and why, to look at in a browser: {write_report([run], run / 'report.html')}")
+    report = write_report([run], run / "report.html")
+    console.print(f"\nWhat was decided, and why, to look at in a browser:\n  {report}", soft_wrap=True, highlight=False)
 
 
 def parse_options() -> argparse.Namespace:

@@ -14,8 +14,6 @@ import tiny
 import torch
 import yaml
 from helpers import batch, bert, rows
-from test_host import sentences
-from test_trl import WORDS, tokenizer
 from tiny_text import save_tiny_bert
 from tiny_writer import save_writer
 
@@ -47,6 +45,8 @@ def given(page: Path, folder: Path) -> dict[str, Any]:
     for library in ("diffusers", "sentence_transformers", "trl"):
         pytest.importorskip(library)
     import diffusion_unet
+    from test_host import sentences
+    from test_trl import WORDS, tokenizer
 
     sentences(folder / "path/to/encoder")
     texts = [" ".join(WORDS[i : i + 3 + i % 4]) for i in range(8)]

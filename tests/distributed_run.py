@@ -60,7 +60,7 @@ RANKS = {
     "sora": (lambda: SoRA(0.05, after=8), 4),
     "dynamic_lora": (lambda: DynamicLoRA(2), 4),
     "increlora": (lambda: IncreLoRA(3, add_r=1, top_h=5, init_warmup=1, incre_interval=2), 1),
-    "alora": (lambda: ALoRA(rounds=2, batch=batch(32)), 4),
+    "alora": (lambda: ALoRA(rounds=2), 4),
 }
 
 
@@ -155,6 +155,7 @@ def train(folder: Path, name: str, method: Method, batch_size: int, find_unused:
     )
     trainer.train()
     facts = {"kept": method.kept, "ranks": {a.name: a.r for a in list_adapters(model)}}
+    facts["scores"] = [e["scores"] for e in method.events if name == "alora" and "scores" in e]
     write(folder, name, trainer.args.process_index, model, facts, trainer.args.world_size)
 
 

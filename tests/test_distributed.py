@@ -77,6 +77,14 @@ def test_two_processes_allocate_the_ranks_that_one_does(method, runs):
     assert first["ranks"] == second["ranks"] == alone["ranks"] and len(set(alone["ranks"].values())) > 1
 
 
+def test_ranks_that_move_the_loss_by_less_than_a_float_resolves_are_told_apart_alike(runs):
+    """ALoRA's scores here are differences of 1e-7 between losses of 0.7."""
+    first, _, alone = agreeing("alora", runs)
+    assert len(alone["scores"]) == 2
+    for two, one in zip(first["scores"], alone["scores"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4) and len(set(one.values())) == len(one)
+
+
 def test_frozen_blocks_run_once_for_all_processes_together(runs):
     """Each process computes its half in the first of three epochs; what the other one wrote is read from then on."""
     first, second, alone = agreeing("reuse", runs)

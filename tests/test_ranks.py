@@ -767,8 +767,8 @@ def test_blocks_below_a_rank_do_not_run_for_it():
         block.attention.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     with torch.no_grad():
         method.engine.scores()
-    # for each of the two: a whole pass, catching below the last block and trying it (3 + 2 + 1), catching again (1 + 1),
-    # and a whole pass for the derivatives
+    # for each of the two: a whole pass, catching below the last block and trying it (3 + 2 + 1), catching again
+    # (1 + 1), and a whole pass for the derivatives
     assert calls[0] == 2 * 12 * (3 + 2 + 1) + 2 * (3 + 2 + 1 + 1 + 1 + 3)
 
 

@@ -15,8 +15,8 @@ After a warm-up there are rounds at equal distances:
 Gates are not trained, and a rank that is present has a gate of 1, so gates exist only while ranks are scored.
 
 A rank may move the loss by less than a float resolves, and the last bits are others on several processes or another
-machine. So the first-order part of each difference is the gate's derivative, from two passes with backward, and only what
-is left is measured, in steps of 16 roundings of the loss.
+machine. So the first-order part of each difference is the derivative by the gate, from two passes with backward, and
+only what is left is measured, in steps of 16 roundings of the loss.
 """
 
 from __future__ import annotations

@@ -210,8 +210,8 @@ def estimate(
     """
     setting = training or Training(**settings)
     acting, name = _method(method)
-    peft, notes = _with_adapters(model, lora, name, model_class)
-    return _Estimator(peft, name, acting, setting, notes).estimate(precisions, memory_bytes, against_peft)
+    peft, notes = with_adapters(model, lora, name, model_class)
+    return Estimator(peft, name, acting, setting, notes).estimate(precisions, memory_bytes, against_peft)
 
 
 def _name(dtype: torch.dtype | None) -> str | None:
@@ -241,7 +241,7 @@ def _is_known(info: methods.MethodInfo) -> bool:
     return info.name in _STOCK or (info.callback is not None and issubclass(info.callback, SelectionMethod))
 
 
-def _with_adapters(
+def with_adapters(
     model: PretrainedConfig | nn.Module, lora: Any, method: str, model_class: Any
 ) -> tuple[PeftModel, list[str]]:
     """The model on the meta device with stock adapters on it, and what there is to say about it."""
@@ -274,8 +274,13 @@ def _with_adapters(
         return methods.prepare("lora", base, fields), notes  # type: ignore[return-value]
 
 
-class _Estimator:
-    """Holds what the steps of an estimate share."""
+class Estimator:
+    """Holds what the steps of an estimate share.
+
+    Args:
+        peft: a model on the meta device with its adapters. name: of the method. method: None for plain LoRA.
+        notes: what a reader has to know.
+    """
 
     def __init__(self, peft: PeftModel, name: str, method: Method | None, training: Training, notes: list[str]) -> None:
         self.name, self.method, self.training, self.notes = name, method, training, notes
@@ -314,7 +319,7 @@ class _Estimator:
             costs = passes.get(precision) or passes.get(same) or self.costs(precision)  # type: ignore[arg-type]
             passes[precision] = costs
             memory += [
-                self._memory(costs, precision, checkpointing, kept, mask)
+                self.memory(costs, precision, checkpointing, kept, mask)
                 for checkpointing in (False, True)
                 for kept, mask in masks.items()
             ]
@@ -364,7 +369,7 @@ class _Estimator:
         names = [name for name, kept in zip(costs.names, mask, strict=True) if kept]
         return [*self.head_shapes, *(shape for name in names for shape in self.shapes[name])]
 
-    def _memory(
+    def memory(
         self,
         costs: Costs,
         precision: Precision,
@@ -417,7 +422,7 @@ class _Estimator:
         def peak(mask: np.ndarray, batch: int, checkpointing: bool) -> int:
             few, many = (c.step(mask, checkpointing=checkpointing) for c in (one, own))
             step = many if t.batch == 1 else few.between(many, (batch - 1) / (t.batch - 1))
-            return self._memory(own, t.precision, checkpointing, ALL, mask, step).peak_bytes
+            return self.memory(own, t.precision, checkpointing, ALL, mask, step).peak_bytes
 
         found: list[Choice] = choices(peak, len(own.names), t.batch, t.accumulation, t.checkpointing)
         return Room.of(found, peak, len(own.names), memory_bytes, t.batch, t.checkpointing)

@@ -147,9 +147,9 @@ ROBERTA_BASE = Table(
         lora_drop(
             others={**THRESHOLDS, **ABLATIONS, **FOR_INFERENCE},
             notes=(
-                "T = 0.95, 0.8 and 0.7 are Table 4's; LoRA with adapters left out after training is Table 3's, where the "
-                "paper takes the number of adapters from Table 1 and this the threshold on the trained LoRA; the others "
-                "are the ablations of Table 5:",
+                "T = 0.95, 0.8 and 0.7 are Table 4's; LoRA with adapters left out after training is Table 3's, where "
+                "the paper takes the number of adapters from Table 1 and this the threshold on the trained LoRA; the "
+                "others are the ablations of Table 5:",
             ),
         ),
     ),

@@ -82,7 +82,7 @@ def draw_memory(
                     found.add({"how": how, "r": r, **line} for line in take(setting, r, number))
         lines = [line for line in found.lines if line["r"] in ranks and (measured or line["how"] == "predicted")]
         line = None if budget is None else (budget, memory if isinstance(memory, str) else f"{budget / GIB:.3g} GiB")
-        _picture(lines, line, f"{recipe.model.name.rstrip('/').rpartition('/')[2]}, {_batch(setting)}", found.folder)
+        _picture(lines, line, f"{_short(recipe.model.name)}, {_batch(setting)}", found.folder)
     return lines
 
 
@@ -96,6 +96,11 @@ def fits(lines: Sequence[Mapping[str, Any]], budget: int) -> dict[tuple[int, str
             if line["peak_bytes"] <= budget and (best is None or line["kept"] > best):
                 found[key] = line["kept"]
     return found
+
+
+def _short(name: str) -> str:
+    """The last two parts of a name: a whole one of the hub."""
+    return "/".join(name.rstrip("/").split("/")[-2:])
 
 
 def _batch(setting: Setting) -> str:

@@ -52,7 +52,7 @@ class Probe:
         """What to do, in a sentence or two."""
         fixed = f"`method: {{name: fixed, keep: {len(self.set)}}}`"
         if not self.matters:
-            return f"Which modules carry the adapters hardly matters here; Spread them: {fixed}."
+            return f"Which modules carry the adapters hardly matters here. Spread them: {fixed}."
         chosen = f"`method: {{name: weightlora, score: coverage, keep: {len(self.set)}}}`"
         return f"Which modules carry the adapters may matter here: compare {chosen} with an even spread, {fixed}."
 

@@ -381,3 +381,53 @@ def test_the_state_of_an_earlier_version_is_refused_with_a_sentence(name, tmp_pa
     with pytest.raises(ConfigError, match=r"another version of weightlora .it has no 'dropped'"):
         again.load_adapter(str(tmp_path), "default", is_trainable=True)  # type: ignore[operator]
     assert same(final(again), before)
+
+
+# -- adapters that are not on linear layers ----------------------------------------------------------------------------
+
+CHOOSING = {"weightlora", "weightlora_plus", "rlora", "fixed"}
+
+
+@every_acting_method
+def test_an_embedding_is_chosen_like_the_others_or_trained_as_it_is(name, tmp_path, caplog):
+    targets = [*tiny.build("bert").target_modules, "word_embeddings"]
+    if name == "adalora":
+        with pytest.raises(ConfigError, match=r"AdaLoraConfig does not fit this model.*Embedding"):
+            made(name, target_modules=targets)
+        return
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING, "weightlora"):
+        model, method, inputs = made(name, target_modules=targets)
+        start = next(p for n, p in model.named_parameters() if "embedding_B" in n).clone()
+        optimizer = begin(model, method, inputs)
+    said = "1 adapters are not on linear layers, so they are trained as they are" in caplog.text
+    assert said == (name not in CHOOSING)
+    for first, last in ((0, 4), (4, STEPS)):
+        go_on(model, method, inputs, optimizer, first, last)
+        expected = model.eval()(**inputs).logits.detach()
+        model.train().save_pretrained(tmp_path / str(last))  # type: ignore[operator]
+        method.save_state(tmp_path / str(last))
+        if last == 4:
+            moments = copy.deepcopy(optimizer.state_dict())
+        again = PeftModel.from_pretrained(fresh_base(), str(tmp_path / str(last))).eval()
+        torch.testing.assert_close(again(**inputs).logits, expected, rtol=0, atol=1e-5)
+    left = [p for n, p in model.named_parameters() if "embedding_B" in n]
+    if name in CHOOSING:
+        assert bool(left) == any("word_embeddings" in n for n in method.kept) and method.kept
+    else:
+        assert not torch.equal(left[0], start)
+
+    again, resumed, _ = made(name, target_modules=targets)
+    resumed.attach(again, seed=0)
+    again.load_adapter(str(tmp_path / "4"), "default", is_trainable=True)  # type: ignore[operator]
+    if isinstance(resumed, Flexora):
+        resumed.validate_on([inputs])
+    optimizer = torch.optim.AdamW([(n, p) for n, p in again.named_parameters() if p.requires_grad], lr=1e-2)
+    optimizer.load_state_dict(moments)
+    resumed.plan(total_steps=STEPS)
+    go_on(again, resumed, inputs, optimizer, first=4)
+    assert same(trained(again), trained(model))
+
+
+def fresh_base() -> nn.Module:
+    return tiny.build("bert", initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).model

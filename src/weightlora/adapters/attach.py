@@ -1,4 +1,8 @@
-"""Finding the LoRA adapters of a PEFT model and putting gates on them."""
+"""Finding the LoRA adapters of a PEFT model and putting gates on them.
+
+Those on linear layers have two matrices, which every method works on. The others are `OtherAdapter`s: they can be
+gated, dropped and grown, and methods that look into A and B leave them as they are.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from typing import Any
 
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
-from weightlora.adapters import seam
+from weightlora.adapters import ordinary, seam
 from weightlora.adapters.host import active_adapter, base_of, find_host
 from weightlora.adapters.kernel import SharedDropout
 from weightlora.errors import ConfigError, UnsupportedError
@@ -75,9 +79,29 @@ class Adapter:
         return [*self.A.parameters(), *self.B.parameters()]
 
     @property
+    def outer(self) -> dict[str, nn.Parameter]:
+        """What the gate multiplies when it is folded, by its name in the layer: `lora_B.weight`."""
+        return {f"lora_B.{name}": p for name, p in self.B.named_parameters()}
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B as matrices, (r, n) and (m, r), of one update m x n or of several."""
+        return [(self.A.weight, self.B.weight)]
+
+    @property
     def parameters(self) -> int:
         """Number of weights in A and B; the gate is not counted."""
         return sum(p.numel() for p in self.weights)
+
+    @property
+    def fixed(self) -> int:
+        """How many of them do not depend on the rank."""
+        return sum(p.numel() for name, p in self.outer.items() if name.endswith("bias"))
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank that its updates can have, to which it may grow; not below its present one."""
+        return max(self.r, min(min(A.shape[1], B.shape[0]) for A, B in self.pairs))
 
     @property
     def bytes(self) -> int:
@@ -85,34 +109,89 @@ class Adapter:
         return sum(p.numel() * p.element_size() for p in self.weights)
 
 
-def list_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
-    """The LoRA adapters on a model's linear layers, in module order.
+class OtherAdapter(Adapter):
+    """An adapter that our kernel does not compute: on an embedding, a convolution, a parameter of experts, a whole
+    attention module, or a quantised layer of an uncommon kind.
+
+    A parameter is called as `target_parameters` calls it. `nn.MultiheadAttention` has one adapter for both of its
+    projections, as PEFT attaches them.
+    """
+
+    @property
+    def r(self) -> int:
+        return self.layer.r[self.key]
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features  # type: ignore[return-value]
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return list(seam.factors(self.layer, self.key).values())
+
+    @property
+    def outer(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in seam.factors(self.layer, self.key).items() if "_B" in name}
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Of a convolution, n counts the places of its kernel; of experts, each has a pair of its own."""
+        return ordinary.matrices(self.layer, self.key)
+
+    @property
+    def largest_rank(self) -> int:
+        return super().largest_rank if self.pairs else self.r
+
+
+def list_adapters(model: nn.Module, adapter_name: str | None = None, *, linear: bool = True) -> list[Adapter]:
+    """The LoRA adapters of a model, in module order.
 
     Args:
         model: one that carries a stock `LoraConfig`.
         adapter_name: PEFT's name of the adapter. Default: the active one.
+        linear: only those on linear layers.
     """
     host = find_host(model)
     key = adapter_name or active_adapter(host)
-    return [Adapter(name, layer, key) for name, layer in _layers(host, key) if seam.takes_gate(layer)]
+    found = []
+    for path, layer in _layers(host, key):
+        if seam.is_linear(layer):
+            found.append(Adapter(path, layer, key))
+        elif not linear:
+            found.append(OtherAdapter(name_of(path, layer), layer, key))
+    return found
 
 
-def list_others(host: Any, key: str) -> list[tuple[str, Any]]:
-    """Names and LoRA layers of an adapter that are not linear: embeddings, convolutions, experts' parameters.
+def list_others(host: Any, key: str) -> list[Adapter]:
+    """Adapters that are not on linear layers, which most methods train as they are, outside of any choice."""
+    return [a for a in list_adapters(host, key, linear=False) if isinstance(a, OtherAdapter)]
 
-    They are trained as they are, outside of any choice and its budget.
-    """
-    return [(name, layer) for name, layer in _layers(host, key) if not seam.takes_gate(layer)]
+
+def name_of(path: str, layer: Any) -> str:
+    """What to call the adapter of the layer at `path`: a parameter by its full name, which no wrapper changes."""
+    parameter = getattr(layer, "parameter_name", None)
+    return f"{path.replace('.base_layer', '')}.{parameter}" if parameter else path
+
+
+def paths(host: Any, key: str) -> dict[str, str]:
+    """Where the adapters stand in the model now, by name: for a parameter, the place of its wrapper."""
+    return {name_of(path, layer): path for path, layer in _layers(host, key)}
 
 
 def _layers(host: Any, key: str) -> list[tuple[str, Any]]:
-    return [
-        (name, module)
-        for name, module in base_of(host).named_modules()
+    found = [
+        (path, module)
+        for path, module in base_of(host).named_modules()
         if isinstance(module, LoraLayer)
         and not isinstance(module, AdaLoraLayer)
         and (key in module.lora_A or key in module.lora_embedding_A)
     ]
+    never_called = {id(part) for _, layer in found for part in ordinary.inside(layer)}
+    return [(path, layer) for path, layer in found if id(layer) not in never_called]
 
 
 def add_gates(model: nn.Module, adapter_name: str | None = None, *, per_rank: bool = False) -> list[Adapter]:
@@ -133,7 +212,7 @@ def add_gates(model: nn.Module, adapter_name: str | None = None, *, per_rank: bo
 def use_kernel(
     adapters: Sequence[Adapter], *, gates: bool, per_rank: bool = False, share_dropout: bool = False
 ) -> None:
-    """Compute adapters with our kernel, with gates of 1 or none; outputs do not change.
+    """Compute adapters with our kernel where they are linear, with gates of 1 or none; outputs do not change.
 
     Args:
         share_dropout: layers of one module that read the same tensor share one dropout mask.
@@ -142,12 +221,18 @@ def use_kernel(
     for adapter in adapters:
         if gates and adapter.gate is None:
             seam.add_gate(adapter.layer, adapter.key, per_rank=per_rank)
+        if isinstance(adapter, OtherAdapter):
+            continue
         parent = adapter.name.rpartition(".")[0]
         seam.use_kernel(adapter.layer, adapter.key, shared[parent] if share_dropout else None)
 
 
-def checked_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
-    """The adapters of a model that selection can work on; raises as `add_gates` does, and changes nothing."""
+def checked_adapters(model: nn.Module, adapter_name: str | None = None, *, linear: bool = True) -> list[Adapter]:
+    """The adapters of a model that a method can work on; raises as `add_gates` does, and changes nothing.
+
+    Args:
+        linear: as of `list_adapters`.
+    """
     peft = find_host(model)
     key = adapter_name or active_adapter(peft)
     if key not in peft.peft_config:
@@ -158,25 +243,27 @@ def checked_adapters(model: nn.Module, adapter_name: str | None = None) -> list[
             f"adapter {key!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}; selection works on "
             "LoRA: use `peft.LoraConfig`."
         )
-    adapters, others = list_adapters(peft, key), list_others(peft, key)
+    attached = list_adapters(peft, key, linear=False)
+    adapters = [a for a in attached if not (linear and isinstance(a, OtherAdapter))]
     for adapter in adapters:
         seam.check_supported(adapter.name, adapter.layer, key)
-    if not adapters and others:
-        kinds = ", ".join(sorted({kind_of(layer) for _, layer in others}))
+    if not adapters and attached:
+        kinds = ", ".join(sorted({kind_of(a.layer) for a in attached}))
         raise UnsupportedError(
-            f"adapter {key!r} lies on no linear layer, only on {kinds}, among which nothing is chosen; add linear "
-            "layers to `target_modules`."
+            f"adapter {key!r} lies on no linear layer, only on {kinds}, which this method cannot work on; add linear "
+            "layers to `target_modules`, or use WeightLoRA, RLoRA or a fixed placement."
         )
     if not adapters:
         raise ConfigError(f"adapter {key!r} is attached to no module; check `target_modules` of its LoraConfig.")
-    names = [a.name for a in adapters] + [name for name, _ in others]
+    names = [name for both in paths(peft, key).items() for name in both]
     _check_every_target_matches(config.target_modules, config.modules_to_save or (), names)
     return adapters
 
 
-def name_others(host: Any, key: str) -> dict[str, str]:
-    """The kind of each of `list_others`, by name; if there are any, a warning says what becomes of them."""
-    others = {name: kind_of(layer) for name, layer in list_others(host, key)}
+def name_others(host: Any, key: str, adapters: Sequence[Adapter]) -> dict[str, str]:
+    """The kind of each adapter that is trained beside `adapters`, by name; a warning says what becomes of them."""
+    chosen = {a.name for a in adapters}
+    others = {a.name: kind_of(a.layer) for a in list_others(host, key) if a.name not in chosen}
     if others:
         kinds = ", ".join(f"{kind} ({n})" for kind, n in sorted(Counter(others.values()).items()))
         logger.warning(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
-from weightlora.adapters import attach, seam, surgery
-from weightlora.adapters.attach import Adapter
+from weightlora.adapters import attach, ordinary, seam, surgery
+from weightlora.adapters.attach import Adapter, OtherAdapter
+from weightlora.adapters.structure import wrapped_at
 from weightlora.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def exact(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
 def _exact(adapter: Adapter) -> dict[str, Tensor]:
     if adapter.gate is None:
         return {}
-    factors = {f"{adapter.name}.lora_B.{part}": p for part, p in adapter.B.named_parameters()}
+    factors = {f"{adapter.name}.{part}": p for part, p in adapter.outer.items()}
     return {f"{adapter.name}.{seam.GATES}": adapter.gate, **factors}
 
 
@@ -106,26 +107,41 @@ def load_adapter(host: Any, folder: Path, adapter_name: str) -> None:
         raise CheckpointError(f"the adapter in {folder} has {unexpected[0]}, which this model does not; start anew.")
 
 
-def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int]) -> None:
+def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int], dropped: Sequence[str] = ()) -> None:
     """Drop and resize adapters of a freshly attached model until they have `ranks`, {module: r}.
+
+    Args:
+        dropped: what was dropped, which tells of adapters that are not on linear layers.
 
     Raises:
         CheckpointError: the model has no adapter on one of these modules; nothing was changed.
     """
-    adapters = attach.list_adapters(model, adapter_name)
-    others = {name for name, _ in attach.list_others(model, adapter_name)}
-    unknown = sorted(ranks.keys() - {a.name for a in adapters} - others)
+    attached = attach.list_adapters(model, adapter_name, linear=False)
+    others = [a for a in attached if isinstance(a, OtherAdapter)]
+    adapters = [a for a in attached if not isinstance(a, OtherAdapter)]
+    # The name of a parameter is in no file: its module's is, with `base_layer` behind it where two are wrapped.
+    places = {name: wrapped_at(path) for name, path in attach.paths(model, adapter_name).items()}
+    saved = {wrapped_at(path) for path in ranks}
+    unknown = sorted(saved.difference(places.values()))
+    missing = [a.name for a in others if a.name not in dropped and places[a.name] not in saved]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no adapter on {missing[0]} ({len(missing)} in all) where this model has one; start "
+            "from the model and LoraConfig the run was started with."
+        )
     if unknown:
         raise CheckpointError(
             f"the checkpoint has an adapter on {unknown[0]} ({len(unknown)} in all) where this model has none; start "
             "from the model and LoraConfig the run was started with."
         )
-    surgery.disconnect(model, [a for a in adapters if a.name not in ranks])
-    for adapter in attach.list_adapters(model, adapter_name):
-        r = ranks[adapter.name]
+    gone = [a for a in adapters if a.name not in ranks] + [a for a in others if a.name in dropped]
+    surgery.disconnect(model, gone)
+    paths = attach.paths(model, adapter_name)
+    for adapter in attach.list_adapters(model, adapter_name, linear=False):
+        r = ranks[paths[adapter.name]] // ordinary.experts(adapter.layer)
         if r != adapter.r:
-            A, B = adapter.A.weight, adapter.B.weight
-            surgery.resize(adapter, A.new_zeros(r, A.shape[1]), B.new_zeros(B.shape[0], r))
+            pairs = [(A.new_zeros(r, A.shape[1]), B.new_zeros(B.shape[0], r)) for A, B in adapter.pairs]
+            surgery.resize_all(adapter, pairs)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ instance by instance, and its gate next to `lora_A` and `lora_B` in a `Parameter
     h = W_0 x + b + scaling * omega B A dropout(x)                one omega for the adapter (WeightLoRA, section 3.1)
     h = W_0 x + b + scaling * B diag(g) A dropout(x)              or one gate for each rank
 
+What our kernel does not compute is gated by ordinary operations, and always by one omega (`ordinary.py`).
+
 The model's `state_dict`, and so PEFT's own saving, holds B already multiplied by the gate and no
 gate. So everything written to disk is an ordinary LoRA, and loading such weights back sets the gate to 1.
 """
@@ -20,16 +22,17 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from weightlora.adapters import kernel
+from weightlora.adapters import kernel, ordinary
 from weightlora.adapters.factors import Factor
+from weightlora.adapters.ordinary import GATES, gate_of, inside
 from weightlora.errors import UnsupportedError
-
-GATES = "lora_gate"
 
 # PEFT's layers are `Any` here: they are modules and tuner layers at once, which their annotations do not say.
 
 # Quantised LoRA layers that hand their forward to a variant, by name: importing them needs their backends.
 _QUANTISED = frozenset({"Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"})
+# Linear ones that do so in forward and not when they merge.
+_MERGING_WITHOUT = frozenset({"TorchaoLoraLinear"})
 
 
 class KernelVariant(LoraVariant):
@@ -103,8 +106,8 @@ def _gate_value(layer: Any, adapter: str) -> Tensor | float:
     return 1.0 if gate is None else gate.detach()
 
 
-def takes_gate(layer: Any) -> bool:
-    """Whether a LoRA layer is of a kind that asks its variant: linear, not an embedding, convolution or parameter."""
+def is_linear(layer: Any) -> bool:
+    """Whether our kernel computes a LoRA layer of this kind: linear, and its forward asks the variant."""
     return isinstance(layer, LoraLinear) or not _QUANTISED.isdisjoint(cls.__name__ for cls in type(layer).__mro__)
 
 
@@ -122,7 +125,7 @@ def check_supported(name: str, layer: Any, adapter: str) -> None:
             f"{name}: adapter {adapter!r} already uses the LoRA variant {kind}, and a layer takes one variant; "
             "make the LoraConfig without it (for example `use_dora=False`)."
         )
-    if isinstance(layer.lora_A[adapter], Factor):
+    if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], Factor):
         raise UnsupportedError(
             f"{name}: the factors of adapter {adapter!r} are computed from other parameters "
             f"({type(layer.lora_A[adapter]).__name__}), so they can be neither gated nor resized; start from a plain "
@@ -155,32 +158,56 @@ def _cast_input_dtype(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_gate(layer: Any, adapter: str, *, per_rank: bool = False) -> nn.Parameter:
-    """Put a gate of 1 on one adapter of a layer, on the device of `lora_A`.
+    """Put a gate of 1 on one adapter of a layer, on the device of its factors.
 
     It is in float32 at least: in half precision a step from 1 to 1 - 1e-3 is lost, and all gates stay equal.
 
     Args:
-        per_rank: one for each rank, shape (r,); otherwise omega, shape (1,).
+        per_rank: one for each rank, shape (r,), on linear layers; otherwise omega, shape (1,).
 
     Raises:
         UnsupportedError: a gate per rank where `lora_B` has a bias, which belongs to no rank.
     """
     if per_rank and layer.lora_B[adapter].bias is not None:
         raise UnsupportedError("the bias of `lora_B` belongs to no rank, so it cannot be gated; use `lora_bias=False`.")
+    weight = next(iter(factors(layer, adapter).values()))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    gate = nn.Parameter(weight.new_ones(len(weight) if per_rank else 1, dtype=dtype))
+    for part in (layer, *inside(layer)):
+        _hold(part, adapter, gate)
+    if not is_linear(layer):
+        for part in (layer, *inside(layer)):
+            ordinary.use(part)
+        return gate
+    if not isinstance(layer.lora_variant.get(adapter), KernelVariant):
+        use_kernel(layer, adapter)
+    layer.lora_variant[adapter].per_rank = per_rank
+    if type(layer).__name__ in _MERGING_WITHOUT:
+        ordinary.use(layer, merging_only=True)
+    return gate
+
+
+def _hold(layer: Any, adapter: str, gate: nn.Parameter) -> None:
     if not hasattr(layer, GATES):
         setattr(layer, GATES, nn.ParameterDict())
         layer.register_state_dict_post_hook(_fold_on_save)
         layer.register_load_state_dict_pre_hook(_unit_gate_on_load)
     if GATES not in layer.adapter_layer_names:
         layer.adapter_layer_names = (*layer.adapter_layer_names, GATES)
-    weight = layer.lora_A[adapter].weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    gate = nn.Parameter(weight.new_ones(len(weight) if per_rank else 1, dtype=dtype))
     getattr(layer, GATES)[adapter] = gate
-    if not isinstance(layer.lora_variant.get(adapter), KernelVariant):
-        use_kernel(layer, adapter)
-    layer.lora_variant[adapter].per_rank = per_rank
-    return gate
+
+
+def factors(layer: Any, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of A and B by their names within the layer, `lora_A.weight`; A before B, and the gate not."""
+    found: dict[str, nn.Parameter] = {}
+    for place, part in zip(("", "out_proj."), (layer, *inside(layer)), strict=False):
+        for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            if adapter not in (held := getattr(part, name)):
+                continue
+            one = held[adapter]
+            parameters = one.named_parameters() if isinstance(one, nn.Module) else [("", one)]
+            found |= {f"{place}{name}.{own}".removesuffix("."): p for own, p in parameters}
+    return found
 
 
 def has_rank_gate(layer: Any, adapter: str) -> bool:
@@ -188,42 +215,56 @@ def has_rank_gate(layer: Any, adapter: str) -> bool:
     return isinstance(variant := layer.lora_variant.get(adapter), KernelVariant) and variant.per_rank
 
 
-def gate_of(layer: Any, adapter: str) -> nn.Parameter | None:
-    """The gate of one adapter of a layer, or None where it has none."""
-    gates = getattr(layer, GATES, None)
-    return gates[adapter] if gates is not None and adapter in gates else None
-
-
 def freeze_gate(layer: Any, adapter: str) -> None:
     """Hold omega where it is. PEFT's `set_adapter` no longer sees the gate, so it cannot make it trainable again."""
-    getattr(layer, GATES)[adapter].requires_grad_(False)
-    layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != GATES)
+    for part in (layer, *inside(layer)):
+        getattr(part, GATES)[adapter].requires_grad_(False)
+        part.adapter_layer_names = tuple(n for n in part.adapter_layer_names if n != GATES)
+        part.other_param_names = tuple(dict.fromkeys((*part.other_param_names, GATES)))  # what it deletes
 
 
 def remove_gate(layer: Any, adapter: str) -> None:
     """Remove the gate: a plain LoRA is left, without omega in its output."""
-    del getattr(layer, GATES)[adapter]
+    for part in (layer, *inside(layer)):
+        del getattr(part, GATES)[adapter]
+        if not getattr(part, GATES):
+            ordinary.leave(part)
 
 
 def remove_adapter(layer: Any, adapter: str) -> None:
     """Delete one adapter of a layer. Unlike PEFT's `delete_adapter` this activates no other adapter in its place."""
-    for attribute in (*layer.adapter_layer_names, *layer.other_param_names, GATES):
-        container = getattr(layer, attribute, {})
-        if adapter in container:
-            del container[adapter]
-    layer.lora_variant.pop(adapter, None)
+    for part in (layer, *inside(layer)):
+        for attribute in (*part.adapter_layer_names, *part.other_param_names, GATES):
+            container = getattr(part, attribute, {})
+            if adapter in container:
+                del container[adapter]
+        part.lora_variant.pop(adapter, None)
+
+
+def bare(layer: Any) -> nn.Module:
+    """What stands below a LoRA layer that holds no adapter any more."""
+    for part in inside(layer):
+        layer.base_layer.out_proj = part.base_layer
+    return layer.base_layer
+
+
+# What omega multiplies, as it is called in a state dict.
+_OUTER = ("lora_B.{}.weight", "lora_B.{}.bias", "lora_embedding_B.{}")
 
 
 def _fold_on_save(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for adapter in getattr(layer, GATES):
-        gate = state.pop(f"{prefix}{GATES}.{adapter}", None)
-        for part in ("weight", "bias"):
-            key = f"{prefix}lora_B.{adapter}.{part}"
+    for adapter, held in getattr(layer, GATES).items():
+        gate = state.pop(own := f"{prefix}{GATES}.{adapter}", None)
+        for part in _OUTER:
+            key = prefix + part.format(adapter)
             if gate is not None and key in state:
                 state[key] = state[key].detach() * gate.detach().to(state[key].dtype)
+        if gate is not None and getattr(held, "_fsdp_flattened", False):
+            state[own] = torch.ones_like(gate)  # FSDP's own hook comes later and insists on every parameter
 
 
 def _unit_gate_on_load(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for adapter, gate in getattr(layer, GATES).items():
-        if f"{prefix}lora_B.{adapter}.weight" in state:
-            state.setdefault(f"{prefix}{GATES}.{adapter}", torch.ones_like(gate))
+        saved = (state[key] for part in _OUTER if (key := prefix + part.format(adapter)) in state)
+        if (factor := next(saved, None)) is not None:  # whose device counts where the gate was made on none
+            state.setdefault(f"{prefix}{GATES}.{adapter}", factor.new_ones(gate.shape, dtype=gate.dtype))

@@ -12,7 +12,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from weightlora.adapters.attach import list_adapters, list_others
+from weightlora.adapters.attach import list_adapters
 from weightlora.adapters.host import base_of, find_host
 from weightlora.adapters.surgery import alpha_for
 from weightlora.errors import CheckpointError, UnsupportedError
@@ -32,20 +32,14 @@ def sync_config(model: nn.Module, adapter_name: str, *, as_list: bool = False) -
             modules, but shortens a long list when it reads it, and so writes another one.
     """
     host = find_host(model)
-    forms = {a.name: (a.r, alpha_for(a)) for a in list_adapters(host, adapter_name)}
-    targets, parameters = list(forms), []
-    for name, layer in list_others(host, adapter_name):
-        if parameter := getattr(layer, "parameter_name", None):
-            name = f"{name.replace('.base_layer', '')}.{parameter}"
-            parameters.append(name)
-        else:
-            targets.append(name)
-        forms[name] = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+    adapters = list_adapters(host, adapter_name, linear=False)
+    forms = {a.name: (a.r, alpha_for(a)) for a in adapters}
+    parameters = [a.name for a in adapters if hasattr(a.layer, "parameter_name")]
+    targets = [a.name for a in adapters if a.name not in parameters]
     config: Any = host.peft_config[adapter_name]
     names = {n for n, m in base_of(host).named_modules() if not _inside_adapter(n)}
     config.target_modules = targets if as_list else target_modules(targets, names)
-    if parameters:
-        config.target_parameters = parameters
+    config.target_parameters = parameters or None
     config.layers_to_transform = config.layers_pattern = None
     also = sorted(other for other in names.difference(targets) if other.endswith(_suffixes(targets)))
     config.exclude_modules = exactly(also) if as_list and also else None
@@ -98,26 +92,30 @@ def _inside_adapter(name: str) -> bool:
 _PARTS = re.compile(r"^base_model\.model\.(.+?)\.(?:lora_|vera_lambda_|vblora_logits_)")
 
 
+_FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(?:A\.weight|embedding_A)$")
+
+
 def saved_modules(folder: Path) -> set[str]:
     """Names of the modules that a saved adapter of any type has weights for.
 
     Raises:
         CheckpointError: no adapter there, or its file cannot be read.
     """
-    return {found.group(1) for key in _shapes(folder) if (found := _PARTS.match(key))}
+    return {wrapped_at(found.group(1)) for key in _shapes(folder) if (found := _PARTS.match(key))}
+
+
+def wrapped_at(path: str) -> str:
+    """The module that LoRA layers are around at a path; `out_proj` of an attention module counts as the whole."""
+    return path.removesuffix(".base_layer.out_proj").replace(".base_layer", "")
 
 
 def saved_ranks(folder: Path) -> dict[str, int]:
-    """{module name: rank} of a saved LoRA adapter, read from its tensors' shapes.
+    """{module name: rows of A} of a saved LoRA adapter: its rank, for experts' parameters times their number.
 
     Raises:
         CheckpointError: no adapter there, or its file cannot be read.
     """
-    return {
-        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): shape[0]
-        for key, shape in _shapes(folder).items()
-        if key.endswith(".lora_A.weight")
-    }
+    return {found.group(1): shape[0] for key, shape in _shapes(folder).items() if (found := _FACTOR.match(key))}
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:

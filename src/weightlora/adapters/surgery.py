@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weightlora.adapters import seam
-from weightlora.adapters.attach import Adapter
+from weightlora.adapters import ordinary, seam
+from weightlora.adapters.attach import Adapter, OtherAdapter, paths
 from weightlora.adapters.blocks import find_stacks
 from weightlora.adapters.host import base_of, find_host
 
@@ -25,11 +25,12 @@ def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Paramet
     base = base_of(find_host(model))
     removed: list[nn.Parameter] = []
     for adapter in adapters:
+        path = adapter.name if seam.is_linear(adapter.layer) else paths(base, adapter.key)[adapter.name]
         removed += [*adapter.weights, *([adapter.gate] if adapter.gate is not None else [])]
         seam.remove_adapter(adapter.layer, adapter.key)
         if not adapter.layer.lora_A and not adapter.layer.lora_embedding_A:
-            parent, _, child = adapter.name.rpartition(".")
-            setattr(base.get_submodule(parent), child, adapter.layer.base_layer)
+            parent, _, child = path.rpartition(".")
+            setattr(base.get_submodule(parent), child, seam.bare(adapter.layer))
     return removed
 
 
@@ -87,7 +88,7 @@ def fold(adapter: Adapter) -> nn.Parameter:
     """
     gate = adapter.gate
     assert gate is not None
-    for parameter in adapter.B.parameters():
+    for parameter in adapter.outer.values():
         parameter.mul_(gate.to(parameter.dtype))
     seam.remove_gate(adapter.layer, adapter.key)
     return gate
@@ -117,6 +118,17 @@ def resize(adapter: Adapter, A: Tensor, B: Tensor) -> dict[nn.Parameter, nn.Para
         swapped[gate].requires_grad_(gate.requires_grad)
     layer.r[key] = A.shape[0]
     layer.lora_alpha[key] = alpha_for(adapter)
+    return swapped
+
+
+def resize_all(adapter: Adapter, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[nn.Parameter, nn.Parameter]:
+    """As `resize`, for an adapter on any layer, of whose `pairs` these are the new ones."""
+    if not isinstance(adapter, OtherAdapter):
+        return resize(adapter, *pairs[0])
+    scaling = adapter.scaling
+    swapped = ordinary.put_matrices(adapter.layer, adapter.key, pairs)
+    adapter.layer.scaling[adapter.key] = scaling
+    adapter.layer.lora_alpha[adapter.key] = alpha_for(adapter)
     return swapped
 
 

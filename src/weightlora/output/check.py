@@ -32,7 +32,7 @@ def fingerprint(model: nn.Module) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(
             zlib.crc32(adapter.name.encode())
         )  # one may leave out what adds nothing
-        x = torch.randn(4, adapter.in_features, generator=generator).to(next(adapter.layer.parameters()).device)
+        x = torch.randn(4, adapter.inputs, generator=generator).to(next(adapter.layer.parameters()).device)
         updates[adapter.name] = adapter.update(x)
         if adapter.is_lora and adapter.key in adapter.layer.lora_magnitude_vector:
             updates[f"{adapter.name} magnitude"] = adapter.layer.lora_magnitude_vector[adapter.key].weight

@@ -61,8 +61,8 @@ def _more_than_two_factors(model: PeftModel, config: Any) -> Iterator[str]:
         yield f"the adapter is on bare parameters (`target_parameters`): {', '.join(found)}"
     if config.layer_replication:
         yield "the adapter repeats layers of the base model (`layer_replication`)"
-    for name, layer in list_others(model, active_adapter(model)):
-        yield f"{name!r} is of type {kind_of(layer)} and not linear"
+    for adapter in list_others(model, active_adapter(model)):
+        yield f"{adapter.name!r} is of type {kind_of(adapter.layer)} and not linear"
     for adapter in list_adapters(model):
         if adapter.B.bias is not None:
             yield f"the adapter on {adapter.name!r} has a bias of its own (`lora_bias`)"

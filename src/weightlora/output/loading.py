@@ -87,7 +87,7 @@ def load_adapter(folder: Path, base_model: str | Path | nn.Module | None = None)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the adapter in {folder} does not load on its base model: {reason}") from None
-    attached = {a.name for a in list_attached(model)}
+    attached = {a.module for a in list_attached(model)}
     if attached != saved:
         name = min(attached ^ saved)
         raise CheckpointError(f"{folder}: adapter_config.json and the weights disagree about {name}; save it again.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weightlora import optim
 from weightlora.adapters import seam, surgery
@@ -89,11 +89,11 @@ class Expand:
         }
 
     def _ranks(self, grown: Sequence[Adapter], cut: Cut) -> list[int]:
-        caps = [max(a.r, min(a.in_features, a.out_features)) for a in grown]
+        caps = [a.largest_rank for a in grown]
         if self.double:
             return [min(2 * a.r, cap) for a, cap in zip(grown, caps, strict=True)]
-        fixed = sum(a.B.bias.numel() for a in grown if a.B.bias is not None)
-        costs = [a.in_features + a.out_features for a in grown]
+        fixed = sum(a.fixed for a in grown)
+        costs = [(a.parameters - a.fixed) // a.r for a in grown]
         return fill(costs, cut.capacity - fixed, caps, [a.r for a in grown])
 
     def _extend(self, adapter: Adapter, r: int, cut: Cut) -> dict[nn.Parameter, nn.Parameter]:
@@ -102,14 +102,15 @@ class Expand:
             return {}
         # The seed knows step and name, so that every process draws the same noise for the same adapter.
         seed = surgery.name_seed(cut.seed, cut.step, adapter.name)
-        noise = None
-        if self.double:
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.rand(r - adapter.r, adapter.in_features, generator=generator, dtype=torch.float64)
-        A, B = adapter.A.weight.detach(), adapter.B.weight.detach()
+        pairs = [self._extended(A.detach(), B.detach(), r, seed + i) for i, (A, B) in enumerate(adapter.pairs)]
+        return surgery.resize_all(adapter, pairs)
+
+    def _extended(self, A: Tensor, B: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
+        generator, shape = torch.Generator().manual_seed(seed), (r - len(A), A.shape[1])
+        noise = torch.rand(shape, generator=generator, dtype=torch.float64) if self.double else None
         if self.init == "qr":
-            return surgery.resize(adapter, *surgery.extend_qr(A, B, r, noise, seed=seed, unit=self.unit))
-        return surgery.resize(adapter, *surgery.extend_gaussian(A, B, r, noise, seed=seed))
+            return surgery.extend_qr(A, B, r, noise, seed=seed, unit=self.unit)
+        return surgery.extend_gaussian(A, B, r, noise, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,6 @@ class Settle:
             seam.freeze_gate(adapter.layer, adapter.key)
             return [adapter.gate]
         gate = surgery.fold(adapter)
-        for parameter in adapter.B.parameters() if optimizer is not None else ():
+        for parameter in adapter.outer.values() if optimizer is not None else ():
             optim.rescale_moments(optimizer, parameter, gate.item())  # type: ignore[arg-type]
         return [gate]

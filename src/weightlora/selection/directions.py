@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from weightlora import optim, options
 from weightlora.adapters import distributed, surgery
-from weightlora.adapters.attach import Adapter
+from weightlora.adapters.attach import Adapter, OtherAdapter
 from weightlora.errors import ConfigError
 from weightlora.selection.selector import Selector
 
@@ -48,7 +48,8 @@ class DirectedSelector(Selector):
         self._watch()
 
     def _watch(self) -> None:
-        self._sketches = [_Sketch(adapter, self.seed) for adapter in self.adapters]
+        linear = [a for a in self.adapters if not isinstance(a, OtherAdapter)]  # others go on as they are
+        self._sketches = [_Sketch(adapter, self.seed) for adapter in linear]
 
     def let_go(self) -> None:
         for sketch in self._sketches:

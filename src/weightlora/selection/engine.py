@@ -30,6 +30,7 @@ class Engine(ABC):
     Attributes:
         method: its name.
         key: PEFT's name of the adapter.
+        linear: it works on adapters on linear layers only, and trains others as they are.
         adapters: those still attached, one for each module.
         global_step: optimizer steps done.
         done: the structure is final; nothing will be cut any more.
@@ -38,6 +39,7 @@ class Engine(ABC):
     """
 
     method: str
+    linear = True
 
     def __init__(self, model: PeftModel, key: str, seed: int = 0) -> None:
         self.model: Any = model
@@ -90,6 +92,10 @@ class Engine(ABC):
 
     # -- records -------------------------------------------------------------------------------------------------
 
+    def attached(self) -> list[attach.Adapter]:
+        """The adapters that the model has now and the method works on."""
+        return attach.list_adapters(self.model, self.key, linear=self.linear)
+
     @property
     def parameters(self) -> int:
         """Trained weights in the adapters, without gates."""
@@ -97,7 +103,7 @@ class Engine(ABC):
 
     def record_attach(self) -> None:
         """Record which adapters there are, as the first event; name what is trained beside them."""
-        others = attach.name_others(self.model, self.key)
+        others = attach.name_others(self.model, self.key, self.adapters)
         self.events.add(
             "attach",
             0,
@@ -195,9 +201,9 @@ class Engine(ABC):
 
     def rebuild(self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Give the model the structure of a checkpoint, before its weights are loaded."""
-        checkpoint.match_structure(self.model, self.key, structure.saved_ranks(folder))
+        checkpoint.match_structure(self.model, self.key, structure.saved_ranks(folder), facts["dropped"])
 
     def bring_back_exact(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `exact` returned."""
-        checkpoint.load_exact(attach.list_adapters(self.model, self.key), tensors)
+        checkpoint.load_exact(self.attached(), tensors)
         structure.sync_config(self.model, self.key)

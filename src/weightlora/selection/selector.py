@@ -87,7 +87,9 @@ class Selector(Engine):
         self.strategy = copy.deepcopy(strategy)
         self.method = strategy.method
         self.rounds_done = 0
-        self.adapters = attach.checked_adapters(model, self.key)
+        # What a step costs is known of linear layers, and the authors' code starts no others.
+        self.linear = strategy.reference_code or (strategy.keep is not None and strategy.keep.in_cost)
+        self.adapters = attach.checked_adapters(model, self.key, linear=self.linear)
         self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
         attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)
         if strategy.reference_code:
@@ -101,7 +103,7 @@ class Selector(Engine):
         self._informed = strategy.gates is None
         # Which gates have ever had a gradient. One that none reaches, as in a vision tower on rows of text, stays at 1
         # and would be kept before those that learn.
-        self._reached = torch.zeros(len(self.adapters), dtype=torch.bool, device=self.adapters[0].A.weight.device)
+        self._reached = torch.zeros(len(self.adapters), dtype=torch.bool, device=self._weights[0][0].device)
         self.record_attach()
         if self._cuts == (0,):
             self._cut(None)
@@ -347,13 +349,13 @@ class Selector(Engine):
         attached = [i for i, a in enumerate(self.adapters) if a.name not in set(self.dropped)]
         self._limits = [limit.among(attached) for limit in self._limits]
         self._limits[-1].load_state_dict(facts["costs"])
-        self.adapters = attach.list_adapters(self.model, self.key)
+        self.adapters = self.attached()
         for adapter in self.adapters if self.done else ():
             if adapter.gate is not None:
                 seam.freeze_gate(adapter.layer, adapter.key)
         self._list_parameters()
         self.rounds_done, self.capacity, self._informed = facts["rounds_done"], facts["capacity"], facts["informed"]
-        self._reached = torch.tensor(facts["reached"], dtype=torch.bool, device=self.adapters[0].A.weight.device)
+        self._reached = torch.tensor(facts["reached"], dtype=torch.bool, device=self._weights[0][0].device)
         self._cuts = None if facts["cuts"] is None else tuple(facts["cuts"])
         if self.strategy.gates is not None:
             self.strategy.gates.load_state_dict(facts["rule"])

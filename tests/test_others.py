@@ -100,14 +100,14 @@ def unet() -> nn.Module:
     return diffusers.UNet2DConditionModel(sample_size=8, **size, **blocks)
 
 
-_HEADS = {"num_key_value_heads": 2, "pad_token_id": 0}
+HEADS = {"num_key_value_heads": 2, "pad_token_id": 0}
 qwen = of_transformers(
     "Qwen3MoeForCausalLM",
-    **{**SIZE, **_HEADS, "moe_intermediate_size": 32, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    **{**SIZE, **HEADS, "moe_intermediate_size": 32, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2},
 )
-mixtral = of_transformers("MixtralForCausalLM", **SIZE, **_HEADS, num_local_experts=4, num_experts_per_tok=2)
+mixtral = of_transformers("MixtralForCausalLM", **SIZE, **HEADS, num_local_experts=4, num_experts_per_tok=2)
 gpt_oss = of_transformers(
-    "GptOssForCausalLM", **{**SIZE, **_HEADS, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    "GptOssForCausalLM", **{**SIZE, **HEADS, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
 )
 whisper = of_transformers(
     "WhisperForConditionalGeneration",

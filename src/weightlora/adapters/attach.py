@@ -247,6 +247,7 @@ def checked_adapters(model: nn.Module, adapter_name: str | None = None, *, linea
     adapters = [a for a in attached if not (linear and isinstance(a, OtherAdapter))]
     for adapter in adapters:
         seam.check_supported(adapter.name, adapter.layer, key)
+    _check_none_share(attached)
     if not adapters and attached:
         kinds = ", ".join(sorted({kind_of(a.layer) for a in attached}))
         raise UnsupportedError(
@@ -279,6 +280,19 @@ def kind_of(layer: Any) -> str:
     """What a LoRA layer lies on, for messages: "Conv2d", or the name of a parameter."""
     parameter = getattr(layer, "parameter_name", None)
     return f"the parameter {parameter}" if parameter else type(layer.get_base_layer()).__name__
+
+
+def _check_none_share(adapters: Sequence[Adapter]) -> None:
+    """What happens to one of two adapters with one factor would happen to the other."""
+    owners: dict[int, str] = {}
+    for adapter in adapters:
+        for weight in adapter.weights:
+            owner = owners.setdefault(weight.data_ptr(), adapter.name) if weight.data_ptr() else adapter.name
+            if owner != adapter.name:
+                raise UnsupportedError(
+                    f"the adapters of {owner} and {adapter.name} share their factors, so neither can be gated, dropped "
+                    "or grown alone; make the LoraConfig without `ensure_weight_tying`, or start from a plain LoRA."
+                )
 
 
 def _check_every_target_matches(

@@ -78,17 +78,13 @@ def outputs(model: nn.Module) -> Tensor:
     inner: Any = base_of(model)
     device = next(inner.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    if inner.main_input_name == "pixel_values":
-        config = inner.config
-        size = (2, config.num_channels, config.image_size, config.image_size)
-        inputs = {"pixel_values": torch.randn(size, generator=generator).to(device)}
-    else:
-        vocabulary = _vocabulary(inner)
-        ids = torch.randint(0, vocabulary, (2, 8), generator=generator).to(device)
-        # Where a token marks the end or the padding, its place decides what is pooled: leave such tokens out.
-        special = torch.tensor(_special_tokens(inner.config), device=device)
-        ids = torch.where(torch.isin(ids, special), _other_than(special), ids)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {}
+    if (size := _signal_size(inner)) is not None:
+        inputs[inner.main_input_name] = torch.randn(size, generator=generator).to(device)
+    if size is None or inner.config.is_encoder_decoder:
+        ids = _token_ids(inner, generator).to(device)
+        if size is None:
+            inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if inner.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids
     with torch.no_grad():
@@ -96,11 +92,29 @@ def outputs(model: nn.Module) -> Tensor:
     return next(v for v in result.values() if torch.is_tensor(v))
 
 
+def _signal_size(model: Any) -> tuple[int, ...] | None:
+    """The shape of two images, or of two pieces of sound, as waves or spectra; None for models that read tokens."""
+    config, name = model.config, model.main_input_name
+    if name == "pixel_values":
+        return 2, config.num_channels, config.image_size, config.image_size
+    if name == "input_features" and hasattr(config, "max_source_positions"):
+        return 2, config.num_mel_bins, 2 * config.max_source_positions
+    return (2, 1600) if name == "input_values" else None
+
+
+def _token_ids(model: Any, generator: torch.Generator) -> Tensor:
+    """Two rows of tokens. Where one marks the end or the padding, its place decides what is pooled: without these."""
+    ids = torch.randint(0, _vocabulary(model), (2, 8), generator=generator)
+    special = torch.tensor(_special_tokens(model.config))
+    return torch.where(torch.isin(ids, special), _other_than(special), ids)
+
+
 def _vocabulary(model: Any) -> int:
-    """How many tokens there are; embeddings of which PEFT trains some rows have no such number of their own."""
+    """How many tokens there are; what PEFT puts around embeddings has no such number of its own."""
     embeddings = model.get_input_embeddings()
-    while not hasattr(embeddings, "num_embeddings") and hasattr(embeddings, "original_module"):
-        embeddings = embeddings.original_module
+    while not hasattr(embeddings, "num_embeddings"):
+        inside = "base_layer" if hasattr(embeddings, "base_layer") else "original_module"
+        embeddings = getattr(embeddings, inside)
     return embeddings.num_embeddings
 
 

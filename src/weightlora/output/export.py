@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from weightlora import durable
 from weightlora.adapters import structure, surgery
 from weightlora.adapters.attach import list_adapters
+from weightlora.adapters.attached import list_attached
 from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError
 from weightlora.methods.adalora import as_lora
@@ -91,6 +92,8 @@ def export(
         model = load_plain(folder)
     if portable or gguf:
         consumers.check_servable(model, form)
+    if merged and isinstance(model, PeftModel):
+        _check_mergeable(model)
     expected = fingerprint(model)
     if isinstance(model, PeftModel):
         model = as_lora(model)
@@ -124,6 +127,27 @@ def refuse_used(out: Path) -> None:
     """Raises ConfigError unless `out` does not exist or is an empty folder."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out} is in use; give a folder that does not exist or is empty.")
+
+
+def _check_mergeable(model: PeftModel) -> None:
+    """Raises ConfigError where an adapter lies on weights of two modules, both of which a merge would change."""
+    instead = "export it for PEFT (without `merged`)"
+    if getattr(model.peft_config[active_adapter(model)], "layer_replication", None):
+        raise ConfigError(
+            f"the adapter repeats layers of the base model (`layer_replication`), which share their weights; {instead}."
+        )
+    named = model.get_base_model().named_parameters(remove_duplicate=False)
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in named:
+        holders.setdefault(parameter, []).append(name.replace(".base_layer", "").rpartition(".")[0])
+    for adapter in list_attached(model):
+        weight = getattr(adapter.layer.get_base_layer(), "weight", None)
+        others = [name for name in holders.get(weight, []) if name != adapter.name]  # type: ignore[arg-type]
+        if others:
+            raise ConfigError(
+                f"{adapter.name!r} and {others[0]!r} share their weights (`tie_word_embeddings`), so merging the "
+                f"adapter of one would change the other; {instead}."
+            )
 
 
 # Each writes the files of a form, and gives the check that they compute `expected`.

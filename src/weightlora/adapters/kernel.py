@@ -169,6 +169,8 @@ def _frozen_weight(layer: nn.Module | None, base: Tensor) -> Tensor | None:
     bias: Any = layer.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
+    if type(weight) not in (nn.Parameter, Tensor):  # a quantised tensor, as torchao's, that only knows its own products
+        return None
     return weight if weight.dtype == base.dtype else None
 
 

@@ -18,9 +18,10 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from weightlora import Fixed, RLoRA, SoRA, UnsupportedError, WeightLoRA, WeightLoRAPlus, list_adapters
-from weightlora.adapters import Adapter, list_attached, surgery
+from weightlora.adapters import Adapter, list_attached, seam, surgery
 from weightlora.adapters.attach import list_others, use_kernel
 from weightlora.selection.selector import Selector
 
@@ -206,7 +207,7 @@ CASES = {
         {"the parameter gate_up_proj", "the parameter down_proj"},
     ),
 }
-every_case = pytest.mark.parametrize("name", CASES)
+every_case = pytest.mark.parametrize("name", [name for name in CASES if name != "unet"])  # slow to import
 
 
 def outputs(model: nn.Module, case: Case) -> Tensor:
@@ -245,7 +246,7 @@ def set_gates(adapters: list[Adapter]) -> None:
 @every_case
 def test_one_is_stock_zero_is_the_base_and_every_gate_learns(name):
     case, model, adapters, stock = gated(name)
-    assert {kind for a in list_others(model, "default") for kind in [_kind(a)]} == case.kinds
+    assert {a.kind for a in list_others(model, "default")} == case.kinds
     torch.testing.assert_close(outputs(model, case), stock, rtol=0, atol=1e-6)
     set_gates(adapters)
     outputs(model, case).square().sum().backward()
@@ -256,11 +257,6 @@ def test_one_is_stock_zero_is_the_base_and_every_gate_learns(name):
         base = outputs(model, case)
     torch.testing.assert_close(outputs(model, case), base, rtol=0, atol=1e-6)
     assert (stock - base).abs().max() > 1e-3
-
-
-def _kind(adapter: Adapter) -> str:
-    parameter = getattr(adapter.layer, "parameter_name", None)
-    return f"the parameter {parameter}" if parameter else type(adapter.layer.get_base_layer()).__name__
 
 
 @pytest.mark.parametrize("name", ["net", "attention", "mixture"])
@@ -397,6 +393,33 @@ def test_gates_that_were_made_on_no_device_get_one_with_the_weights(tmp_path):
     torch.testing.assert_close(outputs(again.eval(), case), stock, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["net", "attention", "mixture"])
+def test_deleting_an_adapter_takes_a_held_gate_along(name):
+    case, model, adapters, _ = gated(name)
+    for adapter in adapters:
+        adapter.gate.data.zero_()  # type: ignore[union-attr]
+        seam.freeze_gate(adapter.layer, adapter.key)
+    model.add_adapter("other", LoraConfig(**{"r": 4, "lora_alpha": 8, **case.config}))
+    model.delete_adapter("default")
+    assert not [n for n, _ in model.named_parameters() if "lora_gate" in n]
+
+
+@pytest.mark.filterwarnings("ignore")  # of sharding over one process
+def test_fsdp_finds_every_parameter_that_it_knows(tmp_path):
+    _, model, adapters, _ = gated("net")
+    set_gates(adapters)
+    expected = {n: t.clone() for n, t in model.state_dict().items()}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        found = sharded.state_dict()
+    finally:
+        torch.distributed.destroy_process_group()
+    gates = {n for n in found if "lora_gate" in n}
+    assert len(gates) == len(adapters) and all(found.pop(n) == 1 for n in gates)
+    torch.testing.assert_close({n.replace("_fsdp_wrapped_module.", ""): t for n, t in found.items()}, expected)
+
+
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
@@ -467,8 +490,7 @@ def test_they_are_chosen_among_cut_and_saved(name, method, tmp_path, caplog):
     assert {a.name: a.r for a in list_adapters(again, linear=False)} == {a.name: a.r for a in left}
 
 
-@pytest.mark.parametrize("name", ["net", "attention", "mixture", "qwen"])
-@pytest.mark.parametrize("step", [3, 8])
+@pytest.mark.parametrize("name, step", [("net", 3), ("net", 8), ("attention", 3), ("mixture", 3), ("mixture", 8)])
 def test_a_run_goes_on_bit_for_bit(name, step, tmp_path):
     case = CASES[name]
     model, method = case.model().train(), CHOOSING["weightlora_plus"]()
@@ -542,7 +564,7 @@ LEAVING: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("method", LEAVING)
-@pytest.mark.parametrize("name", ["net", "qwen"])
+@pytest.mark.parametrize("name", ["net", "mixture"])
 def test_other_methods_train_them_as_they_are_and_say_so(name, method, tmp_path, caplog):
     case = CASES[name]
     model = case.model()

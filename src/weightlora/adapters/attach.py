@@ -118,6 +118,12 @@ class OtherAdapter(Adapter):
     """
 
     @property
+    def kind(self) -> str:
+        """What it lies on, for messages: "Conv2d", or the name of a parameter."""
+        parameter = getattr(self.layer, "parameter_name", None)
+        return f"the parameter {parameter}" if parameter else type(self.layer.get_base_layer()).__name__
+
+    @property
     def r(self) -> int:
         return self.layer.r[self.key]
 
@@ -166,7 +172,7 @@ def list_adapters(model: nn.Module, adapter_name: str | None = None, *, linear: 
     return found
 
 
-def list_others(host: Any, key: str) -> list[Adapter]:
+def list_others(host: Any, key: str) -> list[OtherAdapter]:
     """Adapters that are not on linear layers, which most methods train as they are, outside of any choice."""
     return [a for a in list_adapters(host, key, linear=False) if isinstance(a, OtherAdapter)]
 
@@ -249,7 +255,7 @@ def checked_adapters(model: nn.Module, adapter_name: str | None = None, *, linea
         seam.check_supported(adapter.name, adapter.layer, key)
     _check_none_share(attached)
     if not adapters and attached:
-        kinds = ", ".join(sorted({kind_of(a.layer) for a in attached}))
+        kinds = ", ".join(sorted({a.kind for a in attached if isinstance(a, OtherAdapter)}))
         raise UnsupportedError(
             f"adapter {key!r} lies on no linear layer, only on {kinds}, which this method cannot work on; add linear "
             "layers to `target_modules`, or use WeightLoRA, RLoRA or a fixed placement."
@@ -264,7 +270,7 @@ def checked_adapters(model: nn.Module, adapter_name: str | None = None, *, linea
 def name_others(host: Any, key: str, adapters: Sequence[Adapter]) -> dict[str, str]:
     """The kind of each adapter that is trained beside `adapters`, by name; a warning says what becomes of them."""
     chosen = {a.name for a in adapters}
-    others = {a.name: kind_of(a.layer) for a in list_others(host, key) if a.name not in chosen}
+    others = {a.name: a.kind for a in list_others(host, key) if a.name not in chosen}
     if others:
         kinds = ", ".join(f"{kind} ({n})" for kind, n in sorted(Counter(others.values()).items()))
         logger.warning(
@@ -274,12 +280,6 @@ def name_others(host: Any, key: str, adapters: Sequence[Adapter]) -> dict[str, s
             kinds,
         )
     return others
-
-
-def kind_of(layer: Any) -> str:
-    """What a LoRA layer lies on, for messages: "Conv2d", or the name of a parameter."""
-    parameter = getattr(layer, "parameter_name", None)
-    return f"the parameter {parameter}" if parameter else type(layer.get_base_layer()).__name__
 
 
 def _check_none_share(adapters: Sequence[Adapter]) -> None:

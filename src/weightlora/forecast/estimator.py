@@ -261,14 +261,14 @@ def with_adapters(
     if experts:
         count, each = len(experts), max(experts.values())
         notes.append(
-            f"The experts ({each} in each of {count} layers) carry no adapters in this version: their weights are bare "
-            "parameters of three dimensions, which are no linear modules. Nor are they rounded to 8 or 4 bits."
+            f"The experts ({each} in each of {count} layers) carry no adapters in this estimate: their weights are "
+            "bare parameters of three dimensions, which are no linear modules. Nor are they rounded to 8 or 4 bits."
         )
         if fields["target_modules"] == "all-linear":
             fields["target_modules"] = models.linear_targets(base)
             notes.append(
-                "`target_modules: all-linear` means the experts too, so the run would refuse it; this is for "
-                "`block-linear`, all other linear modules of the blocks."
+                "`target_modules: all-linear` puts adapters on the experts too in a run; this is for `block-linear`, "
+                "all other linear modules of the blocks."
             )
     with torch.device("meta"):
         return methods.prepare("lora", base, fields), notes  # type: ignore[return-value]
@@ -289,6 +289,11 @@ class Estimator:
         self.adapters: list[Adapter] = list_adapters(peft)
         if not self.adapters:
             raise ConfigError("The LoRA matches no module of the model; check `target_modules`.")
+        if others := attach.list_others(peft, attach.active_adapter(peft)):
+            self.notes.append(
+                f"{len(others)} adapters are not on linear layers ({', '.join(sorted({o.kind for o in others}))}). "
+                "A run chooses among them too; here they count as trained to the end, and what they cost is unknown."
+            )
         self.shapes = {a.name: [tuple(p.shape) for p in a.weights] for a in self.adapters}
         named = peft.named_parameters()
         self.head_shapes = [tuple(p.shape) for n, p in named if p.requires_grad and "lora_" not in n]

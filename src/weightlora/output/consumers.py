@@ -16,7 +16,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from weightlora.adapters.attach import kind_of, list_adapters, list_others
+from weightlora.adapters.attach import list_adapters, list_others
 from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError
 
@@ -62,7 +62,7 @@ def _more_than_two_factors(model: PeftModel, config: Any) -> Iterator[str]:
     if config.layer_replication:
         yield "the adapter repeats layers of the base model (`layer_replication`)"
     for adapter in list_others(model, active_adapter(model)):
-        yield f"{adapter.name!r} is of type {kind_of(adapter.layer)} and not linear"
+        yield f"{adapter.name!r} is of type {adapter.kind} and not linear"
     for adapter in list_adapters(model):
         if adapter.B.bias is not None:
             yield f"the adapter on {adapter.name!r} has a bias of its own (`lora_bias`)"

@@ -92,10 +92,6 @@ class Engine(ABC):
 
     # -- records -------------------------------------------------------------------------------------------------
 
-    def attached(self) -> list[attach.Adapter]:
-        """The adapters that the model has now and the method works on."""
-        return attach.list_adapters(self.model, self.key, linear=self.linear)
-
     @property
     def parameters(self) -> int:
         """Trained weights in the adapters, without gates."""
@@ -205,5 +201,5 @@ class Engine(ABC):
 
     def bring_back_exact(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `exact` returned."""
-        checkpoint.load_exact(self.attached(), tensors)
+        checkpoint.load_exact(attach.list_adapters(self.model, self.key, linear=self.linear), tensors)
         structure.sync_config(self.model, self.key)

@@ -73,6 +73,8 @@ class Strategy:
 class Selector(Engine):
     """The one object that changes: a strategy at work on a model."""
 
+    linear = False  # but the authors' code starts no others, and what a step costs is known of linear layers alone
+
     def __init__(
         self,
         model: nn.Module,
@@ -87,8 +89,7 @@ class Selector(Engine):
         self.strategy = copy.deepcopy(strategy)
         self.method = strategy.method
         self.rounds_done = 0
-        # What a step costs is known of linear layers, and the authors' code starts no others.
-        self.linear = strategy.reference_code or (strategy.keep is not None and strategy.keep.in_cost)
+        self.linear = self.linear or strategy.reference_code or (strategy.keep is not None and strategy.keep.in_cost)
         self.adapters = attach.checked_adapters(model, self.key, linear=self.linear)
         self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
         attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)
@@ -349,7 +350,7 @@ class Selector(Engine):
         attached = [i for i, a in enumerate(self.adapters) if a.name not in set(self.dropped)]
         self._limits = [limit.among(attached) for limit in self._limits]
         self._limits[-1].load_state_dict(facts["costs"])
-        self.adapters = self.attached()
+        self.adapters = attach.list_adapters(self.model, self.key, linear=self.linear)
         for adapter in self.adapters if self.done else ():
             if adapter.gate is not None:
                 seam.freeze_gate(adapter.layer, adapter.key)

@@ -84,6 +84,8 @@ class InformedSelector(Selector):
         evidence: what the scouting steps have shown so far; None after the last cut.
     """
 
+    linear = True  # its sums are of x, A and B of linear layers
+
     def __init__(self, model: nn.Module, strategy: Strategy, **kwargs: Any) -> None:
         super().__init__(model, strategy, **kwargs)
         assert isinstance(self.strategy.score, ByEvidence)

@@ -148,3 +148,18 @@ def refuse_sharding(trainer: Trainer | None) -> None:
             "adapters cannot be disconnected under FSDP or DeepSpeed, which own the parameters; select in a short run "
             "without them, then train the exported adapter (`is_trainable=True`) with them."
         )
+
+
+def refuse_rows_that_belong_together(trainer: Trainer | None, what: str) -> None:
+    """Raise ConfigError where the loss of a batch is not a mean over its rows, so that `what` would change it.
+
+    TRL's trainers other than SFT split a batch into chosen and rejected halves or into groups of samples, and the
+    contrastive losses of sentence-transformers compare every row with all others.
+    """
+    kinds = [(cls.__module__.partition(".")[0], cls.__name__) for cls in type(trainer).__mro__]
+    if ("trl", "SFTTrainer") in kinds or not {"trl", "sentence_transformers"} & {package for package, _ in kinds}:
+        return
+    raise ConfigError(
+        f"{type(trainer).__name__} compares rows of a batch with each other, so {what} would change its loss; leave it "
+        "out and raise `per_device_train_batch_size`."
+    )

@@ -27,7 +27,7 @@ from weightlora import optim, options
 from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError
 from weightlora.measure import saved_bytes
-from weightlora.methods._trainer import calling_trainer
+from weightlora.methods._trainer import calling_trainer, refuse_rows_that_belong_together
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class GrowBatch(TrainerCallback):
 
     Raises:
         ConfigError: a `factor` below 2; no gradient accumulation in the run, unless `effective`; with `effective`
-            fp16, or a method that goes on acting in every step.
+            fp16, or a method that goes on acting in every step; a trainer whose loss compares the rows of a batch, such
+            as TRL's DPO.
     """
 
     def __init__(self, factor: int | None = None, *, effective: bool = False, rate: Rate = "same") -> None:
@@ -77,7 +78,8 @@ class GrowBatch(TrainerCallback):
         self._decided = self._adds_up = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse a run without accumulation when the Trainer is built."""
+        """Refuse a run without accumulation, or whose batches cannot be merged, when the Trainer is built."""
+        refuse_rows_that_belong_together(calling_trainer(), "`GrowBatch`")
         if args.gradient_accumulation_steps == 1 and not self.effective:
             raise ConfigError(
                 "`GrowBatch` merges the micro-batches of one optimizer step, and `gradient_accumulation_steps` is 1; "

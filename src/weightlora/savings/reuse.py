@@ -15,11 +15,12 @@ blocks then run without dropout. Evaluation is left as it is.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -133,8 +134,8 @@ class ReusePrefix(TrainerCallback):
             shutil.rmtree(stale)  # left by a run that was killed
         parent = Path(str(self.folder or output_dir))
         parent.mkdir(parents=True, exist_ok=True)
-        _announce(find_host(kwargs["model"]), loader, self.dtype, parent)
-        self.attach(kwargs["model"], folder=parent, examples=len(loader.dataset))
+        examples = _announce(find_host(kwargs["model"]), loader, self.dtype, parent)
+        self.attach(kwargs["model"], folder=parent, examples=examples)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -265,16 +266,23 @@ def _check_model(model: nn.Module, peft: PeftModel) -> None:
         )
 
 
-def _announce(model: PeftModel, loader: Any, dtype: torch.dtype | None, parent: Path) -> None:
-    """Log how much will be kept at most.
+def _announce(model: PeftModel, loader: Any, dtype: torch.dtype | None, parent: Path) -> int:
+    """Log how much will be kept at most, and return of how many examples; a pair of answers is two.
 
     Raises:
-        ConfigError: the data has no length, examples change from one time to the next, or the disk is too small.
+        ConfigError: the data has no length, examples change from one time to the next or are sampled from the model,
+            or the disk is too small.
     """
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         raise ConfigError(f"{_CANNOT} a streamed dataset has no length, so nothing tells how much to keep; load it.")
     encoder_decoder = _is_encoder_decoder(model)
-    first, again = (Examples(batch, encoder_decoder=encoder_decoder) for batch in _sampled_twice(loader))
+    rows, batches = _sampled_twice(loader)
+    if not isinstance(batches[0], Mapping):
+        raise ConfigError(
+            f"{_CANNOT} the data holds prompts and the answers are sampled anew in every step, so there is nothing to "
+            "reuse; leave it out."
+        )
+    first, again = (Examples(batch, encoder_decoder=encoder_decoder) for batch in batches)
     if first.names != again.names:
         raise ConfigError(
             f"{_CANNOT} the same rows of the dataset come out different each time (data augmentation or random "
@@ -283,7 +291,7 @@ def _announce(model: PeftModel, loader: Any, dtype: torch.dtype | None, parent: 
     base: Any = base_of(model)
     width = getattr(base.config.get_text_config(), "hidden_size", 0)
     sides = [first.side(decoder=decoder) for decoder in ((False, True) if encoder_decoder else (False,))]
-    tokens = sum(sum(side.lengths or ()) for side in sides) / first.size * len(loader.dataset)
+    tokens = sum(sum(side.lengths or ()) for side in sides) / rows * len(loader.dataset)
     size, free = tokens * width * (dtype or base.dtype).itemsize, shutil.disk_usage(parent).free
     if size > 0.9 * free:
         raise ConfigError(
@@ -295,15 +303,16 @@ def _announce(model: PeftModel, loader: Any, dtype: torch.dtype | None, parent: 
             "after the cut up to %.2f GiB of hidden states are kept in %s (%.1f GiB free) until the run ends",
             *(size / 2**30, parent, free / 2**30),
         )
+    return math.ceil(first.size / rows) * len(loader.dataset)
 
 
-def _sampled_twice(loader: Any) -> list[Any]:
-    """The same evenly spaced rows of the data as a batch, two times, without moving any random generator."""
+def _sampled_twice(loader: Any) -> tuple[int, list[Any]]:
+    """The same evenly spaced rows of the data as a batch, two times, and their number; moves no random generator."""
     chosen = range(0, len(loader.dataset), max(1, len(loader.dataset) // _SAMPLE))
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            return [loader.collate_fn([loader.dataset[i] for i in chosen]) for _ in range(2)]
+            return len(chosen), [loader.collate_fn([loader.dataset[i] for i in chosen]) for _ in range(2)]
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ def batch(n: int = 8, start: int = 0) -> dict[str, Tensor]:
     return {key: torch.tensor([row[key] for row in chosen]) for key in chosen[0]}
 
 
-def make_trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, **args: Any) -> Trainer:
-    """A silent Trainer on the toy task, in evaluation every `save_steps`."""
+def make_trainer(
+    folder: Path, *callbacks: TrainerCallback, model: nn.Module | Callable[[], Any] | None = None, **args: Any
+) -> Trainer:
+    """A silent Trainer on the toy task, in evaluation every `save_steps`; `model` may be what makes one."""
     settings: dict[str, Any] = {
         "max_steps": 10,
         "per_device_train_batch_size": 8,
@@ -54,9 +57,11 @@ def make_trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | N
     settings |= {"save_strategy": "steps" if "save_steps" in args else "no"} | args
     if settings.get("load_best_model_at_end"):
         settings |= {"eval_strategy": "steps", "eval_steps": settings["save_steps"]}
+    init = None if model is None or isinstance(model, nn.Module) else model
     return Trainer(
-        model or bert(),
+        None if init else model or bert(),
         TrainingArguments(str(folder), **settings),
+        model_init=init,
         train_dataset=rows(),
         eval_dataset=rows(16),
         callbacks=list(callbacks),

@@ -20,11 +20,13 @@ from test_methods import TABLE, made_ready
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from weightlora import ConfigError, Flexora, LoRADrop, UnsupportedError
+from weightlora import ConfigError, Flexora, LoRADrop, UnsupportedError, last_checkpoint, read_events
 from weightlora.adapters import checkpoint
 from weightlora.methods import create, get_method, list_methods
 
 ACTING = [info.name for info in list_methods() if info.callback is not None]
+# Methods that differ in what they put in the place of A and B when they are attached.
+SEARCHED = ["weightlora", "fixed", "dynamic_lora", "increlora", "sparse_adapter"]
 every_acting_method = pytest.mark.parametrize("name", ACTING)
 STEPS, CUT = 14, 8
 
@@ -277,6 +279,34 @@ def test_a_run_that_starts_over_with_a_smaller_batch_plans_anew(name, tmp_path):
     cuts = [e["step"] for e in method.events if e["event"] == "cut"]
     planned = [min(step, trainer.state.max_steps) for step in method._planned]
     assert not cuts or not planned or cuts[-1] in (0, planned[-1])
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("name", SEARCHED)
+def test_every_trial_of_a_hyperparameter_search_is_a_run_of_its_own(name, tmp_path):
+    """A search makes model and optimizer before the method sees them, twice, and each run in a folder of its own."""
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    models, events = [], []
+
+    def model_init() -> nn.Module:
+        models.append(made(name)[0])
+        return models[-1]
+
+    settings = {"max_steps": 10, "save_steps": 5, "data_seed": 1}
+    alone, expected = made(name)[:2]
+    make_trainer(tmp_path / "alone", expected, model=alone, **settings).train()
+    method = made(name)[1]
+    make_trainer(tmp_path, method, model=model_init, **settings).hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-2, 1e-2)},
+        compute_objective=lambda metrics: events.append(method.events) or metrics["eval_loss"],
+        n_trials=2,
+    )
+    assert events == [expected.events] * 2
+    assert all(same(trained(model), trained(alone)) for model in models[-2:])
+    for run in ("run-0", "run-1"):
+        assert last_checkpoint(tmp_path / run) == tmp_path / run / "checkpoint-10"
+        assert read_events(tmp_path / run / "events.jsonl")
 
 
 @pytest.mark.parametrize("steps", [4, CUT, CUT + 1, STEPS])

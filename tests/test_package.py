@@ -20,6 +20,7 @@ LAYERS = [
     "cli",
     "terminal",
     "federated",
+    "integrations",
     "bench",
     "figures",
     "training",

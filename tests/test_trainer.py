@@ -8,7 +8,16 @@ from helpers import batch, bert, make_trainer, rows
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from weightlora import ConfigError, DivergedError, RLoRA, WeightLoRA, WeightLoRAPlus, list_adapters, read_events
+from weightlora import (
+    ConfigError,
+    DivergedError,
+    RLoRA,
+    UnsupportedError,
+    WeightLoRA,
+    WeightLoRAPlus,
+    list_adapters,
+    read_events,
+)
 
 
 class Recorder(TrainerCallback):
@@ -114,6 +123,44 @@ def test_what_cannot_work_is_said_before_the_first_step(tmp_path):
     assert seen.adapters == []
     with pytest.raises(ConfigError, match=r"would save .* whole.*the `PeftModel` itself"):
         make_trainer(tmp_path, WeightLoRA(keep=3), model=bert().get_base_model())
+
+
+def test_data_parallel_is_refused_in_favour_of_processes(tmp_path):
+    """Which transformers uses by itself where it sees several GPUs."""
+    model = bert()
+    with pytest.raises(UnsupportedError, match=r"copies the model .*`torchrun --nproc-per-node"):
+        WeightLoRA(keep=3).attach(torch.nn.DataParallel(model))
+    trainer = make_trainer(tmp_path, WeightLoRA(keep=3), model=model)
+    trainer.args._n_gpu = 2
+    with pytest.raises(UnsupportedError, match=r"on 2 GPUs .*`torchrun --nproc-per-node 2 script.py`"):
+        trainer.train()
+
+
+class OwnLoss(Trainer):
+    """A subclass with a loss and an optimizer of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model=None):
+        groups = [{"params": [p], "lr": 1e-2} for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(groups, momentum=0.9)
+        return self.optimizer
+
+
+def test_a_trainer_with_a_loss_and_an_optimizer_of_its_own(tmp_path):
+    callback = WeightLoRA(keep=3, after=4, seed=0)
+    made = make_trainer(
+        tmp_path, model=bert(lora_dropout=0.0), max_steps=8, max_grad_norm=0.0, lr_scheduler_type="constant"
+    )
+    trainer = OwnLoss(made.model, made.args, train_dataset=made.train_dataset, callbacks=[callback])
+    trainer.train()
+    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    assert len(callback.kept) == 3 and len(set(callback.events[-2]["gates"].values())) > 1
 
 
 def test_a_run_that_diverges_stops_and_its_checkpoint_stays(tmp_path):

@@ -208,11 +208,18 @@ def is_at_boundary(optimizer: torch.optim.Optimizer | None) -> bool:
     return state is None or bool(state.sync_gradients)
 
 
-def keep_only(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Make a live optimizer forget everything that is not among `parameters`."""
-    known = {id(p) for p in parameters}
-    held = [p for group in host(optimizer).param_groups for p in group["params"]]
-    drop_params(optimizer, [p for p in held if id(p) not in known])
+def follow(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Make a live optimizer hold what a model trains: it forgets everything else, and new ones join its first group."""
+    wanted = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
+    groups = host(optimizer).param_groups
+    held = [p for group in groups for p in group["params"]]
+    drop_params(optimizer, [p for p in held if id(p) not in wanted])
+    new = [named for i, named in wanted.items() if i not in set(map(id, held))]
+    groups[0]["params"] += [p for _, p in new]
+    if "param_names" in groups[0]:
+        groups[0]["param_names"] += [name for name, _ in new]
+    for _, p in new:
+        _start_afresh(host(optimizer), p)
 
 
 def swap_params(optimizer: torch.optim.Optimizer, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
@@ -221,14 +228,15 @@ def swap_params(optimizer: torch.optim.Optimizer, swapped: dict[nn.Parameter, nn
     new = {id(old): parameter for old, parameter in swapped.items()}
     for group in optimizer.param_groups:
         group["params"] = [new.get(id(p), p) for p in group["params"]]
-    for old in swapped:
+    for old, parameter in swapped.items():
         optimizer.state.pop(old, None)
+        _start_afresh(optimizer, parameter)
 
 
 def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Start the moments of parameters afresh; they stay in their groups."""
     for parameter in parameters:
-        host(optimizer).state.pop(parameter, None)
+        _start_afresh(host(optimizer), parameter)
 
 
 def narrow_param(
@@ -259,14 +267,28 @@ def narrow_param(
         optimizer.state[new] = {**state, **entries}
         for key in {"exp_avg", "momentum_buffer"} & entries.keys() if fresh else ():
             entries[key].narrow(dim or 0, len(index) - fresh, fresh).zero_()
+    else:
+        _start_afresh(optimizer, new)
 
 
-# How AdamW's and SGD's moments follow when a parameter is multiplied by c: gradients by 1/c, their squares by 1/c^2.
-_MOMENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+# How state follows when a parameter is multiplied by c: it is divided by c to this power. Gradients come to 1/c of
+# what they were, so that averages of them have 1 and averages of their squares 2; what is in units of the parameter has
+# -1, and what holds updates or bytes 0.
+_POWERS = {
+    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg", "exp_inf", "absmax1"), 1),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "absmax2"), 2),
+    **dict.fromkeys(("exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance"), 2),  # Adafactor
+    "z": -1,  # schedule-free
+    "acc_delta": -2,  # Adadelta
+    **dict.fromkeys(("qmap1", "qmap2"), 0),  # bitsandbytes
+}
+_BITSANDBYTES = {"adam": {"state1": 1, "state2": 2}, "lion": {"state1": 1}, "momentum": {"state1": 1}}
 
 
 def rescale_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, factor: float | Tensor) -> None:
-    """Adapt the moments of a parameter that was multiplied by `factor`; at 0, where nothing can match, clear them.
+    """Adapt an optimizer's state of a parameter that was multiplied by `factor`.
+
+    Where nothing can match, at 0 and for state of unknown meaning, it starts afresh.
 
     Args:
         factor: a number, or one for each entry of the last dimension.
@@ -275,9 +297,38 @@ def rescale_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, f
     state = optimizer.state.get(parameter)
     if not state:
         return
-    tensors = {k for k, v in state.items() if torch.is_tensor(v) and v.shape == parameter.shape}
-    if not torch.as_tensor(factor).all() or not tensors <= _MOMENT_POWERS.keys():
-        del optimizer.state[parameter]
+    tensors = {k: v for k, v in state.items() if torch.is_tensor(v) and (v.numel() > 1 or v.shape == parameter.shape)}
+    powers = {k: _power(optimizer, state, k) for k in tensors}
+    per_entry = torch.is_tensor(factor) and factor.numel() > 1
+    follows = all(
+        power == 0 or (power is not None and type(tensors[k]) is Tensor and tensors[k].is_floating_point())
+        for k, power in powers.items()
+    )
+    misshapen = per_entry and any(powers[k] != 0 and v.shape != parameter.shape for k, v in tensors.items())
+    if not torch.as_tensor(factor).all() or not follows or misshapen:
+        _start_afresh(optimizer, parameter)
         return
-    for key in tensors:
-        state[key].div_(factor ** _MOMENT_POWERS[key])
+    for key, power in powers.items():
+        if power:
+            tensors[key].div_(factor**power)
+
+
+def _power(optimizer: torch.optim.Optimizer, state: dict[str, Any], key: str) -> int | None:
+    """Of one entry of a parameter's state; None where its meaning is not known."""
+    if key == "momentum_buffer" and "square_avg" in state:
+        return 0  # RMSprop's holds updates
+    if key == "exp_avg" and "RMS" in state:
+        return 0  # and so does that of transformers' Adafactor
+    known = _BITSANDBYTES.get(getattr(optimizer, "optimizer_name", ""), {})
+    if key in ("state1", "absmax1", "state2", "absmax2"):
+        power = known.get(f"state{key[-1]}")
+        return 0 if power and state[key].dtype == torch.uint8 else power  # its scale is in absmax
+    return _POWERS.get(key)
+
+
+def _start_afresh(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Forget a parameter's state; Adagrad makes it only once, when it is built."""
+    optimizer.state.pop(parameter, None)
+    if isinstance(optimizer, torch.optim.Adagrad):
+        start = group_of(optimizer, parameter)["initial_accumulator_value"]
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), "sum": torch.full_like(parameter.detach(), start)}

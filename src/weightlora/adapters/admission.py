@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -58,6 +58,19 @@ def refuse_frozen_parts(adapters: Iterable[tuple[str, Iterable[nn.Parameter]]]) 
             raise ConfigError(
                 f"{name}: a factor of its adapter is frozen, and this method resizes both; train A and B."
             )
+
+
+def refuse_data_parallel(gpus: int) -> NoReturn:
+    """Raise UnsupportedError: `nn.DataParallel` copies the model for every forward pass.
+
+    The copies of a `ParameterDict`, in which gates and other parameters of adapters lie, are empty, and what a method
+    keeps of a layer would be kept of a copy.
+    """
+    raise UnsupportedError(
+        f"`nn.DataParallel` on {gpus} GPUs copies the model for every forward pass, and gates do not go with it; start "
+        f"a process for each GPU (`torchrun --nproc-per-node {gpus} script.py`, or `accelerate launch`), or show it "
+        "one (`CUDA_VISIBLE_DEVICES=0`)."
+    )
 
 
 def admit_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 from weightlora import durable
+from weightlora.adapters import admission
 from weightlora.adapters.checkpoint import STATE_FILE, load_adapter
 from weightlora.errors import ConfigError
 
@@ -34,6 +35,16 @@ def calling_trainer() -> Trainer | None:
             return owner
         frame = frame.f_back
     return None
+
+
+def run_folder(args: TrainingArguments) -> Path:
+    """Where the running Trainer writes: `output_dir`, or a folder in it for each trial of a hyperparameter search."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(trainer := frame.f_locals.get("self"), Trainer) and "trial" in frame.f_locals:
+            return Path(trainer._get_output_dir(frame.f_locals["trial"]))
+        frame = frame.f_back
+    return Path(str(args.output_dir))
 
 
 def write_and_read_state(host: Any, method: Any) -> None:
@@ -142,12 +153,14 @@ def _rows(dataset: Any, indices: list[int]) -> Any:
 
 
 def refuse_sharding(trainer: Trainer | None) -> None:
-    """Raise ConfigError where FSDP or DeepSpeed own the parameters."""
+    """Raise ConfigError where FSDP or DeepSpeed own the parameters, or `nn.DataParallel` copies them."""
     if trainer is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         raise ConfigError(
             "adapters cannot be disconnected under FSDP or DeepSpeed, which own the parameters; select in a short run "
             "without them, then train the exported adapter (`is_trainable=True`) with them."
         )
+    if trainer is not None and trainer.args.n_gpu > 1:  # then it wraps the model so
+        admission.refuse_data_parallel(trainer.args.n_gpu)
 
 
 def refuse_rows_that_belong_together(trainer: Trainer | None, what: str) -> None:

@@ -46,6 +46,7 @@ from weightlora.methods._trainer import (
     calling_trainer,
     load_through,
     refuse_sharding,
+    run_folder,
     steps_per_epoch,
     write_and_read_state,
 )
@@ -125,6 +126,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
             ConfigError, UnsupportedError: the model or the budget cannot work; nothing was changed.
         """
         host = find_host(model)
+        if isinstance(model, nn.DataParallel):
+            admission.refuse_data_parallel(len(model.device_ids))
         if self._engine is not None:
             self._engine.let_go()
         adapter_name = adapter_name or active_adapter(host)
@@ -132,6 +135,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
         self._engine = self.start(host, adapter_name, chosen)
         self._engine.arguments = self.arguments
+        self._resumed, self._reported = False, 0
         if isinstance(model, DistributedDataParallel):
             self._ddp = weakref.ref(model)
             self._rewrap()  # it was made before this changed the model
@@ -325,7 +329,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             # The callback came after the trainer was built, `model_init` made a new model, or the run starts over, as
             # `auto_find_batch_size` does with a smaller batch.
             self.attach(kwargs["model"], seed=args.seed)
-            optim.keep_only(kwargs["optimizer"], kwargs["model"].parameters())
+            optim.follow(kwargs["optimizer"], kwargs["model"])
         cuts = self.plan(state.max_steps, steps_per_epoch(state))
         if not self._resumed and state.global_step > self.engine.global_step and not self.engine.done:
             raise ConfigError(
@@ -335,7 +339,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             )
         if state.is_world_process_zero:
             goes_on = state.global_step if state.global_step > 0 else None
-            self.engine.events.open(_folder(args) / EVENTS_FILE, resume_at=goes_on)
+            self.engine.events.open(run_folder(args) / EVENTS_FILE, resume_at=goes_on)
         if self._resumed:
             self._reported = len(
                 self.engine.events.events
@@ -359,7 +363,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             self._log({f"weightlora/{name}": value for name, value in values.items()}, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = _folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = run_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         wait_for_all()  # each process writes its own random state
         if state.is_world_process_zero and folder.is_dir():
             durable.mark(folder)
@@ -414,10 +418,6 @@ class SelectionMethod(Method[Selector]):
     def progress(self) -> dict[str, float]:
         values = list(self.engine.gate_values().values())
         return {"gates_on": sum(v != 0 for v in values), "gate_max": max(values)} if values else {}
-
-
-def _folder(args: TrainingArguments) -> Path:
-    return Path(str(args.output_dir))
 
 
 def _summary(cut: Event) -> dict[str, int]:

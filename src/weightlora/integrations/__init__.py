@@ -1,0 +1,1 @@
+"""The methods in training frameworks other than transformers' Trainer."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from helpers import batch, bert, make_trainer, trainable_state
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -77,6 +79,7 @@ def main(folder: Path, batch_size: int) -> None:
         costs(folder, int(os.environ["RANK"]))
     for name, shape in SHAPES.items():
         train(folder, name, shape(), batch_size, False)
+    accelerate_loop(folder, WeightLoRAPlus(keep=3, after=6), batch_size)
 
 
 def model_without_dropout(name: str = "", **lora: Any) -> PeftModel:
@@ -119,6 +122,31 @@ def loop_wrapped_later(folder: Path, method: Method, batch_size: int) -> None:
         method.step(optimizer)
         optimizer.zero_grad()
     write(folder, "wrapped_later", rank, model, {"kept": method.kept}, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def accelerate_loop(folder: Path, method: Method, batch_size: int) -> None:
+    """A loop with `accelerate`, two micro-batches to a step and the scaling of fp16; the first step overflows."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    accelerator, rank = Accelerator(cpu=True, gradient_accumulation_steps=2), int(os.environ.get("RANK", 0))
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # accelerate itself wants a GPU for fp16
+    model = model_without_dropout()
+    method.attach(model)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.3))
+    method.plan(12)
+    method.bind(optimizer)
+    micro, skipped = batch_size // 2, 0
+    for step in (0, *range(12)):
+        for part in range(2):
+            with accelerator.accumulate(wrapped):
+                start = (16 * step) % 64 + rank * batch_size + part * micro
+                loss = wrapped(**batch(micro, start=start)).loss
+                accelerator.backward(loss * float("inf") if not skipped else loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        skipped += optimizer.step_was_skipped
+    facts = {"kept": method.kept, "skipped": skipped, "steps": method.engine.global_step}
+    write(folder, "accelerate", rank, model, facts, accelerator.num_processes)
 
 
 def reuse(folder: Path, batch_size: int) -> None:

@@ -59,6 +59,16 @@ def test_two_processes_agree_with_one(method, runs):
     assert len(alone["kept"]) == 3 or method == "adalora"  # which cuts ranks
 
 
+def test_a_loop_with_accelerate_is_the_plain_one(runs):
+    """Under accumulation and loss scaling; a step that overflows is skipped and not counted."""
+    first, second, alone = agreeing("accelerate", runs)
+    assert first["kept"] == second["kept"] == alone["kept"] and alone["skipped"] == 1
+    assert json.loads((runs / "one" / "plain-0.json").read_text())["kept"] == alone["kept"]
+    plain, found = (load_file(runs / "one" / f"{name}-0.safetensors") for name in ("plain", "accelerate"))
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
 def test_scores_are_those_of_the_first_process(runs):
     first, second, alone = agreeing("lora_drop", runs)
     assert first["importance"] == second["importance"] == pytest.approx(alone["importance"], rel=1e-3)

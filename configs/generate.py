@@ -22,6 +22,7 @@ from configs import of_lora_drop, of_weightlora
 from configs.suites import suite
 from configs.tables import Because, Row, Section, Table, own
 from configs.values import values
+from weightlora.training.schema import LINE
 
 ROOT = Path(__file__).parents[1]
 PAGE = "docs/reproduce.md"
@@ -47,6 +48,7 @@ def recipes() -> dict[str, str]:
 
 
 def _head(name: str, table: Table, task: str, row: Row) -> Iterator[str]:
+    yield LINE.format("../" * (name.count("/") + 1) + "src/weightlora/recipe.schema.json")
     yield f"# weightlora train configs/{name}.yaml"
     yield f"# {table.title}, {task}: {row.title}."
     for note in (*table.notes, *row.notes):

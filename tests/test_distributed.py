@@ -31,7 +31,7 @@ def run(folder: Path, processes: int, batch_size: int) -> None:
         running.append(subprocess.Popen(command, env=shared | own, stderr=subprocess.PIPE, text=True))
     try:
         for process in running:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=240)
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in running:

@@ -40,7 +40,6 @@ _MOST_SHOWN = 2000  # characters of a message
 _SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -57,6 +56,8 @@ app = typer.Typer(
     weightlora figure alignment recipe.yaml out where would an adapter matter? (and other figures)
     weightlora report runs/topics               what runs came to, as a page to look at
     weightlora list methods                     what `method:` can be
+    weightlora schema recipe.schema.json        what a recipe can say, for editors
+    weightlora --install-completion             complete commands and options with the tab key
     """,
 )
 listing = typer.Typer(no_args_is_help=True, help="Show what a recipe can name: methods or tasks.")
@@ -679,6 +680,30 @@ def report(
     print(f"Written to {write_report(runs, out, figures=figures, reference=reference, force=force)}")
     if figures is not None:
         print(f"Pictures   {figures}")
+
+
+@app.command()
+def schema(
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Written here; default: printed.", show_default=False)
+    ] = None,
+) -> None:
+    """The JSON schema of recipes, by which editors complete and check them.
+
+    Put it beside a recipe and name it in the recipe's first line.
+
+    \b
+    Example: weightlora schema recipe.schema.json
+             # yaml-language-server: $schema=recipe.schema.json
+    """
+    from weightlora import durable
+    from weightlora.training.schema import LINE, recipe_schema_text
+
+    if out is None:
+        print(recipe_schema_text(), end="")
+        return
+    durable.write_whole(out, recipe_schema_text())
+    print(f"Written to {out}; the first line of a recipe beside it:\n{LINE.format(out.name)}")
 
 
 @listing.command("methods")

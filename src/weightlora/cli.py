@@ -557,6 +557,15 @@ def export(
         bool,
         typer.Option("--same-shape", help="Several runs, each portable and on the modules of all, to swap in place."),
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the checked copy there.", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public; default: private.")] = False,
+    hub_base: Annotated[
+        str | None,
+        typer.Option("--hub-base", metavar="USER/MODEL", help="The base model's name there.", show_default=False),
+    ] = None,
 ) -> None:
     """Copy a run's adapter out, reload the copy and compare outputs.
 
@@ -568,6 +577,7 @@ def export(
              weightlora export runs/topics topics-llama-cpp --gguf
              weightlora export runs/topics topics-model --merged
              weightlora export runs/topics runs/moods both --same-shape     # both/topics, both/moods
+             weightlora export runs/topics out --push-to-hub me/topics      # private, with a card
     """
     *sources, out = runs
     if not sources:
@@ -576,6 +586,10 @@ def export(
         raise ConfigError(f"`export` was given {len(sources)} runs; add --same-shape, or export one at a time.")
     if same_shape and (merged or gguf or dtype):
         raise ConfigError("--same-shape writes adapters for PEFT and vLLM; leave out --merged, --gguf and --dtype.")
+    if public and push_to_hub is None:
+        raise ConfigError("--public is for what is pushed; add --push-to-hub USER/NAME.")
+    if same_shape and (push_to_hub or hub_base):
+        raise ConfigError("--same-shape writes several adapters; push them one at a time, without it.")
     _log_to_stderr()
     from weightlora import export as export_run
     from weightlora import export_together
@@ -583,8 +597,11 @@ def export(
     if same_shape:
         export_together(sources, out)
     else:
-        export_run(sources[0], out, portable=portable, merged=merged, gguf=gguf, dtype=dtype)
+        pushed = {"push_to_hub": push_to_hub, "private": not public, "hub_base": hub_base}
+        export_run(sources[0], out, portable=portable, merged=merged, gguf=gguf, dtype=dtype, **pushed)
     print(f"Written to {out}")
+    if push_to_hub is not None:
+        print(f"Pushed to  {push_to_hub}")
 
 
 @app.command()

@@ -27,7 +27,7 @@ from weightlora.adapters.attached import list_attached
 from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError
 from weightlora.methods.adalora import as_lora
-from weightlora.output import consumers, llama_cpp
+from weightlora.output import consumers, hub, llama_cpp, records
 from weightlora.output.card import model_card
 from weightlora.output.check import compare, compare_weights, fingerprint
 from weightlora.output.loading import (
@@ -56,6 +56,9 @@ def export(
     gguf: bool = False,
     base_model: str | Path | nn.Module | None = None,
     dtype: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = True,
+    hub_base: str | None = None,
 ) -> Path:
     """Write what a run has trained to a new folder, reload it with stock PEFT or transformers and compare outputs.
 
@@ -66,13 +69,16 @@ def export(
         base_model: where the base model is now, or the model itself, if not where the adapter says.
         dtype: "float32", "float16" or "bfloat16", what a merged model is written in. Default: as the base model was
             saved; float16 where that was packed in a GGUF file.
+        push_to_hub: a repository, `user/name`, that the checked folder is uploaded to in one commit.
+        private: whether the repository is, if there is none of that name yet.
+        hub_base: what the hub calls the base model, where the run had it in a folder.
 
     Returns:
         `out`.
 
     Raises:
         ConfigError: two forms at once, a form that this adapter does not have or its readers would refuse, or `out` is
-            in use.
+            in use. Before anything is written: pushing cannot work. After it: the hub refused.
         CheckpointError: nothing to export in `run`, the base model cannot be loaded, the disk is full, or the outputs
             of what was written differ; nothing is left in `out`.
     """
@@ -83,7 +89,12 @@ def export(
         raise ConfigError(f"`dtype` is for merged models; {what}.")
     refuse_used(out)
     folder = find_result(Path(run))
-    kept = None
+    kept, on_hub = None, hub_base
+    if push_to_hub is not None:
+        named = records.adapter_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
+        on_hub = hub.check(push_to_hub, hub_base or named)
+    elif hub_base is not None:
+        raise ConfigError(f"`hub_base={hub_base!r}` is for what is pushed; add `push_to_hub`.")
     if is_adapter(folder):
         kept = own_dtype(folder, base_model) if merged else None
         base_model = own_base(folder, base_model)
@@ -109,9 +120,12 @@ def export(
         else:
             check = _write_merged(model, folder, draft, expected, _DTYPES[dtype] if dtype else kept)
         described = draft if is_adapter(draft) else folder
-        card = model_card(run_folder(folder), described, merged=merged, gguf=gguf)
-        (draft / "README.md").write_text(card, encoding="utf-8")
+        of_run: Any = {"run": run_folder(folder), "merged": merged, "gguf": gguf}
+        (draft / "README.md").write_text(model_card(adapter=described, **of_run), encoding="utf-8")
+        public = model_card(adapter=described, base=on_hub, public=True, **of_run) if push_to_hub else ""
         check()
+    if push_to_hub is not None:
+        hub.push(out, push_to_hub, public, base=on_hub, private=private)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def learnt(encoded: Encoded, tokenizer: Any, row: int = 0) -> list[str]:
 
 TURN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PART = {"type": "text", "text": "a"}
+CALL = {"function": {"name": "look", "arguments": {"in": "drum"}}}
+TOOL = {"type": "function", "function": {"name": "look", "description": "x", "parameters": {"type": "object"}}}
+CALLED = [
+    {"role": "user", "content": "bread or soup"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "look", "content": "song"},
+    {"role": "assistant", "content": "soup"},
+]
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -125,7 +134,28 @@ def test_every_layout_becomes_messages_up_to_the_last_answer(row: dict[str, Any]
         ({"conversations": [{"from": "human", "value": ["a"]}]}, "the content of message 1 is ['a'], not text"),
         ({"messages": [TURN[0], {**TURN[1], "weight": 0.5}]}, "the weight of message 2 is 0.5; there can be 0 or 1"),
         ({"messages": [TURN[0], {**TURN[1], "weight": 0}]}, "no answer is to be learnt"),
-        ({"messages": [TURN[0], {**TURN[1], "tool_calls": [{"id": "1"}]}]}, "message 2 has 'tool_calls', and calls of"),
+        (
+            {"messages": [TURN[0], {**TURN[1], "tool_calls": [{"id": "1"}]}]},
+            "message 2 has the call {'id': '1'}; give {'function",
+        ),
+        (
+            {"messages": [TURN[0], {"role": "tool", "content": "1"}, TURN[1]]},
+            "message 2 is the result of a tool that nobody",
+        ),
+        ({"messages": [{**TURN[0], "tool_calls": [CALL]}, TURN[1]]}, "message 1 calls a tool, and is from 'user'"),
+        ({"messages": [TURN[0], {**TURN[1], "mask": True}]}, "message 2 has 'mask', and it is not said whether"),
+        ({"messages": [TURN[0], {**TURN[1], "reasoning_content": "r"}]}, "message 2 has 'reasoning_content', and"),
+        ({"messages": [TURN[0], {**TURN[1], "name": 3}]}, "the name in message 2 is 3, not text"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f()"}]},
+            "the call of a tool in message 2 is 'f()', which is no JSON",
+        ),
+        (
+            {"messages": [TURN[0], {**TURN[1], "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
+            "the arguments of f in message 2 are [1]; give an object",
+        ),
+        ({"messages": TURN, "tools": "look"}, "the tools is 'look', which is no JSON"),
+        ({"messages": TURN, "tools": [{"type": "function"}]}, "the tools have {'type': 'function'}, which has no name"),
         ({"messages": [{"role": "user", "content": [PART, {"type": "image"}]}]}, "has a part of type 'image'"),
     ],
 )
@@ -138,6 +168,76 @@ def test_bad_rows_are_named(row: dict[str, Any], says: str) -> None:
     assert says in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^Row 2 of rows: there is no message"):
         TASK.read_labels(Dataset.from_list([{"messages": good["messages"]}, {"messages": []}]), "rows")
+
+
+def as_rows() -> dict[str, dict[str, Any]]:
+    """The same conversation with a tool as files have it."""
+    text = json.dumps({"in": "drum"})
+    openai = [dict(m) for m in CALLED]
+    openai[1] = {**CALLED[1], "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": text}}]}
+    older = [dict(m) for m in CALLED]
+    older[1] = {**CALLED[1], "tool_calls": None, "function_call": {"name": "look", "arguments": text}}
+    older[2] = {**CALLED[2], "role": "function"}
+    filled = [{"tool_calls": None, "name": None, "content": None, **m} for m in CALLED]
+    filled[1]["tool_calls"] = [{"function": {"name": "look", "arguments": {"in": "drum", "of": None}}}]
+    turns = [
+        ("human", "bread or soup"),
+        ("function_call", json.dumps({"name": "look", "arguments": {"in": "drum"}})),
+        ("observation", "song"),
+        ("gpt", "soup"),
+    ]
+    return {
+        "Hugging Face": {"messages": CALLED, "tools": [TOOL]},
+        "OpenAI": {"messages": openai, "tools": json.dumps([TOOL])},
+        "OpenAI, before": {"messages": older, "tools": [TOOL]},
+        "filled in by a reader": {"messages": filled, "tools": [{**TOOL, "strict": None}]},
+        "LLaMA-Factory": {
+            "conversations": [{"from": f, "value": v} for f, v in turns],
+            "tools": json.dumps([TOOL]),
+        },
+    }
+
+
+@pytest.mark.parametrize("layout", as_rows())
+@pytest.mark.parametrize("family", ["qwen3_instruct_2507", "glm4moe", "llama3_1"])
+def test_calls_of_tools_are_what_the_template_writes(tokenizer, family: str, layout: str) -> None:
+    """Whatever the layout; both answers are learnt, the call with them, and nothing that the tool said."""
+    tokenizer.chat_template = read_chat_template(trl_template(family))
+    conversation = read_conversation(as_rows()[layout])
+    told = [{**m, "content": m["content"] or ""} for m in CALLED]
+    wanted = tokenizer.apply_chat_template(told, tools=[TOOL], tokenize=False)
+    encoded = encode([conversation], tokenizer, 4000)
+    expected = tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
+    if layout != "LLaMA-Factory":  # which does not name the tool in its result
+        assert encoded.features[0]["input_ids"] == expected
+    said = "".join(learnt(encoded, tokenizer))
+    assert "look" in said and "drum" in said and "soup" in said and "song" not in said and "description" not in said
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_that_knows_no_tools_is_refused(tokenizer, marked: bool) -> None:
+    tokenizer.chat_template = marked_template() if marked else CHATML
+    for row, says in (
+        ({"messages": CALLED, "tools": [TOOL]}, "leaves out the tool 'look'"),
+        ({"messages": CALLED}, "leaves out the call of the tool 'look'"),
+        ({"messages": [{**TURN[0], "name": "Ann"}, TURN[1]]}, "leaves out the `name` of a message of the user 'Ann'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            encode([read_conversation(row)], tokenizer)
+
+
+def trl_template(name: str) -> str:
+    path = parse_recipe(recipe(model={"name": "x", "chat_template": f"package:trl/chat_templates/{name}.jinja"}))
+    assert path.model.chat_template is not None
+    return path.model.chat_template
+
+
+def test_keys_of_messages_that_nothing_reads_are_named(caplog) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"messages": [{**m, "id": "7", "lang": None} for m in TURN]}])
+    TASK.read_labels(rows, "a.jsonl")
+    assert caplog.messages == ["messages of a.jsonl have keys that are not read: 'id'."]
 
 
 def test_layouts_are_recognised_by_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +320,7 @@ def test_answers_are_those_that_trl_has_marked(tokenizer, family: str) -> None:
     """TRL's copies of these templates differ from the originals by the marks alone."""
     learnt = []
     for name in (family, f"{family}_training"):
-        path = parse_recipe(recipe(model={"name": "x", "chat_template": f"package:trl/chat_templates/{name}.jinja"}))
-        assert path.model.chat_template is not None
-        tokenizer.chat_template = read_chat_template(path.model.chat_template)
+        tokenizer.chat_template = read_chat_template(trl_template(name))
         learnt.append(encode([AGAIN, ASKED], tokenizer).features.to_dict())
     assert learnt[0] == learnt[1]
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import ConfigError
+from weightlora.errors import ConfigError, short
 from weightlora.tasks.base import Benchmark, Encoded, Format, Head, Part, in_chunks, register
-from weightlora.tasks.conversations import ALPACA, TURNS, Conversation, read_conversation
+from weightlora.tasks.conversations import ALPACA, TURNS, Conversation, read_conversation, unread_keys
 from weightlora.tasks.rendering import check_tokenizer, tokenized
 from weightlora.tasks.text_pairs import IGNORED_LABEL
 
@@ -47,12 +47,16 @@ class InstructionTuning:
 
     def read_labels(self, rows: Dataset, where: str) -> list[Conversation]:
         """The conversation of each row."""
-        conversations = []
+        conversations, unread = [], dict[str, None]()
         for number, row in enumerate(rows, start=1):
+            values: dict[str, Any] = dict(row)  # pyright: ignore[reportArgumentType, reportCallIssue]
             try:
-                conversations.append(read_conversation(dict(row)))  # pyright: ignore[reportArgumentType, reportCallIssue]
+                conversations.append(read_conversation(values))
+                unread |= dict.fromkeys(unread_keys(values))
             except ValueError as error:
                 raise ConfigError(f"Row {number} of {where}: {error}") from None
+        if unread:
+            logger.warning("messages of %s have keys that are not read: %s.", where, ", ".join(map(short, unread)))
         return conversations
 
     def label_names(self, labels: list[Conversation], rows: Dataset, where: str) -> list[str] | None:
@@ -101,7 +105,7 @@ def _labels(ids: Sequence[int], answered: Sequence[bool], max_length: int) -> li
 
 def _is_learnt(conversation: Conversation, labels: Sequence[int]) -> bool:
     """Whether the row has an answer that is not cut off entirely; nothing predicts the first token."""
-    answers = any(message.content.strip() for message in conversation if message.is_learnt)
+    answers = any(message.content.strip() or message.calls for message in conversation if message.is_learnt)
     return answers and any(label != IGNORED_LABEL for label in labels[1:])
 
 

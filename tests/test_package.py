@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,6 +87,36 @@ def test_every_public_name_is_there_and_no_other():
         assert getattr(weightlora, name).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'WeightLora'"):
         _ = weightlora.WeightLora
+
+
+def test_for_pypi_links_lead_to_the_repository(tmp_path):
+    root, url = SOURCE.parents[1], "https://github.com/o/n"
+    for name in ("README.md", "pyproject.toml", "scripts/for-pypi"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    command = ["bash", str(tmp_path / "scripts/for-pypi")]
+    assert subprocess.run(command, capture_output=True).returncode == 2
+    subprocess.run([*command, url, "v1"], check=True)
+    links = re.findall(r"\]\(([^)]+)\)", (tmp_path / "README.md").read_text(encoding="utf-8"))
+    own = [link for link in links if link.startswith(f"{url}/")]
+    assert own and all(link.startswith(("https://", "#")) for link in links)
+    for link in own:
+        assert (root / re.sub(rf"{url}/(raw|blob)/v1/|#.*", "", link)).exists(), link
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["urls"]["Source"] == url and project["scripts"]
+
+
+@pytest.mark.parametrize("said", ["python", "weightlora"])
+def test_the_command_runs_as_a_module_and_completes(said):
+    command = [sys.executable, "-m", "weightlora"]
+    if said == "python":
+        shown = subprocess.run([*command, "--version"], capture_output=True, text=True)
+        assert shown.stdout == f"weightlora {weightlora.__version__}\n" and shown.returncode == 0
+        return
+    told = {"_WEIGHTLORA_COMPLETE": "complete_bash", "COMP_WORDS": "weightlora ex", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['weightlora']; from weightlora.cli import main; main()"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | told)
+    assert shown.stdout.split() == ["export"]
 
 
 def test_importing_is_light():

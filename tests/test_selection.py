@@ -236,7 +236,11 @@ def test_backward_stops_under_checkpointing_too(reentrant):
         for module in (model.get_input_embeddings(), *model.get_base_model().bert.encoder.layer):
             module.register_forward_hook(lambda m, i, o, e=reached: e.append(o.requires_grad))
         model(**batch()).loss.backward()
-        assert len(method.kept) == 3 and reached[:5] == [False, False, False, False, True]
+        # Transformers before 5.23 checkpoints the call of a block, which leaves no place to end: then all stays as it is.
+        ends = not (checkpointing and reentrant) or hasattr(
+            type(model.base_model.model.bert.encoder.layer[0]).forward, "__wrapped__"
+        )
+        assert len(method.kept) == 3 and (not ends or reached[:5] == [False, False, False, False, True])
         found.append([a.A.weight.grad for a in method.adapters])
     for with_checkpoints, without in zip(*found, strict=True):
         torch.testing.assert_close(with_checkpoints, without)

@@ -236,7 +236,7 @@ def test_backward_stops_under_checkpointing_too(reentrant):
         for module in (model.get_input_embeddings(), *model.get_base_model().bert.encoder.layer):
             module.register_forward_hook(lambda m, i, o, e=reached: e.append(o.requires_grad))
         model(**batch()).loss.backward()
-        # Transformers before 5.23 checkpoints the call of a block, which leaves no place to end: then all stays as it is.
+        # Before 5.23 transformers checkpoints the call of a block, which leaves no place to end: all stays as it is.
         ends = not (checkpointing and reentrant) or hasattr(
             type(model.base_model.model.bert.encoder.layer[0]).forward, "__wrapped__"
         )

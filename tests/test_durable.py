@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,9 +34,10 @@ from weightlora import (
     last_checkpoint,
 )
 from weightlora.adapters.checkpoint import STATE_FILE
+from weightlora.training import stopping
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import dry_run, run
-from weightlora.training.stopping import Stopped
+from weightlora.training.stopping import StopOnSignal, Stopped
 
 STEPS: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "save_strategy": "steps", "per_device_train_batch_size": 8}
 METHOD = {"name": "weightlora_plus", "keep": 3, "after": 6}
@@ -356,6 +359,24 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(step, number, folde
     assert ("cut" in events) == (step > 6)
     trained(folder, resume=True)
     assert same(weights(folder / "run"), weights(folder / "straight"))
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.5, 5.0])
+def test_processes_are_asked_often_enough_for_torchrun_to_wait(seconds, monkeypatch):
+    """At the same steps, whatever each one's clock says; within some seconds, and not in every quick step."""
+    clock, asked = [0.0], []
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, op: asked.append(step))
+    arguments = SimpleNamespace(world_size=2, device="cpu")
+    callback = StopOnSignal()
+    for step in range(1, 101):
+        clock[0] += seconds
+        assert callback._agreed(arguments, step) == 0  # type: ignore[arg-type]
+    gaps = [b - a for a, b in itertools.pairwise(asked)]
+    assert max(gaps) <= 16 and max(gaps) * seconds <= max(2.0, seconds)
+    assert len(asked) < 12 or seconds > 0.1
+    callback._number = signal.SIGTERM
+    assert signal.SIGTERM in [callback._agreed(arguments, step) for step in range(101, 118)]  # type: ignore[arg-type]
 
 
 def test_interrupted_twice_it_stops_at_once(folder):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_text import recipe
+from transformers import TrainerCallback
 
-from weightlora import ConfigError
+from weightlora import ConfigError, TooLargeError
 from weightlora.training import fitting
 from weightlora.training.fitting import fitted
 from weightlora.training.forecasting import estimate_recipe
@@ -84,3 +87,55 @@ def test_what_cannot_fit_is_said_in_one_line(folder: Path, entries: dict[str, An
     with pytest.raises(ConfigError) as caught:
         fitted(made(folder, **entries), resume=False)
     assert said in str(caught.value)
+
+
+# -- memory runs out ---------------------------------------------------------------------------------------------------
+
+
+class RunOut(TrainerCallback):
+    """As an allocator does, in one step."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            raise self.error
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+TRAINING = {"max_steps": 6, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "when"), [(2, CUDA, "all adapters are attached"), (5, MemoryError(), "the chosen adapters train")]
+)
+def test_out_of_memory_says_what_would_fit_and_that_goes_on(
+    step: int, error: BaseException, when: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice keeps the rows of a step, and a run resumed with it ends."""
+    entries: dict[str, Any] = {"method": {"name": "weightlora", "keep": 3, "after": 3}, "training": TRAINING}
+    given = parse_recipe(recipe(folder, **entries))
+    with pytest.raises(TooLargeError, match=f"step {step}: out of memory while {when}") as raised:
+        run(given, callbacks=[RunOut(step, error)])
+    advice = dict(re.findall(r"training\.(\w+)=(\w+)", str(raised.value)))
+    batch = int(advice["per_device_train_batch_size"])
+    assert batch < 8 and batch * int(advice["gradient_accumulation_steps"]) == 8
+    again = recipe(folder, **{**entries, "training": {**TRAINING, **{k: yaml.safe_load(v) for k, v in advice.items()}}})
+    assert run(parse_recipe(again), resume=True)["steps"] == 6
+
+
+def test_out_of_memory_where_nothing_can_be_estimated_or_one_row_is_too_much(folder: Path) -> None:
+    full = {"method": "full", "training": {**TRAINING, "save_strategy": "no"}}
+    with pytest.raises(TooLargeError, match=r"Halve .*=4 training.gradient_accumulation_steps=2"):
+        run(parse_recipe(recipe(folder, **full)), callbacks=[RunOut(2, CUDA)])
+    full["training"] = {**TRAINING, "per_device_train_batch_size": 1, "activation_checkpointing": True}
+    for method in ("full", "lora"):
+        raw = recipe(folder, **{**full, "method": method, "output_dir": str(folder / method)})
+        with pytest.raises(TooLargeError, match=r"One row at a time is too much already: shorten `data.max_length`"):
+            run(parse_recipe(raw), callbacks=[RunOut(2, CUDA)])
+
+
+def test_other_errors_are_left_alone(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^device-side assert$"):
+        run(parse_recipe(recipe(folder)), callbacks=[RunOut(2, RuntimeError("device-side assert"))])

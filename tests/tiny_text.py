@@ -41,7 +41,7 @@ def save_tokenizer(folder: Path, *, positions: int = 32) -> int:
     return len(vocabulary)
 
 
-def save_tiny_bert(folder: Path, *, positions: int = 32, layers: int = 2) -> Path:
+def save_tiny_bert(folder: Path, *, positions: int = 32, layers: int = 2, dropout: float = 0.1) -> Path:
     """A BERT of `layers` x 32 with that tokenizer, loadable by name as any model folder."""
     import torch
     from transformers import BertConfig, BertModel
@@ -56,6 +56,8 @@ def save_tiny_bert(folder: Path, *, positions: int = 32, layers: int = 2) -> Pat
         intermediate_size=64,
         max_position_embeddings=positions,
         initializer_range=0.1,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     BertModel(config).save_pretrained(folder)
     return folder

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         DivergedError,
+        TooLargeError,
         UnsupportedError,
         WeightLoRAError,
     )
@@ -74,6 +75,7 @@ _HOMES = {
     "SoRA": "methods",
     "SparseAdapter": "methods",
     "TiedLoRA": "methods",
+    "TooLargeError": "errors",
     "UnsupportedError": "errors",
     "WeightLoRA": "methods",
     "WeightLoRAError": "errors",
@@ -113,6 +115,7 @@ __all__ = [
     "SoRA",
     "SparseAdapter",
     "TiedLoRA",
+    "TooLargeError",
     "UnsupportedError",
     "WeightLoRA",
     "WeightLoRAError",

@@ -1,4 +1,4 @@
-"""`python -m weightlora`, the command where its script is not on the path."""
+"""`python -m weightlora`: where the script is not on the path, and for `accelerate launch -m` and `torchrun -m`."""
 
 from weightlora.cli import main
 

@@ -4,6 +4,7 @@ WeightLoRAError(ValueError)
 ├── ConfigError       a recipe or an argument that cannot work; raised before any training time is spent
 ├── UnsupportedError  a layer, adapter variant or library version that the method cannot run on
 ├── CheckpointError   a folder that cannot be read, or an export whose outputs do not match
+├── TooLargeError     a step that the memory of the device does not hold
 └── DivergedError     NaN or infinity while the adapters were being selected
 """
 
@@ -22,6 +23,10 @@ class UnsupportedError(WeightLoRAError):
 
 class CheckpointError(WeightLoRAError):
     """A run, checkpoint or adapter folder that cannot be read, or an export that does not reproduce the model."""
+
+
+class TooLargeError(WeightLoRAError):
+    """Memory ran out in a training step; the message says what would fit."""
 
 
 class DivergedError(WeightLoRAError):

@@ -164,7 +164,7 @@ def show_result(metrics: dict[str, Any], output_dir: str) -> None:
         for name in kept:
             print(f"           {name}")
     for name in dict.fromkeys((primary, "loss")):
-        scores = [f"{metrics[phase][name]:.4f}" for phase in ("before", "after") if name in metrics[phase]]
+        scores = [f"{metrics[phase][name]:.4f}" for phase in ("before", "after") if name in (metrics[phase] or {})]
         print(f"{'Score' if name == primary else 'Held out':<10} {name} {' -> '.join(scores)}")
     if metrics["test"]:
         print(f"Test       {primary} {metrics['test'][primary]:.4f}")

@@ -153,14 +153,37 @@ def _rows(dataset: Any, indices: list[int]) -> Any:
 
 
 def refuse_sharding(trainer: Trainer | None) -> None:
-    """Raise ConfigError where FSDP or DeepSpeed own the parameters, or `nn.DataParallel` copies them."""
-    if trainer is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        raise ConfigError(
-            "adapters cannot be disconnected under FSDP or DeepSpeed, which own the parameters; select in a short run "
-            "without them, then train the exported adapter (`is_trainable=True`) with them."
-        )
-    if trainer is not None and trainer.args.n_gpu > 1:  # then it wraps the model so
+    """Raise ConfigError where FSDP or DeepSpeed own the parameters, `nn.DataParallel` copies them, or processes train
+    each for itself."""
+    if trainer is None:
+        return
+    if trainer.args.n_gpu > 1:  # then it wraps the model so
         admission.refuse_data_parallel(trainer.args.n_gpu)
+    engines = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        "`distributed_config`": getattr(trainer, "is_distributed_loading_by_transformers", False),
+    }
+    engine = next((name for name, owns in engines.items() if owns), None)
+    if engine is None:
+        _check_wrapped(trainer)
+        return
+    raise ConfigError(
+        f"adapters cannot be disconnected under {engine}, which owns the parameters. Choose first, in a short run "
+        f"without it: `config = method.lora_config()` once that has trained; then give the {engine} run "
+        "`get_peft_model(fresh_model, config)` and no method. `weightlora train` does both in one command, and "
+        "`weightlora select` the first part."
+    )
+
+
+def _check_wrapped(trainer: Trainer) -> None:
+    """accelerate leaves a model as it is that `trainer.evaluate()` has prepared before `trainer.train()`."""
+    if trainer.args.world_size > 1 and getattr(trainer, "model_wrapped", None) is trainer.model:
+        raise ConfigError(
+            f"the Trainer has not wrapped the model for its {trainer.args.world_size} processes, so each would train "
+            "for itself. It was evaluated before training: build another Trainer to evaluate with, or evaluate "
+            "afterwards."
+        )
 
 
 def refuse_rows_that_belong_together(trainer: Trainer | None, what: str) -> None:

@@ -4,6 +4,7 @@
     model = get_peft_model(fresh_model, choice)
 
 The choice is that of a whole run of the recipe: the schedule is the same, and training ends when the method has chosen.
+Under FSDP or DeepSpeed it runs without them, as DDP.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +24,53 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
 from weightlora.durable import CHOICE_FILE, RECIPE_FILE
-from weightlora.errors import ConfigError
+from weightlora.errors import ConfigError, short
 from weightlora.methods import Method, WeightLoRA
 from weightlora.methods.weightlora import FIRST_INFORMED_STEP
 from weightlora.selection.events import EVENTS_FILE
 from weightlora.selection.schedules import After
+from weightlora.training import sharding
 from weightlora.training.arguments import count_steps
+from weightlora.training.building import alone, build_trainer, evaluate, train
 from weightlora.training.plan import Plan, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
-from weightlora.training.run import alone, build_trainer
 
+FACTS_FILE = "choice.json"  # the last one
 _ONE_RANK = "one rank and one alpha for all; the choice has others too, which PEFT's patterns alone can say"
 
 
-def choose(recipe: Recipe, *, progress: bool = False, on_ready: Callable[[Plan], None] | None = None) -> LoraConfig:
+@dataclass(frozen=True)
+class Chosen:
+    """A choice as `choose` has written it.
+
+    Attributes:
+        config: the LoRA, to be started afresh.
+        attached: modules that had an adapter. trainable, head: parameters that trained, and those of them in the head.
+        before: scores of the model before training, if they were asked for.
+    """
+
+    config: LoraConfig
+    attached: list[str]
+    trainable: int
+    head: int
+    before: dict[str, float] | None
+
+
+def choose(
+    recipe: Recipe,
+    *,
+    progress: bool = False,
+    on_ready: Callable[[Plan], None] | None = None,
+    score_first: bool = False,
+) -> LoraConfig:
     """Runs the part of a recipe in which its method chooses; no checkpoint, evaluation or adapter is written.
 
     Into `output_dir` go adapter_config.json, which `LoraConfig.from_pretrained(output_dir)` reads, the lines of other
-    tools (see `lines`), events.jsonl and recipe.yaml.
+    tools (see `lines`), events.jsonl, recipe.yaml and choice.json, with which the key `choice` of another recipe
+    reads the folder.
+
+    Args:
+        score_first: score the model before training, for choice.json.
 
     Returns:
         The LoRA that was chosen, to be started afresh on the base model.
@@ -47,29 +78,48 @@ def choose(recipe: Recipe, *, progress: bool = False, on_ready: Callable[[Plan],
     Raises:
         ConfigError: as `run` does, or the method chooses nothing.
     """
-    method = methods.create(recipe.method.name, recipe.method.options)
-    if method is None or not method.chooses:
+    with sharding.off(recipe) as whole:
+        return _choose(whole, progress, on_ready, score_first)
+
+
+def check_chooses(recipe: Recipe) -> None:
+    """Raise ConfigError unless the recipe's method chooses modules or ranks."""
+    if not getattr(methods.get_method(recipe.method.name).callback, "chooses", False):
         able = [info.name for info in methods.list_methods() if getattr(info.callback, "chooses", False)]
         raise ConfigError(f"Method {recipe.method.name!r} chooses no modules or ranks; these do: {', '.join(able)}.")
-    with scouted(recipe, progress=progress, on_ready=on_ready) as method:
+
+
+def _choose(recipe: Recipe, progress: bool, on_ready: Callable[[Plan], None] | None, score_first: bool) -> LoraConfig:
+    check_chooses(recipe)
+    with scouted(recipe, progress=progress, on_ready=on_ready, score_first=score_first) as (method, facts):
         config = method.lora_config()
         if is_first():
-            for name, text in {CHOICE_FILE: _as_json(config), **lines(config)}.items():
+            texts = {CHOICE_FILE: _as_json(config), **lines(config), FACTS_FILE: json.dumps(facts, indent=2) + "\n"}
+            for name, text in texts.items():
                 durable.write_whole(Path(recipe.output_dir) / name, text)
     return config
 
 
 @contextmanager
 def scouted(
-    recipe: Recipe, *, most: int | None = None, progress: bool = False, on_ready: Callable[[Plan], None] | None = None
-) -> Iterator[Method]:
+    recipe: Recipe,
+    *,
+    most: int | None = None,
+    progress: bool = False,
+    on_ready: Callable[[Plan], None] | None = None,
+    score_first: bool = False,
+) -> Iterator[tuple[Method, dict[str, Any]]]:
     """Train up to the last cut of a recipe's method and no further; its folder stays locked inside.
 
     Args:
         most: the steps after which the cut comes at the latest, never more than half of the run; for `WeightLoRA` only.
+
+    Yields:
+        The method, and the facts of a `Chosen` without its config.
     """
     training = {**recipe.training, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
-    job = prepare(recipe.model_copy(update={"training": training}), resume=False, progress=progress)
+    recipe = recipe.model_copy(update={"training": training, "choice": None})
+    job = prepare(recipe, resume=False, progress=progress)
     method, output_dir = job.method, Path(recipe.output_dir)
     assert method is not None
     if most is not None:
@@ -77,18 +127,45 @@ def scouted(
         whole = count_steps(len(job.training.features), job.arguments)[0]
         method.when = After(max(FIRST_INFORMED_STEP, min(most, whole // 2)), first=FIRST_INFORMED_STEP)
     with alone(output_dir):
-        trainer, _ = build_trainer(job, progress, [_EndWithTheChoice(method)])
+        trainer, validation = build_trainer(job, progress, [_EndWithTheChoice(method)])
         plan = make_plan(job)
         if on_ready is not None:
             on_ready(plan)
+        facts = {
+            "attached": [adapter.name for adapter in plan.adapters],
+            "trainable": plan.trainable,
+            "head": plan.head,
+            "before": evaluate(trainer, validation, scored=job.scores_during_training) if score_first else None,
+        }
         try:
-            trainer.train()
+            train(trainer, job)
         except BaseException:  # half a choice is none, and its folder would be in the way of the next
             (output_dir / EVENTS_FILE).unlink(missing_ok=True)
             raise
         if is_first():
             save_recipe(job.recipe, output_dir / RECIPE_FILE)
-        yield method
+        yield method, facts
+
+
+def read_choice(folder: str | Path) -> Chosen:
+    """What `choose` has written into a folder.
+
+    Raises:
+        ConfigError: it holds no choice, or one that cannot be read.
+    """
+    facts = durable.read_mapping(Path(folder) / FACTS_FILE, json.loads)
+    if facts == {}:
+        raise ConfigError(
+            f"{str(folder)!r} holds no choice ({FACTS_FILE} is missing); make one with "
+            f"`weightlora select RECIPE output_dir={folder}`."
+        )
+    try:
+        assert facts is not None
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        return Chosen(config, **{key: facts[key] for key in ("attached", "trainable", "head", "before")})  # type: ignore[arg-type]
+    except Exception as error:  # PEFT's reader has no error of its own
+        raise ConfigError(f"the choice in {str(folder)!r} cannot be read ({short(error)}); make it again.") from error
 
 
 class _EndWithTheChoice(TrainerCallback):

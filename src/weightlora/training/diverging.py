@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import options
+from weightlora.adapters.distributed import average
 from weightlora.errors import DivergedError
 from weightlora.selection.gates import Reading
 
@@ -90,7 +91,12 @@ class OnNan(TrainerCallback):
             parameter.grad = None
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all, a scalar; NaN or infinite where an entry is."""
-    norms = torch._foreach_norm([gradient.detach() for gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
-    return torch.stack([norm.float() for norm in norms]).sum()
+def _norm(gradients: list[Any]) -> Tensor:
+    """The norm of all, a scalar; NaN or infinite where an entry is, in the piece of any process."""
+    sharded = any(hasattr(gradient, "to_local") for gradient in gradients)
+    pieces = [g.detach().to_local() if hasattr(g, "to_local") else g.detach() for g in gradients]
+    norms = torch._foreach_norm(pieces)  # pyright: ignore[reportPrivateImportUsage]
+    total = torch.stack([norm.float() for norm in norms]).sum()
+    if sharded:
+        average(total)
+    return total

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import TrainingArguments
 
-from weightlora.errors import ConfigError
+from weightlora.errors import ConfigError, TooLargeError, WeightLoRAError
 from weightlora.forecast.fitting import Choice
 from weightlora.output import records
 from weightlora.training.forecasting import estimate_recipe, size_in_bytes
@@ -63,7 +68,7 @@ def fitted(recipe: Recipe, *, resume: bool) -> tuple[Recipe, Fitted | None]:
     if was.get("fit") == recipe.fit:
         kept = {key: was["training"][key] for key in (*_KEYS, *_CHECKPOINTING) if key in was.get("training", {})}
         return _with(recipe, kept), None
-    other, larger = _other_bytes(), 1 + _MARGINS["cuda" if torch.cuda.is_available() else "cpu"]
+    other, larger = _other_bytes(), 1 + _MARGINS[_device()]
     room = estimate_recipe(recipe, memory=max(0, int((limit - other) / larger)), precisions=()).room
     assert room is not None
     if room.choice is None:
@@ -90,6 +95,77 @@ def fitted(recipe: Recipe, *, resume: bool) -> tuple[Recipe, Fitted | None]:
     if choice.checkpointing and not any(recipe.training.get(key) for key in _CHECKPOINTING):
         chosen["gradient_checkpointing"] = True
     return _with(recipe, chosen), found
+
+
+@contextmanager
+def explaining(recipe: Recipe, step: Callable[[], int], scouting: Callable[[], bool]) -> Iterator[None]:
+    """Say what would fit where memory runs out inside.
+
+    Args:
+        step: the step that is being made. scouting: whether all adapters are still attached.
+
+    Raises:
+        TooLargeError: in the place of the error of PyTorch or the operating system.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        when = "all adapters are attached" if scouting() else "the chosen adapters train"
+        advice = _what_fits(recipe)
+        raise TooLargeError(f"step {step()}: out of memory while {when}. {advice}") from error
+
+
+def _what_fits(recipe: Recipe) -> str:
+    """The settings that are estimated to fit where those of the recipe did not."""
+    present = recipe.training["per_device_train_batch_size"]
+    accumulated = recipe.training.get("gradient_accumulation_steps", 1)
+    limit, other, larger = _memory_of_device(), _other_bytes(), 1 + _MARGINS[_device()]
+    again = any(recipe.training.get(key) for key in _CHECKPOINTING)
+    resume = "A run that has a checkpoint goes on with them by --resume."
+    try:
+        found = estimate_recipe(recipe, precisions=())
+        taken = found.find().peak_bytes
+        room = estimate_recipe(recipe, memory=min(int((limit - other) / larger), taken - 1), precisions=()).room
+    except WeightLoRAError:  # a method that cannot be estimated
+        room = None
+    if room is not None and room.choice is not None:
+        choice = room.choice
+        settings = [f"training.per_device_train_batch_size={choice.batch}"]
+        if choice.accumulation != accumulated:
+            settings.append(f"training.gradient_accumulation_steps={choice.accumulation}")
+        if choice.checkpointing and not again:
+            settings.append(f"training.{_checkpointing_key()}=true")
+        takes = _gb(other + choice.peak_bytes * larger)
+        return f"About {takes} of {_gb(limit)} would do, with the same rows to a step: {' '.join(settings)}. {resume}"
+    if present > 1:
+        return (
+            f"Halve the micro-batch, with the same rows to a step: training.per_device_train_batch_size={present // 2} "
+            f"training.gradient_accumulation_steps={accumulated * 2}. {resume}"
+        )
+    return (
+        f"One row at a time is too much already: shorten `data.max_length`, or set `training.{_checkpointing_key()}`, "
+        "`model.dtype: bfloat16` or `model.quantization: 4bit`."
+    )
+
+
+def _checkpointing_key() -> str:
+    """As this version of transformers calls it."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return next(key for key in reversed(_CHECKPOINTING) if key in names)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _memory_of_device() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total
 
 
 def _with(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:

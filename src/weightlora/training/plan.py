@@ -1,5 +1,6 @@
 """Everything before the first step: data, model and method, loaded and checked, and the plan of the run."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
@@ -45,6 +46,7 @@ from weightlora.training.model import (
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
 from weightlora.training.recipe import DropoutSpec, GenerationSpec, GrowSpec, Recipe, SourceSpec
+from weightlora.training.sharding import engine_of, load_whole
 
 _BATCHES = 16  # of training data, at most, for methods that need some to start
 
@@ -115,15 +117,23 @@ class Plan:
     fitted: Fitted | None = None
 
 
-def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
-    """Loads data and model and gets the model ready for the method, cheapest checks first."""
+def prepare(recipe: Recipe, *, resume: bool, progress: bool, choice: LoraConfig | None = None) -> Job:
+    """Loads data and model and gets the model ready for the method, cheapest checks first.
+
+    Args:
+        choice: what the method has chosen in another run; it is attached as it says, and the method does nothing.
+    """
     check_output_dir(recipe.output_dir, resume)
     task = get_task(recipe.task)
     recipe = _with_generation(with_sources(recipe, task), task)
     method = methods.create(recipe.method.name, _options(recipe, task))
+    if choice is not None:
+        method = None
     lora = lora_values(recipe.lora, methods.get_method(recipe.method.name))
     _arguments(recipe, task, progress)  # checked as far as possible without the model
     after = [*_after_the_cut(recipe), *_factor_dropout(recipe)]
+    if engine_of(recipe) == "DeepSpeed":
+        load_whole()
     check_source(recipe.model)
     check_method(recipe.model, methods.get_method(recipe.method.name), lora)
     with _quiet_datasets():
@@ -142,7 +152,15 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     check_lora(model, lora)
     arguments = _arguments(recipe, task, progress, HEADS[task.head].arguments(model.config))
     job = Job(recipe, task, splits, tokenizer, model, method, arguments, after, chosen)
-    return replace(job, model=_ready(job, lora))
+    return replace(job, model=_ready(job, lora) if choice is None else _with_choice(model, choice))
+
+
+def _with_choice(model: nn.Module, choice: LoraConfig) -> nn.Module:
+    try:
+        return get_peft_model(model, copy.deepcopy(choice))  # type: ignore[arg-type]
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the choice was made on another model than {type(model).__name__}: {reason}") from error
 
 
 def _options(recipe: Recipe, task: Task) -> dict[str, Any]:

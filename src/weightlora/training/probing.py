@@ -16,6 +16,7 @@ from weightlora import durable
 from weightlora.adapters.distributed import is_first
 from weightlora.durable import PROBE_FILE
 from weightlora.report import write_report
+from weightlora.training import sharding
 from weightlora.training.choice import scouted
 from weightlora.training.plan import Plan
 from weightlora.training.recipe import MethodSpec, Recipe
@@ -73,7 +74,10 @@ def probe(
     method = MethodSpec.model_validate({"name": "weightlora", "keep": "auto"})
     recipe = recipe.model_copy(update={"method": method, "reuse_prefix": False, "grow_batch": False})
     folder = Path(recipe.output_dir)
-    with scouted(recipe, most=steps, progress=progress, on_ready=on_ready) as made:
+    with (
+        sharding.off(recipe) as whole,
+        scouted(whole, most=steps, progress=progress, on_ready=on_ready) as (made, _),
+    ):
         found = _read(next(e for e in made.events if e["event"] == "evidence"), made.kept)
         if is_first():
             facts = {key: value for key, value in asdict(found).items() if key != "page"}

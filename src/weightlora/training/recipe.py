@@ -195,7 +195,8 @@ class Recipe(Section):
     `grow_batch` merges accumulated micro-batches (true, or how many), with `effective: true` optimizer steps too. `fit`
     is a memory to stay below, such as "16 GB", by the choice of micro-batch, accumulation and checkpointing. `on_nan`
     says what becomes of a step whose gradients are NaN or infinite. `factor_dropout` is LoRA Dropout: its
-    probability, or that and the number of `instances`.
+    probability, or that and the number of `instances`. `choice` is a folder that `weightlora select` has
+    written: its LoRA is trained, and nothing is chosen.
     """
 
     what: ClassVar[str] = "recipe"
@@ -206,6 +207,7 @@ class Recipe(Section):
     metric: str | None = None
     data: Annotated[DataSpec, expand("path")] = Field(default_factory=dict, validate_default=True)
     method: Annotated[MethodSpec, expand("name")] = MethodSpec()
+    choice: str | None = None
     lora: dict[str, Any] = Field(LORA_DEFAULTS, validate_default=True)
     training: dict[str, Any] = Field(TRAINING_DEFAULTS, validate_default=True)
     generation: GenerationSpec = GenerationSpec()

@@ -30,6 +30,7 @@ _FREE = (
     "training.hub_",
     "training.push_to_hub",
 )
+_CHOICE = ("model", "task", "method", "lora", "seed")  # what a choice depends on
 # What may change on the way: the schedule. `method.keep` is judged by the method, which knows whether anything was cut.
 _TAKEN_OVER = ("training", "on_nan", "grow_batch", "reuse_prefix", "method.keep")
 
@@ -65,6 +66,21 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
                 "run in another `output_dir`."
             )
         logger.warning("%s; the run goes on with that", change)
+
+
+def check_same_choice(recipe: Recipe, folder: Path) -> None:
+    """Compare a recipe with the one by which the choice in `folder` was made.
+
+    Raises:
+        ConfigError: they differ in what a choice depends on; it names the key.
+    """
+    was, now = dict(leaves(records.recipe(folder))), dict(leaves(recipe.model_dump(mode="json")))
+    for key in sorted(was.keys() | now.keys()) if was else ():
+        if was.get(key) != now.get(key) and _is_one_of(key, _CHOICE):
+            raise ConfigError(
+                f"`{key}` was {short(was.get(key))} when the choice in {str(folder)!r} was made, and is now "
+                f"{short(now.get(key))}; resume with what it was, or start another run in another `output_dir`."
+            )
 
 
 def _is_one_of(key: str, names: tuple[str, ...]) -> bool:

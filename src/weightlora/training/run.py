@@ -9,34 +9,41 @@ folder that has it belongs to a finished run.
 """
 
 import json
+import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
+from torch import Tensor
+from transformers import TrainerCallback
 
 from weightlora import durable, methods
-from weightlora.adapters.distributed import is_first
+from weightlora.adapters.distributed import is_first, wait_for_all
 from weightlora.durable import RECIPE_FILE
-from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
+from weightlora.errors import ConfigError, did_you_mean
 from weightlora.measure import trainable_parameters
 from weightlora.methods.adalora import as_lora
 from weightlora.output import METRICS_FILE, model_card
+from weightlora.selection.events import EVENTS_FILE
 from weightlora.tasks.base import Encoded
 from weightlora.tasks.text_pairs import IGNORED_LABEL
-from weightlora.training.diverging import OnNan
-from weightlora.training.generating import Generating, generation_config
-from weightlora.training.plan import Job, Plan, make_plan, prepare
+from weightlora.training import sharding
+from weightlora.training.building import alone, build_trainer, evaluate, train
+from weightlora.training.choice import FACTS_FILE, Chosen, check_chooses, choose, read_choice
+from weightlora.training.plan import Job, Plan, check_output_dir, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
-from weightlora.training.resume import check_same_run, start_from
+from weightlora.training.resume import check_same_choice, check_same_run, start_from
+from weightlora.training.sharding import engine_of
 from weightlora.training.stopping import StopOnSignal
 
+logger = logging.getLogger(__name__)
+
+CHOICE_DIR = "choice"
 PREDICTIONS_FILE = "predictions.jsonl"
 _LIBRARIES = ("weightlora", "torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -63,17 +70,75 @@ def run(
     Raises:
         ConfigError: anything in the recipe or the data that cannot work, before training starts, or another process is
             at work in the folder.
+        TooLargeError: memory ran out in a step; it says what would fit.
         CheckpointError: a checkpoint could not be written; those before it are whole.
         Stopped: a signal has ended the run, after a checkpoint.
     """
     started = time.perf_counter()
-    job = prepare(recipe, resume=resume, progress=progress)
+    rest = (started, resume, progress, score_first, on_ready, callbacks)
+    check_choice(recipe)
+    engine = engine_of(recipe)
+    if engine is not None:
+        sharding.check_method(recipe, engine)
+    if engine is None or recipe.choice is not None or methods.get_method(recipe.method.name).callback is None:
+        choice = None if recipe.choice is None else read_choice(recipe.choice)
+        job = prepare(recipe, resume=resume, progress=progress, choice=choice and choice.config)
+        with alone(Path(recipe.output_dir)):
+            return _run(job, choice, *rest)
+    check_output_dir(recipe.output_dir, resume)
     with alone(Path(recipe.output_dir)):
-        return _run(job, started, resume, progress, score_first, on_ready, callbacks)
+        choice = _choice_first(recipe, engine, resume, progress, on_ready, score_first)
+        job = prepare(recipe, resume=True, progress=progress, choice=choice.config)
+        return _run(job, choice, *rest)
+
+
+def _choice_first(
+    recipe: Recipe,
+    engine: str,
+    resume: bool,
+    progress: bool,
+    on_ready: Callable[[Plan], None] | None,
+    score_first: bool,
+) -> Chosen:
+    """What the method chooses without the engine that shards; in `output_dir`/choice, where a resumed run finds it."""
+    output_dir = Path(recipe.output_dir)
+    folder = output_dir / CHOICE_DIR
+    if resume and (folder / FACTS_FILE).is_file():
+        check_same_choice(recipe, folder)
+        logger.info("the choice in %s stands", folder)
+        return read_choice(folder)
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before it had chosen
+
+    def ready(plan: Plan) -> None:
+        if is_first():
+            durable.check_writable(output_dir, needed=plan.bytes_written)
+            save_recipe(recipe, output_dir / RECIPE_FILE)
+        if on_ready is not None:
+            on_ready(plan)
+
+    logger.info("%s owns the parameters it has taken, so the choice comes first, without it", engine)
+    scouting = recipe.model_copy(update={"output_dir": str(folder)})
+    choose(scouting, progress=progress, on_ready=ready, score_first=score_first or recipe.metric is not None)
+    sharding.free_memory()
+    wait_for_all()
+    if is_first():
+        durable.write_whole(output_dir / EVENTS_FILE, (folder / EVENTS_FILE).read_text(encoding="utf-8"))
+    logger.info("now %s trains the chosen structure from the start", engine)
+    return read_choice(folder)
+
+
+def check_choice(recipe: Recipe) -> None:
+    """Raise ConfigError where `choice` cannot be what the recipe's method has chosen."""
+    if recipe.choice is None:
+        return
+    check_chooses(recipe)
+    read_choice(recipe.choice)
 
 
 def _run(
     job: Job,
+    choice: Chosen | None,
     started: float,
     resume: bool,
     progress: bool,
@@ -93,16 +158,19 @@ def _run(
         durable.check_writable(output_dir, needed=plan.bytes_written)
     if on_ready is not None:
         on_ready(plan)
-    before = None
-    if score_first or recipe.metric is not None or job.arguments.metric_for_best_model is not None:
-        before = evaluate(trainer, validation, scored=job.scores_during_training)
+    before = choice.before if choice is not None else None
+    if before is None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        # those take a model only together with its optimizer, when training starts
+        if score_first or recipe.metric is not None or job.arguments.metric_for_best_model is not None:
+            before = evaluate(trainer, validation, scored=job.scores_during_training)
+    if before is not None:
         _check_metrics(job, before, validation)
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
     clock = time.perf_counter()
     with stopping.listening():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        train(trainer, job, checkpoint)
     seconds = time.perf_counter() - clock
     after = evaluate(trainer, validation, file=output_dir / PREDICTIONS_FILE)
     tested = evaluate(trainer, test, file=output_dir / f"test_{PREDICTIONS_FILE}") if test is not None else None
@@ -120,25 +188,31 @@ def _run(
         "after": after,
         "test": tested,
         "trainable_parameters": {
-            "before": plan.trainable,
-            "after": trainable_parameters(job.model),
+            "before": plan.trainable if choice is None else choice.trainable,
+            "after": trainable_parameters(job.model) if choice is None else plan.trainable,
             "head": plan.head,
         },
-        "adapters": {"attached": [adapter.name for adapter in plan.adapters], "kept": _kept(job, plan)},
+        "adapters": {
+            "attached": [adapter.name for adapter in plan.adapters] if choice is None else choice.attached,
+            "kept": _kept(job, plan),
+        },
         "rows": plan.rows,
         "steps": trainer.state.global_step,
         "seconds": {"training": round(seconds, 2), "total": round(time.perf_counter() - started, 2)},
         "versions": {name: _version(name) for name in _LIBRARIES},
     }
+    weights = sharding.whole_weights(trainer, job.model)
     if trainer.is_world_process_zero():
-        _save(job, output_dir, metrics)
+        _save(job, output_dir, metrics, weights)
         durable.write_whole(output_dir / METRICS_FILE, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     return metrics
 
 
 def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
     """Loads and checks everything, the disk too, and returns the plan of the run; leaves nothing behind."""
-    job = prepare(recipe, resume=resume, progress=False)
+    check_choice(recipe)
+    choice = None if recipe.choice is None else read_choice(recipe.choice).config
+    job = prepare(recipe, resume=resume, progress=False, choice=choice)
     if resume and start_from(recipe.output_dir) is not None:
         check_same_run(job.recipe, Path(recipe.output_dir))
     if job.method is not None:
@@ -147,50 +221,6 @@ def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
     if is_first():
         durable.check_writable(Path(recipe.output_dir), needed=plan.bytes_written)
     return plan
-
-
-def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Trainer, Encoded]:
-    """The Trainer with the method as its callback, and the rows that score it."""
-    acting: list[TrainerCallback] = [] if job.method is None else [job.method]
-    own = [*acting, *job.after, OnNan(job.recipe.on_nan)]
-    validation = job.encode(job.splits.validation)
-    try:
-        trainer = job.head.trainer(job.model.config)(
-            model=job.model,
-            args=job.arguments,
-            train_dataset=job.training.features,
-            eval_dataset=validation.features,  # pyright: ignore[reportArgumentType]
-            processing_class=job.tokenizer,
-            data_collator=job.collator,
-            compute_metrics=_scored_by(validation) if job.scores_during_training else None,
-            preprocess_logits_for_metrics=job.head.outputs,
-            callbacks=[*own, *callbacks],
-        )
-    except (WeightLoRAError, ModuleNotFoundError):
-        raise
-    except (ValueError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"The `training` section cannot work: {reason}") from error
-    if isinstance(trainer, Generating):
-        trainer.generation = generation_config(job.recipe.generation, job.model, job.tokenizer)
-    if not progress:
-        trainer.remove_callback(PrinterCallback)
-    _set_rates(trainer, job)
-    return trainer, validation
-
-
-def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True, file: Path | None = None) -> dict[str, float]:
-    """Loss of these rows and, if they are `scored`, their metrics; without timings. Generated texts go into `file`."""
-    if file is not None and not trainer.is_world_process_zero():
-        file = None
-    usual, trainer.compute_metrics = trainer.compute_metrics, _scored_by(rows, file) if scored else None
-    try:
-        found = trainer.evaluate(rows.features)
-    finally:
-        trainer.compute_metrics = usual
-    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    named = {key.removeprefix("eval_"): value for key, value in found.items() if key.startswith("eval_")}
-    return {name: value for name, value in named.items() if name not in timings}
 
 
 def _check_metrics(job: Job, scores: dict[str, float], rows: Encoded) -> None:
@@ -209,60 +239,14 @@ def _check_metric(key: str, wanted: str | None, scores: dict[str, float]) -> Non
         )
 
 
-def _scored_by(rows: Encoded, file: Path | None = None) -> Callable[[EvalPrediction], dict[str, float]] | None:
-    if rows.score is None:
-        return None
-    score = rows.score
-
-    def metrics(output: EvalPrediction) -> dict[str, float]:
-        if file is not None and rows.records is not None:
-            lines = [json.dumps(record, ensure_ascii=False) for record in rows.records(output.predictions)]
-            durable.write_whole(file, "".join(f"{line}\n" for line in lines))
-        return score(output.predictions, output.label_ids)
-
-    return metrics
-
-
-def _set_rates(trainer: Trainer, job: Job) -> None:
-    """Separate learning rates for the parameters that the method names; otherwise the Trainer's groups."""
-    name, model, arguments = job.recipe.method.name, job.model, job.arguments
-    if not methods.get_method(name).rates:
-        return
-    decayed = set(trainer.get_decay_parameter_names(model))
-    groups = methods.parameter_groups(
-        name,
-        model,
-        lr=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-        no_decay=[n for n, _ in model.named_parameters() if n not in decayed],
-    )
-    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # pyright: ignore[reportArgumentType]
-    trainer.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
-
-
-def _save(job: Job, output_dir: Path, metrics: dict[str, Any]) -> None:
+def _save(job: Job, output_dir: Path, metrics: dict[str, Any], weights: dict[str, Tensor] | None) -> None:
     """Adapter or model, tokenizer and card. Not `trainer.save_model`, which would put a pickle beside the tensors."""
     folder = output_dir / ("adapter" if job.has_adapters else "model")
     model: Any = as_lora(job.model) if isinstance(job.model, PeftModel) else job.model
     with durable.whole_folder(folder) as draft:
-        model.save_pretrained(str(draft))
+        model.save_pretrained(str(draft), **({} if weights is None else {"state_dict": weights}))
         job.tokenizer.save_pretrained(str(draft))
         (draft / "README.md").write_text(model_card(output_dir, draft, metrics=metrics), encoding="utf-8")
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One run to a folder, which goes again if nothing was written into it."""
-    if not is_first():
-        yield
-        return
-    with durable.one_process(folder, "a run"):
-        durable.remove_drafts(folder)
-        try:
-            yield
-        finally:
-            if not durable.contents(folder):
-                shutil.rmtree(folder)
 
 
 def _kept(job: Job, plan: Plan) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ASKED_EVERY = 16  # steps between two questions to the other processes
+# Between two questions to the other processes: steps at most, and about seconds. torchrun kills after 30.
+_ASKED_EVERY, _ASKED_AFTER = 16, 2.0
 
 
 class Stopped(BaseException):
@@ -34,6 +36,8 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self._number = 0
         self._due = 0  # the signal that the save in progress answers
+        self._asked: tuple[int, float] | None = None  # the step of the last question, and when it was
+        self._next = 0  # the step of the next one, the same in every process
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -70,8 +74,13 @@ class StopOnSignal(TrainerCallback):
         """The signal that any of the processes has received; all of them must save in the same step."""
         if args.world_size <= 1:
             return self._number
-        if step % _ASKED_EVERY:
+        if step < self._next:
             return 0
-        asked = torch.tensor(self._number, device=args.device)
+        now = time.monotonic()
+        last, then = self._asked or (step, now)
+        asked = torch.tensor([float(self._number), (now - then) / max(1, step - last)], device=args.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return int(asked)
+        number, seconds = asked.tolist()
+        self._asked = step, now
+        self._next = step + max(1, min(_ASKED_EVERY, int(_ASKED_AFTER / seconds) if seconds else 1))
+        return int(number)

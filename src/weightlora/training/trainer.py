@@ -14,7 +14,10 @@ from weightlora import durable
 
 
 class RunTrainer(Trainer):
-    """A `Trainer` whose evaluation neither changes the order of rows nor draws random numbers, and that saves safely.
+    """A `Trainer` whose evaluation leaves no trace, and that saves safely.
+
+    It changes neither the order of rows nor the random state; and an evaluation before training does not keep
+    accelerate from wrapping the model in DDP, without which every process would train for itself.
 
     Predictions are scored in the order of the rows, which transformers changes where training groups rows by length.
     A run resumed from a checkpoint written before an evaluation would otherwise miss that evaluation's random draws.
@@ -34,8 +37,19 @@ class RunTrainer(Trainer):
         **generation: Any,
     ) -> dict[str, float]:
         """As usual, but restores the random state, which making a data loader would change."""
+        first_use = not self.accelerator._models
         with torch.random.fork_rng(devices=[]):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **generation)
+            found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **generation)
+        if first_use and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._take_back()
+        return found
+
+    def _take_back(self) -> None:
+        """Undo what evaluating has prepared: a prepared model is never wrapped again."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator._models.clear()
+        self.model._is_accelerate_prepared = False  # type: ignore[union-attr]
+        self.model_wrapped = self.model
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not where a run goes on from the checkpoint of its last step: transformers would take one step more."""

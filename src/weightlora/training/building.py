@@ -1,0 +1,124 @@
+"""From what is loaded and checked to a Trainer, and evaluating with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
+
+from weightlora import durable, methods
+from weightlora.adapters.distributed import is_first
+from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.tasks.base import Encoded
+from weightlora.training import fitting
+from weightlora.training.diverging import OnNan
+from weightlora.training.generating import Generating, generation_config
+from weightlora.training.plan import Job
+
+
+def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Trainer, Encoded]:
+    """The Trainer with the method as its callback, and the rows that score it."""
+    acting: list[TrainerCallback] = [] if job.method is None else [job.method]
+    own = [*acting, *job.after, OnNan(job.recipe.on_nan)]
+    validation = job.encode(job.splits.validation)
+    try:
+        trainer = job.head.trainer(job.model.config)(
+            model=job.model,
+            args=job.arguments,
+            train_dataset=job.training.features,
+            eval_dataset=validation.features,  # pyright: ignore[reportArgumentType]
+            processing_class=job.tokenizer,
+            data_collator=job.collator,
+            compute_metrics=_scored_by(validation) if job.scores_during_training else None,
+            preprocess_logits_for_metrics=job.head.outputs,
+            callbacks=[*own, *callbacks],
+        )
+    except (WeightLoRAError, ModuleNotFoundError):
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The `training` section cannot work: {reason}") from error
+    if isinstance(trainer, Generating):
+        trainer.generation = generation_config(job.recipe.generation, job.model, job.tokenizer)
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    _set_rates(trainer, job)
+    return trainer, validation
+
+
+def train(trainer: Trainer, job: Job, checkpoint: Path | None = None) -> None:
+    """Train, from a checkpoint if one is given.
+
+    Raises:
+        TooLargeError: memory ran out in a step.
+    """
+
+    def scouting() -> bool:
+        return job.method is not None and not job.method.engine.done
+
+    with fitting.explaining(job.recipe, lambda: trainer.state.global_step + 1, scouting):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+
+
+def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True, file: Path | None = None) -> dict[str, float]:
+    """Loss of these rows and, if they are `scored`, their metrics; without timings. Generated texts go into `file`."""
+    if file is not None and not trainer.is_world_process_zero():
+        file = None
+    usual, trainer.compute_metrics = trainer.compute_metrics, _scored_by(rows, file) if scored else None
+    try:
+        found = trainer.evaluate(rows.features)
+    finally:
+        trainer.compute_metrics = usual
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {key.removeprefix("eval_"): value for key, value in found.items() if key.startswith("eval_")}
+    return {name: value for name, value in named.items() if name not in timings}
+
+
+def _scored_by(rows: Encoded, file: Path | None = None) -> Callable[[EvalPrediction], dict[str, float]] | None:
+    if rows.score is None:
+        return None
+    score = rows.score
+
+    def metrics(output: EvalPrediction) -> dict[str, float]:
+        if file is not None and rows.records is not None:
+            lines = [json.dumps(record, ensure_ascii=False) for record in rows.records(output.predictions)]
+            durable.write_whole(file, "".join(f"{line}\n" for line in lines))
+        return score(output.predictions, output.label_ids)
+
+    return metrics
+
+
+def _set_rates(trainer: Trainer, job: Job) -> None:
+    """Separate learning rates for the parameters that the method names; otherwise the Trainer's groups."""
+    name, model, arguments = job.recipe.method.name, job.model, job.arguments
+    if not methods.get_method(name).rates:
+        return
+    decayed = set(trainer.get_decay_parameter_names(model))
+    groups = methods.parameter_groups(
+        name,
+        model,
+        lr=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        no_decay=[n for n, _ in model.named_parameters() if n not in decayed],
+    )
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # pyright: ignore[reportArgumentType]
+    trainer.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One run to a folder, which goes again if nothing was written into it."""
+    if not is_first():
+        yield
+        return
+    with durable.one_process(folder, "a run"):
+        durable.remove_drafts(folder)
+        try:
+            yield
+        finally:
+            if not durable.contents(folder):
+                shutil.rmtree(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from helpers import batch, bert, make_trainer, trainable_state
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny_text import recipe
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
@@ -35,9 +37,16 @@ from weightlora import (
     TiedLoRA,
     WeightLoRA,
     WeightLoRAPlus,
+    last_checkpoint,
     list_adapters,
+    methods,
     prepare,
 )
+from weightlora.adapters.distributed import wait_for_all
+from weightlora.training import stopping
+from weightlora.training.recipe import Recipe, parse_recipe
+from weightlora.training.run import run
+from weightlora.training.stopping import Stopped
 
 # name: (method, DDP's find_unused_parameters)
 METHODS = {
@@ -66,6 +75,24 @@ RANKS = {
 }
 
 
+# name: options of every other method; nothing of ours acts while these train, but for NoRA's checkpoints
+REST: dict[str, dict[str, Any]] = {
+    "full": {},
+    "head": {},
+    "bitfit": {},
+    "lora": {},
+    "rslora": {},
+    "dora": {},
+    "pissa": {},
+    "vera": {"r": 8},
+    "vblora": {"vector_length": 16, "num_vectors": 8},
+    "eva": {"rho": 1.0},
+    "milora": {},
+    "melora": {},
+    "nora": {"outer_r": 8},
+}
+
+
 def main(folder: Path, batch_size: int) -> None:
     for name, (method, find_unused) in METHODS.items():
         train(folder, name, method(), batch_size, find_unused)
@@ -80,6 +107,11 @@ def main(folder: Path, batch_size: int) -> None:
     for name, shape in SHAPES.items():
         train(folder, name, shape(), batch_size, False)
     accelerate_loop(folder, WeightLoRAPlus(keep=3, after=6), batch_size)
+    for name, options in REST.items():
+        train_rest(folder, name, batch_size, **options)
+    command(folder, batch_size)
+    if "RANK" in os.environ:
+        stopped(folder)
 
 
 def model_without_dropout(name: str = "", **lora: Any) -> PeftModel:
@@ -198,22 +230,99 @@ def shared(name: str) -> PeftModel:
     return model
 
 
-def sgd_trainer(folder: Path, callback: TrainerCallback, *, model: PeftModel, batch_size: int, **args: Any) -> Trainer:
+def train_rest(folder: Path, name: str, batch_size: int, **options: Any) -> None:
+    base = model_without_dropout().unload()
+    values = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "key", "value"], "task_type": "SEQ_CLS"}
+    taken = {key: value for key, value in values.items() if methods.get_method(name).takes(key)}
+    torch.manual_seed(0)
+    data = {"batches": [batch(16)]} if methods.get_method(name).needs_data else {}
+    model: Any = prepare(name, base, taken, **data, **options)
+    started = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    method = methods.create(name, options)
+    trainer = sgd_trainer(
+        folder / name,
+        *([] if method is None else [method]),
+        model=model,
+        batch_size=batch_size,
+        max_steps=6,
+        learning_rate=0.05,
+    )
+    trainer.train()
+    ended = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    facts = {"moved": sorted(n for n in ended if n in started and not torch.equal(ended[n], started[n]))}
+    write(folder, name, trainer.args.process_index, model, facts, trainer.args.world_size, state=ended)
+
+
+def text_recipe(folder: Path, batch_size: int, **training: Any) -> Recipe:
+    shared = folder.parent.parent / "text"
+    own = {"per_device_train_batch_size": batch_size, "use_cpu": True, "eval_strategy": "no", **training}
+    entries = {"method": {"name": "weightlora", "keep": 3, "after": 4}, "training": own}
+    return parse_recipe(recipe(shared, output_dir=str(folder), **entries))
+
+
+def command(folder: Path, batch_size: int) -> None:
+    """The command's own path, which evaluates before it trains."""
+    settings = {"optim": "sgd", "learning_rate": 0.3, "average_tokens_across_devices": False, "save_strategy": "no"}
+    made = folder / "command"
+    metrics = run(text_recipe(made, batch_size, max_steps=8, **settings))
+    rank = int(os.environ.get("RANK", 0))
+    facts = {
+        "kept": metrics["adapters"]["kept"],
+        "after": metrics["after"],
+        "processes": 2 if "RANK" in os.environ else 1,
+    }
+    wait_for_all()
+    save_file(load_file(made / "adapter/adapter_model.safetensors"), folder / f"command-{rank}.safetensors")
+    (folder / f"command-{rank}.json").write_text(json.dumps(facts))
+
+
+class Send(TrainerCallback):
+    """A signal for this process alone."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def stopped(folder: Path) -> None:
+    """One process is asked to stop; all save in the same step, and go on from there."""
+    rank, saves = int(os.environ["RANK"]), {"max_steps": 10, "save_strategy": "steps", "save_steps": 100}
+    stopping._ASKED_EVERY = 2
+    run(text_recipe(folder / "straight", 8, **saves))
+    facts: list[Any] = []
+    try:
+        run(text_recipe(folder / "stopped", 8, **saves), callbacks=[Send()] if rank == 1 else [])
+    except Stopped as ended:
+        facts = [ended.signal, ended.step, sorted(path.name for path in (folder / "stopped").glob("checkpoint-*"))]
+        facts.append(str(last_checkpoint(folder / "stopped")))
+    wait_for_all()
+    run(text_recipe(folder / "stopped", 8, **saves), resume=True)
+    (folder / f"stopped-{rank}.json").write_text(json.dumps(facts))
+
+
+def sgd_trainer(folder: Path, *callbacks: TrainerCallback, model: PeftModel, batch_size: int, **args: Any) -> Trainer:
     return make_trainer(
         folder,
-        callback,
+        *callbacks,
         model=model,
-        max_steps=12,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         average_tokens_across_devices=False,
         optim="sgd",  # Adam would turn the last bit of a small gradient into a whole step
-        **{"learning_rate": 0.3, **args},
+        **{"max_steps": 12, "learning_rate": 0.3, **args},
     )
 
 
-def write(folder: Path, name: str, rank: int, model: PeftModel, facts: dict[str, Any], processes: int) -> None:
-    save_file(trainable_state(model), folder / f"{name}-{rank}.safetensors")
+def write(
+    folder: Path,
+    name: str,
+    rank: int,
+    model: PeftModel,
+    facts: dict[str, Any],
+    processes: int,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    save_file(trainable_state(model) if state is None else state, folder / f"{name}-{rank}.safetensors")
     (folder / f"{name}-{rank}.json").write_text(json.dumps(facts | {"processes": processes}))
 
 

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_run
 import pytest
 import torch
+from distributed_run import METHODS, RANKS, REST, SHAPES
+from helpers import make_trainer
+from processes import torchrun
 from safetensors.torch import load_file
+from tiny_text import questions, save_tiny_bert, write_jsonl
+
+from weightlora import ConfigError, WeightLoRA
+from weightlora.methods import list_methods
+from weightlora.methods._trainer import refuse_sharding
 
 SCRIPT = Path(distributed_run.__file__)
-
-
-def run(folder: Path, processes: int, batch_size: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
-    running = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
-        command = [sys.executable, str(SCRIPT), str(folder), str(batch_size)]
-        running.append(subprocess.Popen(command, env=shared | own, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in running:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +30,9 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     for name in ("one", "two"):
         (folder / name).mkdir()
-    run(folder / "two", 2, 8)
+    save_tiny_bert(folder / "text/model", dropout=0.0)
+    write_jsonl(folder / "text/train.jsonl", questions())
+    torchrun(SCRIPT, 2, str(folder / "two"), "8")
     with warnings.catch_warnings(action="ignore"):
         distributed_run.main(folder / "one", 16)
     return folder
@@ -93,6 +82,53 @@ def test_ranks_that_move_the_loss_by_less_than_a_float_resolves_are_told_apart_a
     assert len(alone["scores"]) == 2
     for two, one in zip(first["scores"], alone["scores"], strict=True):
         assert two == pytest.approx(one, rel=1e-4) and len(set(one.values())) == len(one)
+
+
+@pytest.mark.parametrize("method", REST)
+def test_methods_without_a_part_of_ours_agree(method, runs):
+    """From the same start, also where it is drawn from the data or is a decomposition; everything that trains moves."""
+    first, second, alone = agreeing(method, runs)
+    assert first["moved"] == second["moved"] == alone["moved"] != []
+
+
+def test_every_method_is_here():
+    tried = {*METHODS, *RANKS, *SHAPES, *REST, "lora_drop", "flexlora"}  # the last one runs in clients of its own
+    tried.remove("evidence")  # weightlora by another score
+    assert tried == {info.name for info in list_methods()}
+
+
+def test_the_command_trains_all_processes_together(runs):
+    """The evaluation before training left the model without DDP."""
+    first, second, alone = agreeing("command", runs)
+    assert first["kept"] == second["kept"] == alone["kept"] and len(alone["kept"]) == 3
+    assert first["after"]["accuracy"] == alone["after"]["accuracy"]
+
+
+def test_a_signal_to_one_process_ends_all_with_one_checkpoint(runs):
+    first, second = (json.loads((runs / f"two/stopped-{rank}.json").read_text()) for rank in (0, 1))
+    number, step, made, last = first
+    assert first == second and number == signal.SIGTERM and 5 <= step <= 7
+    assert made == [f"checkpoint-{step}"] and Path(last).name == made[0]
+    straight, resumed = (
+        load_file(runs / f"two/{name}/adapter/adapter_model.safetensors") for name in ("straight", "stopped")
+    )
+    assert straight.keys() == resumed.keys() and all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_a_trainer_that_has_evaluated_before_is_refused(tmp_path):
+    trainer: Any = make_trainer(tmp_path)
+    trainer.model_wrapped = trainer.model
+    refuse_sharding(trainer)
+    trainer.args = SimpleNamespace(world_size=2)
+    with pytest.raises(ConfigError, match="has not wrapped the model for its 2 processes"):
+        refuse_sharding(trainer)
+
+
+def test_a_model_that_was_sharded_when_it_was_loaded_is_refused(tmp_path):
+    trainer: Any = make_trainer(tmp_path, WeightLoRA(keep=3, after=4))
+    trainer.is_distributed_loading_by_transformers = True
+    with pytest.raises(ConfigError, match=r"under `distributed_config`, which owns .*method\.lora_config"):
+        refuse_sharding(trainer)
 
 
 def test_frozen_blocks_run_once_for_all_processes_together(runs):

@@ -17,7 +17,7 @@ from weightlora import ConfigError
 from weightlora.training import sharding
 from weightlora.training.choice import choose, read_choice
 from weightlora.training.recipe import parse_recipe
-from weightlora.training.run import run
+from weightlora.training.run import dry_run, run
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -117,6 +117,8 @@ def test_methods_that_need_whole_weights_are_refused_before_anything_is_loaded(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=f"method '{method['name']}' works on whole weights.*FSDP"):
         run(parse_recipe(recipe(folder, method=method, model=str(folder / "nowhere"))))
+    with pytest.raises(ConfigError, match=f"method '{method['name']}' works on whole weights.*FSDP"):
+        dry_run(parse_recipe(recipe(folder, method=method, model=str(folder / "nowhere"))))
     assert not (folder / "run").exists()
 
 

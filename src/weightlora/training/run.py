@@ -211,6 +211,8 @@ def _run(
 def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
     """Loads and checks everything, the disk too, and returns the plan of the run; leaves nothing behind."""
     check_choice(recipe)
+    if (engine := engine_of(recipe)) is not None:
+        sharding.check_method(recipe, engine)
     choice = None if recipe.choice is None else read_choice(recipe.choice).config
     job = prepare(recipe, resume=resume, progress=False, choice=choice)
     if resume and start_from(recipe.output_dir) is not None:

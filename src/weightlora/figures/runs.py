@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback
 
 from weightlora import durable
 from weightlora.errors import ConfigError, short
+from weightlora.training.building import build_trainer
 from weightlora.training.plan import Job, prepare
 from weightlora.training.recipe import MethodSpec, Recipe, leaves
-from weightlora.training.building import build_trainer
 
 SETTINGS_FILE = "settings.json"
 _UNSAVED = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}

@@ -36,6 +36,7 @@ LAYERS = [
     "settings",
     "options",
     "paired",
+    "progress",
     "durable",
     "errors",
 ]

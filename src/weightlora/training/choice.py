@@ -22,7 +22,8 @@ from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError
-from weightlora.methods import Method
+from weightlora.methods import Method, Progress
+from weightlora.progress import PROGRESS_FILE, Now
 from weightlora.selection.events import EVENTS_FILE
 from weightlora.training.plan import Plan, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
@@ -32,11 +33,17 @@ CONFIG_FILE = "adapter_config.json"
 _ONE_RANK = "one rank and one alpha for all; the choice has others too, which PEFT's patterns alone can say"
 
 
-def choose(recipe: Recipe, *, progress: bool = False, on_ready: Callable[[Plan], None] | None = None) -> LoraConfig:
+def choose(
+    recipe: Recipe,
+    *,
+    progress: bool = False,
+    on_ready: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Now | None], None] | None = None,
+) -> LoraConfig:
     """Runs the part of a recipe in which its method chooses; no checkpoint, evaluation or adapter is written.
 
     Into `output_dir` go adapter_config.json, which `LoraConfig.from_pretrained(output_dir)` reads, the lines of other
-    tools (see `lines`), events.jsonl and recipe.yaml.
+    tools (see `lines`), events.jsonl, progress.jsonl and recipe.yaml. The other arguments are as in `run`.
 
     Returns:
         The LoRA that was chosen, to be started afresh on the base model.
@@ -54,14 +61,17 @@ def choose(recipe: Recipe, *, progress: bool = False, on_ready: Callable[[Plan],
     method, output_dir = job.method, Path(recipe.output_dir)
     assert method is not None
     with alone(output_dir):
-        trainer, _ = build_trainer(job, progress, [_EndWithTheChoice(method)])
+        following = Progress(show=None if job.arguments.disable_tqdm else on_progress)
+        trainer, _ = build_trainer(job, progress, [_EndWithTheChoice(method), following])
         plan = make_plan(job)
         if on_ready is not None:
             on_ready(plan)
         try:
-            trainer.train()
+            with following.to_the_end():
+                trainer.train()
         except BaseException:  # half a choice is none, and its folder would be in the way of the next
-            (output_dir / EVENTS_FILE).unlink(missing_ok=True)
+            for name in (EVENTS_FILE, PROGRESS_FILE):
+                (output_dir / name).unlink(missing_ok=True)
             raise
         config = method.lora_config()
         if is_first():

@@ -3,9 +3,9 @@
     metrics = run(load_recipe("recipe.yaml"))
 
 writes into `output_dir`: recipe.yaml (every default filled in), checkpoints, events.jsonl (by the method),
-adapter/ (a stock PEFT adapter and the tokenizer; model/ where the model's own weights were trained),
-predictions.jsonl and test_predictions.jsonl (the scored output of a task that writes text) and, last, metrics.json: a
-folder that has it belongs to a finished run.
+progress.jsonl (how it goes), adapter/ (a stock PEFT adapter and the tokenizer; model/ where the model's own weights
+were trained), predictions.jsonl and test_predictions.jsonl (the scored output of a task that writes text) and, last,
+metrics.json: a folder that has it belongs to a finished run.
 """
 
 import json
@@ -19,15 +19,17 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
 from weightlora.measure import trainable_parameters
+from weightlora.methods import Progress
 from weightlora.methods.adalora import as_lora
 from weightlora.output import METRICS_FILE, model_card
+from weightlora.progress import Now
 from weightlora.tasks.base import Encoded
 from weightlora.tasks.text_pairs import IGNORED_LABEL
 from weightlora.training.diverging import OnNan
@@ -48,6 +50,7 @@ def run(
     progress: bool = False,
     score_first: bool = True,
     on_ready: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Now | None], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Trains as the recipe says and returns the contents of metrics.json.
@@ -58,6 +61,8 @@ def run(
         progress: show the Trainer's progress bar and log lines.
         score_first: score the model before training too; without it `before` is None. Training is the same either way.
         on_ready: called with the plan once everything is checked, before any training.
+        on_progress: called a few times a second with how it goes, in place of the Trainer's own progress bar; with None
+            where nothing is to be seen for a while.
         callbacks: for the Trainer, after the method's own.
 
     Raises:
@@ -69,7 +74,7 @@ def run(
     started = time.perf_counter()
     job = prepare(recipe, resume=resume, progress=progress)
     with alone(Path(recipe.output_dir)):
-        return _run(job, started, resume, progress, score_first, on_ready, callbacks)
+        return _run(job, started, resume, progress, score_first, on_ready, on_progress, callbacks)
 
 
 def _run(
@@ -79,6 +84,7 @@ def _run(
     progress: bool,
     score_first: bool,
     on_ready: Callable[[Plan], None] | None,
+    on_progress: Callable[[Now | None], None] | None,
     callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
     recipe, output_dir = job.recipe, Path(job.recipe.output_dir)
@@ -86,7 +92,8 @@ def _run(
     if checkpoint is not None:
         check_same_run(recipe, output_dir)
     stopping = StopOnSignal()
-    trainer, validation = build_trainer(job, progress, [*callbacks, stopping])
+    following = Progress(costs=True, show=None if job.arguments.disable_tqdm else on_progress)
+    trainer, validation = build_trainer(job, progress, [*callbacks, following, stopping])
     test = job.encode(job.splits.test) if job.splits.test is not None else None
     plan = make_plan(job)
     if is_first():
@@ -101,7 +108,7 @@ def _run(
         save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
     clock = time.perf_counter()
-    with stopping.listening():
+    with stopping.listening(), following.to_the_end():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     seconds = time.perf_counter() - clock
     after = evaluate(trainer, validation, file=output_dir / PREDICTIONS_FILE)
@@ -175,6 +182,8 @@ def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback]
         trainer.generation = generation_config(job.recipe.generation, job.model, job.tokenizer)
     if not progress:
         trainer.remove_callback(PrinterCallback)
+    if any(isinstance(callback, Progress) and callback.show is not None for callback in callbacks):
+        trainer.remove_callback(ProgressCallback)
     _set_rates(trainer, job)
     return trainer, validation
 

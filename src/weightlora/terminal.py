@@ -229,7 +229,7 @@ def show_result(metrics: dict[str, Any], output_dir: str) -> None:
     files = ["adapter/" if attached else "model/", "metrics.json", "recipe.yaml"]
     files += [
         name
-        for name in ("events.jsonl", "predictions.jsonl", "test_predictions.jsonl")
+        for name in ("events.jsonl", "progress.jsonl", "predictions.jsonl", "test_predictions.jsonl")
         if (Path(output_dir) / name).is_file()
     ]
     print(f"Files      {output_dir}: {', '.join(files)}")

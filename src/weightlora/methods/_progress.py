@@ -39,6 +39,7 @@ SHOWN_EVERY = 0.2  # seconds between two looks for a terminal
 WRITTEN_EVERY = 2.0  # and for the file; in long runs up to
 WRITTEN_AT_LEAST_EVERY = 60.0
 LOOKS = 500  # in which a run's first hours are written down, about
+_SELDOM = 20  # times as long as a look took there is none, which matters with thousands of adapters
 _RECENT = 20  # steps whose mean is the pace
 _FIRST = 2000  # steps with all adapters, whose median is that pace
 _ENOUGH = 3  # of them
@@ -338,8 +339,8 @@ class Progress(TrainerCallback):
                 self._written = moment
                 self._write("now", **self.now().to_json())
         if self.show is not None and (force or moment - self._shown >= every):
-            self._shown = moment
             self.show(self.now())
+            self._shown = moment + _SELDOM * (time.perf_counter() - moment)
 
     def _open(self, file: Path, state: TrainerState) -> None:
         again = self._log is not None and self._log._path == file

@@ -5,6 +5,7 @@
   const line = document.getElementById("live");
   let tag = "", timer = 0;
   const say = (text, lost) => {
+    line.setAttribute("aria-live", lost ? "assertive" : "off"); // the time of every look is not worth hearing
     if (line.textContent !== text) line.textContent = text;
     line.classList.toggle("lost", lost);
   };

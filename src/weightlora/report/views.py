@@ -108,7 +108,7 @@ def _state(run: Run) -> str:
 
 def _state_by_progress(run: Run, now: Now) -> str:
     if run.going_on:
-        return f"This run is going on: {now.in_words}."
+        return "This run is going on." if now.phase == "kept" else f"This run is going on: {now.in_words}."
     shown = f"Shown is what was written up to step {run.last_step} of {now.steps}."
     if run.ended == FINISHED:
         rest = " Its results are not written yet." if run.recipe else ""

@@ -29,7 +29,7 @@ from weightlora.report.views import view
 ADDRESS = "127.0.0.1"
 PORT = 8724  # by default, or any other where it is taken
 SOONEST = 1.0  # seconds between two looks at the files
-REST = 8.0  # times as long as a page took to make, no other is made: the runs need the processor
+REST = 20.0  # times as long as a page took to make, no other is made: the runs need the processor
 
 
 class Watch:

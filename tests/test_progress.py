@@ -136,6 +136,19 @@ def test_without_a_method_there_are_steps_and_losses(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path, "log")] == [2, 4, 4]
 
 
+@pytest.mark.parametrize("setting", [{"n_gpu": 2, "torch_compile": False}, {"n_gpu": 1, "torch_compile": True}])
+def test_where_it_would_mislead_or_slow_down_it_does_not_look(tmp_path: Path, setting: dict[str, Any]) -> None:
+    progress = Progress(costs=True)
+    trainer = make_trainer(tmp_path, WeightLoRA(keep=3, after=5), progress)
+    progress._model = trainer.model
+    progress._find_method()
+    hooks = len(trainer.model._forward_pre_hooks)
+    progress._look_at_costs(SimpleNamespace(**setting))  # type: ignore[arg-type]
+    assert len(trainer.model._forward_pre_hooks) == hooks
+    progress._look_at_costs(SimpleNamespace(n_gpu=1, torch_compile=False))  # type: ignore[arg-type]
+    assert len(trainer.model._forward_pre_hooks) == hooks + 1
+
+
 def test_a_choice_before_the_first_step_has_nothing_to_compare_with(tmp_path: Path) -> None:
     make_trainer(tmp_path, Fixed(keep=2, init=None), Progress(costs=True), max_steps=4).train()
     (end,) = lines(tmp_path, "end")

@@ -53,7 +53,8 @@ class Progress(TrainerCallback):
 
     Args:
         costs: look at what sets of adapters keep and compute, with one more forward pass before the first step. It is
-            for methods that choose among LoRA adapters. Where `keep` is a memory or a time, it is known without.
+            for methods that choose among LoRA adapters, and not for `torch_compile` or `DataParallel`. Where `keep` is
+            a memory or a time, it is known without.
         show: called a few times a second with how it goes, and with None where a pause begins.
     """
 
@@ -92,7 +93,7 @@ class Progress(TrainerCallback):
         self._dropped = self._count_dropped()
         if not state.is_world_process_zero:
             return
-        self._look_at_costs()
+        self._look_at_costs(args)
         self._open(Path(str(args.output_dir)) / PROGRESS_FILE, state)
         self._write("begin", steps=state.max_steps)
         self._tell(force=True)
@@ -296,13 +297,15 @@ class Progress(TrainerCallback):
     def _operations(self) -> float | None:
         return None if self._step_costs is None else self._step_costs.operations(self._kept_names())
 
-    def _look_at_costs(self) -> None:
+    def _look_at_costs(self, args: TrainingArguments) -> None:
         engine = self._engine
         if not isinstance(engine, Selector) or self._dropped or engine.done:
             return
         limit = engine._limits[-1]
         known = limit.costs if isinstance(limit, CostLimit) else None  # where `keep` is a cost
-        if known is not None or self.costs:
+        # `DataParallel` runs copies, without the adapters we know; a hook would make `torch.compile` compile twice.
+        plain = args.n_gpu <= 1 and not args.torch_compile
+        if known is not None or (self.costs and plain):
             self._step_costs = _StepCosts(engine.model, engine.adapters, known)
 
     # -- to whom it may concern --------------------------------------------------------------------------------------

@@ -211,7 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = [host.strip().lower() for host in self.headers.get_all("Host", [])]
         if len(hosts) == 1 and hosts[0] in names:
             return True
-        self._send(HTTPStatus.FORBIDDEN, b"This page answers to its own name only.\n", "text/plain")
+        text = f"This page answers to {' and '.join(sorted(names))} only; a tunnel has to start at that port too.\n"
+        self._send(HTTPStatus.FORBIDDEN, text.encode(), "text/plain")
         return False
 
     def _send(

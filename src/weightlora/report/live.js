@@ -17,7 +17,7 @@
   };
   const same = (a, b) => a.nodeName === b.nodeName && key(a) === key(b);
   const renew = (old, fresh) => {
-    if (old.isEqualNode(fresh)) return;
+    if (old === line || old.isEqualNode(fresh)) return;
     if (old.nodeType !== 1) { old.nodeValue = fresh.nodeValue; return; }
     for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
     for (const { name } of [...old.attributes]) {

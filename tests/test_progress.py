@@ -15,10 +15,11 @@ from helpers import batch, bert, make_trainer, trainable_state
 from rich.console import Console
 from transformers import TrainerCallback
 
-from weightlora import Fixed, Progress, WeightLoRA, measure
+from weightlora import DivergedError, Fixed, Progress, WeightLoRA, measure
 from weightlora.methods._progress import follow
 from weightlora.progress import PROGRESS_FILE, Now, duration, part, size
 from weightlora.terminal import Status
+from weightlora.training.stopping import Stopped
 
 
 class Logger(TrainerCallback):
@@ -190,7 +191,16 @@ def test_why_it_ended_is_written_down(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, progress, Killed(2))
     with pytest.raises(KeyboardInterrupt), progress.to_the_end():
         trainer.train()
-    assert [line["reason"] for line in lines(tmp_path, "end")] == ["KeyboardInterrupt"]
+    for error in (Stopped(15, 3), DivergedError("step 3: no"), ValueError("two\nlines")):
+        progress._training = True
+        with pytest.raises(type(error)), progress.to_the_end():
+            raise error
+    assert [line["reason"] for line in lines(tmp_path, "end")] == [
+        "KeyboardInterrupt",
+        "stopped by SIGTERM after step 3",
+        "step 3: no",
+        "ValueError: two lines",
+    ]
 
 
 def test_a_full_disk_does_not_end_the_run(

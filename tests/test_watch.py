@@ -205,7 +205,7 @@ def test_a_run_that_falls_silent_is_said_to_and_one_that_failed_says_why(tmp_pat
     assert "Nothing was heard of this run for 10:0" in page.text and "was stopped or killed, or it hangs" in page.text
     go_on(run, SCOUTING, end="OutOfMemoryError: <b>no room</b>")
     page = seen(server, tmp_path)
-    assert "This run was stopped: OutOfMemoryError: <b>no room</b>." in page.text
+    assert "This run has ended early: OutOfMemoryError: <b>no room</b>." in page.text
     assert "b" not in {tag for tag, _ in page.elements}
     go_on(run, SCOUTING)  # after a resumption without a `begin`, as of an older file, the end still counts
     with (run / "progress.jsonl").open("a") as file:
@@ -260,6 +260,17 @@ def test_a_suite_is_followed_as_its_runs_come(tmp_path: Path, watching: Any) -> 
     assert row.removeprefix("topics/") in page.text and "lora/seed-0 finished" in page.text
     write_run(suite / "runs/topics/weightlora/seed-1", llama(1), seed=1)
     assert "3 runs side by side" in seen(server, tmp_path).text
+
+
+def test_a_folder_of_runs_is_followed_as_they_come(tmp_path: Path, watching: Any) -> None:
+    runs = tmp_path / "runs"
+    (runs / "notes").mkdir(parents=True)
+    server = watching(runs)
+    assert f"Waiting for {runs}" in seen(server, tmp_path).text
+    write_run(runs / "a", llama(1), score=None)
+    assert "3 of 7 adapters were kept" in seen(server, tmp_path).text
+    write_run(runs / "b", llama(1))
+    assert "2 runs side by side" in seen(server, tmp_path).text
 
 
 def test_names_are_text_here_too(tmp_path: Path, watching: Any) -> None:

@@ -477,7 +477,9 @@ def watch(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...", help="The output_dir of runs, or of a suite; there or not yet.", show_default=False
+            metavar="RUN...",
+            help="The output_dir of runs, of a suite, or a folder of runs; there or not.",
+            show_default=False,
         ),
     ],
     port: Annotated[

@@ -61,7 +61,7 @@ class Status:
         new = before is None or before.scores != now.scores
         if now.scores and new and now.phase != "scoring":
             self._print(f"evaluated after step {now.step:,}: {_scores(now)}")
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._draw(now)
         elif self._is_news(before, now) or time.monotonic() - self._said >= _LINE_EVERY:
             self._said = time.monotonic()

@@ -27,6 +27,7 @@ from weightlora.adapters import list_attached
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.profile import Profile, take_profile
 from weightlora.durable import reason
+from weightlora.errors import WeightLoRAError
 from weightlora.methods._trainer import calling_trainer
 from weightlora.progress import FINISHED, PROGRESS_FILE, Now
 from weightlora.selection.costs import CostLimit, Costs, CostTable
@@ -207,8 +208,9 @@ class Progress(TrainerCallback):
         try:
             yield
         except BaseException as error:
-            said = " ".join(str(error).split())[:300]
-            self.ended(f"{type(error).__name__}: {said}" if said else type(error).__name__)
+            said, kind = " ".join(str(error).split())[:300], type(error).__name__
+            ours = isinstance(error, WeightLoRAError) or not isinstance(error, Exception)  # a signal, by its message
+            self.ended(said if said and ours else f"{kind}: {said}" if said else kind)
             raise
 
     # -- figures -----------------------------------------------------------------------------------------------------

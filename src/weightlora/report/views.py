@@ -114,7 +114,7 @@ def _state_by_progress(run: Run, now: Now) -> str:
         rest = " Its results are not written yet." if run.recipe else ""
         return f"Training is over, after step {now.step}.{rest}"
     if run.ended:
-        return f"This run was stopped: {readable(run.ended)}. {shown}"
+        return f"This run has ended early: {readable(run.ended).rstrip('.')}. {shown}"
     return f"Nothing was heard of this run for {duration(run.quiet)}: it was stopped or killed, or it hangs. {shown}"
 
 

@@ -108,14 +108,22 @@ def _find(folders: Sequence[Path]) -> tuple[list[Place], list[str]]:
     waiting = []
     for folder in folders:
         try:
-            if (folder / durable.SUITE_FILE).is_file() or is_run(folder):
-                places += find_runs([folder])
+            if found := _runs_in(folder):
+                places += found
                 continue
         except (OSError, ConfigError):  # it has just gone, or a suite has no run yet
             pass
         waiting.append(str(folder))
     once = {place.folder.resolve(): place for place in places}
     return list(once.values()), waiting
+
+
+def _runs_in(folder: Path) -> list[Place]:
+    """The run that it is, or those of the suite that it is, or those that lie in it side by side."""
+    if (folder / durable.SUITE_FILE).is_file() or is_run(folder):
+        return find_runs([folder])
+    runs = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
+    return find_runs(runs) if runs else []
 
 
 def _stamp(folder: Path) -> Any:

@@ -225,7 +225,7 @@ def test_a_model_that_cannot_be_read_is_trained_all_the_same(tmp_path: Path, mon
     def fails(*args: Any) -> None:
         raise IndexError
 
-    monkeypatch.setattr("weightlora.methods._progress.take_profile", fails)
+    monkeypatch.setattr("weightlora.methods._step_costs.take_profile", fails)
     make_trainer(tmp_path, WeightLoRA(keep=3, after=5), Progress(costs=True), max_steps=6).train()
     (end,) = lines(tmp_path, "end")
     assert end["kept"] == 3 and "saved_bytes" not in end

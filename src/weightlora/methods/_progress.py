@@ -17,20 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.adapters import list_attached
-from weightlora.adapters.attach import Adapter
-from weightlora.adapters.profile import Profile, take_profile
 from weightlora.durable import reason
 from weightlora.errors import WeightLoRAError
+from weightlora.methods._step_costs import StepCosts
 from weightlora.methods._trainer import calling_trainer
 from weightlora.progress import FINISHED, PROGRESS_FILE, Now
-from weightlora.selection.costs import CostLimit, Costs, CostTable
+from weightlora.selection.costs import CostLimit
 from weightlora.selection.events import Event, EventLog
 from weightlora.selection.selector import Selector
 
@@ -80,7 +77,7 @@ class Progress(TrainerCallback):
         self._scores: dict[str, float] = {}
         self._attached: tuple[int, int] | None = None
         self._dropped = 0
-        self._step_costs: _StepCosts | None = None
+        self._step_costs: StepCosts | None = None
 
     # -- as a callback -----------------------------------------------------------------------------------------------
 
@@ -308,7 +305,7 @@ class Progress(TrainerCallback):
         # `DataParallel` runs copies, without the adapters we know; a hook would make `torch.compile` compile twice.
         plain = args.n_gpu <= 1 and not args.torch_compile
         if known is not None or (self.costs and plain):
-            self._step_costs = _StepCosts(engine.model, engine.adapters, known)
+            self._step_costs = StepCosts(engine.model, engine.adapters, known)
 
     # -- to whom it may concern --------------------------------------------------------------------------------------
 
@@ -367,65 +364,6 @@ class Progress(TrainerCallback):
     def _give_up(self, error: OSError) -> None:
         logger.warning("%s cannot be written: %s; the run goes on without it", PROGRESS_FILE, reason(error))
         self._log = None
-
-
-class _StepCosts:
-    """What a step keeps and computes for any of the adapters, once the first batch has come.
-
-    Args:
-        known: the costs of a budget that looks by itself.
-    """
-
-    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], known: Costs | None) -> None:
-        self._known = known
-        self._own: Profile | None = None
-        self._tables: dict[str, CostTable] = {}
-        self._found: dict[tuple[str, frozenset[str] | None], float] = {}
-        self._adapters = list(adapters)
-        self._hook: Any = None
-        if known is None:
-            self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)  # type: ignore[attr-defined]
-
-    def stop(self) -> None:
-        """Look no more."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    @torch.compiler.disable
-    def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or not torch.is_grad_enabled() or self._hook is None:
-            return
-        self.stop()
-        try:
-            self._own = take_profile(model, self._adapters, args, kwargs)
-        except Exception as error:  # a model that training can run and this cannot read
-            logger.debug("what a step costs is not known: %s", error)
-
-    @property
-    def _profile(self) -> Profile | None:
-        return self._own if self._known is None else self._known.profile
-
-    def bytes(self, names: Sequence[str] | None) -> int | None:
-        """Kept for backward with these adapters, or with all; under checkpointing adapters do not decide that."""
-        profile = self._profile
-        return None if profile is None or profile.checkpointing else round(self._cost(profile, "memory", names))
-
-    def operations(self, names: Sequence[str] | None) -> float | None:
-        """As a share of those with all adapters."""
-        profile = self._profile
-        whole = None if profile is None else self._cost(profile, "time", None)
-        return self._cost(profile, "time", names) / whole if profile is not None and whole else None
-
-    def _cost(self, profile: Profile, unit: str, names: Sequence[str] | None) -> float:
-        key = unit, None if names is None else frozenset(names)
-        if key not in self._found:
-            if unit not in self._tables:
-                self._tables[unit] = CostTable(profile, unit)
-            table = self._tables[unit]
-            mask = np.ones(len(table.names), dtype=bool) if names is None else np.isin(table.names, list(names))
-            self._found[key] = table.cost(mask)
-        return self._found[key]
 
 
 def follow(trainer: Trainer | None) -> None:

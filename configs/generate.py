@@ -2,7 +2,7 @@
 
 configs/PAPER/TABLE/*.yaml      a recipe for every row and task
 suites/PAPER/TABLE.yaml         the whole table as a suite, tuned over the paper's grid, with the paper's seeds
-docs/reproduce.md               between its markers: whose each value is
+docs/reproduce.md               between its markers: what is run by which command, and whose each value is
 
 python -m configs.generate            # write, and remove what no table has any more
 python -m configs.generate --check    # exit code 1 and the names of the files that differ
@@ -26,6 +26,8 @@ from configs.values import values
 ROOT = Path(__file__).parents[1]
 PAGE = "docs/reproduce.md"
 BEGIN, END = "<!-- written by `python -m configs.generate` -->\n", "<!-- until here -->"
+SHOWN_BEGIN, SHOWN_END = "<!-- the commands, by `python -m configs.generate` -->\n", "<!-- until there -->"
+PAPERS = {"WeightLoRA": of_weightlora, "LoRA-drop": of_lora_drop}
 TABLES = (*of_weightlora.TABLES, *of_lora_drop.TABLES)
 _SECTIONS = ("data", "lora", "training", "generation")
 _WIDTH = 120
@@ -115,9 +117,19 @@ def files() -> dict[str, str]:
     wanted = {f"configs/{name}": text for name, text in recipes().items()}
     wanted |= {f"suites/{table.folder}.yaml": suite(table) for table in TABLES}
     page = (ROOT / PAGE).read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return {**wanted, PAGE: f"{before}{BEGIN}{values(TABLES)}{END}{after}"}
+    page = _between(page, SHOWN_BEGIN, commands(), SHOWN_END)
+    return {**wanted, PAGE: _between(page, BEGIN, values(TABLES), END)}
+
+
+def commands() -> str:
+    """A Markdown table of every table and figure of the papers, and what makes it."""
+    rows = [f"| {paper}, {what} | {how} |" for paper, tables in PAPERS.items() for what, how in tables.SHOWN.items()]
+    return "\n".join(["| in the paper | here |", "|---|---|", *rows, ""])
+
+
+def _between(page: str, begin: str, text: str, end: str) -> str:
+    before, rest = page.split(begin)
+    return f"{before}{begin}{text}{end}{rest.split(end)[1]}"
 
 
 def differing() -> list[str]:

@@ -378,4 +378,15 @@ TABLE_5 = Table(
     generation={"num_beams": scripts(8), "max_new_tokens": scripts(256)},
 )
 
+_ALIGNED = "configs/weightlora/table1/rte_weightlora.yaml"
+_LLAMA = "configs/weightlora/table3/rte_weightlora.yaml"
+# {what the paper prints: the command that makes it here, or why there is none}
+SHOWN = {
+    **{f"Table {i}": f"`weightlora bench suites/weightlora/table{i}.yaml`" for i in range(1, 7)},
+    "Tables 7 to 9 and appendix B": "the settings in those files",
+    "Figure 1": "a drawing",
+    "Figure 2": f"`weightlora figure alignment {_ALIGNED} OUT --one-by-one`",
+    "Figure 3": f'`weightlora figure memory {_ALIGNED} OUT --memory "16 GB" --device cuda`',
+    "Figure 3, for Llama 3 8B": f'`weightlora figure memory {_LLAMA} OUT --memory "24 GB" --device cuda`',
+}
 TABLES = (TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6)

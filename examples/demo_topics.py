@@ -241,8 +241,7 @@ def main() -> None:
     gap = (logits(stock, held_out, collate) - logits(selected, held_out, collate)).abs().max().item()
     if gap > 1e-5:
         raise SystemExit(f"Stock PEFT gives other outputs than the trained model: they differ by {gap:.1e}.")
-    console.print(f"\nWhat was decided, to look at: {write_report([run], run / 'report.html')}")
-    console.print(f"The adapter is in {run / 'adapter'}.")
+    console.print(f"\nThe adapter is in {run / 'adapter'}.")
     console.print(f"Stock PEFT loads it like this (checked: largest difference {gap:.0e}):\n")
     console.print(
         f"  base = AutoModelForSequenceClassification.from_pretrained({str(encoder)!r}, num_labels={len(topics)})\n"
@@ -251,6 +250,8 @@ def main() -> None:
         soft_wrap=True,
         highlight=False,
     )
+    report = write_report([run], run / "report.html")
+    console.print(f"\nWhat was decided, and why, to look at in a browser:\n  {report}", soft_wrap=True, highlight=False)
 
 
 def parse_options() -> argparse.Namespace:

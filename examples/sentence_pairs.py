@@ -20,7 +20,7 @@ from datasets import Dataset
 from demo_topics import package_folder
 from peft import LoraConfig, TaskType
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from weightlora import Fixed
 

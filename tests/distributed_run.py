@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -40,6 +41,7 @@ from weightlora import (
 METHODS = {
     "weightlora": (lambda: WeightLoRA(keep=3, after=6), True),
     "weightlora_plus": (lambda: WeightLoRAPlus(keep=3, after=6, rounds=2), False),
+    "evidence": (lambda: WeightLoRA(keep=3, after=6, score="gauss_newton"), False),
     "rlora": (lambda: RLoRA(keep=3, after=6), False),
     "fixed": (lambda: Fixed(keep=3, init_after=4), False),
     "adalora": (lambda: AdaLoRA(tfinal=6), False),
@@ -58,7 +60,7 @@ RANKS = {
     "sora": (lambda: SoRA(0.05, after=8), 4),
     "dynamic_lora": (lambda: DynamicLoRA(2), 4),
     "increlora": (lambda: IncreLoRA(3, add_r=1, top_h=5, init_warmup=1, incre_interval=2), 1),
-    "alora": (lambda: ALoRA(rounds=2, batch=batch(32)), 4),
+    "alora": (lambda: ALoRA(rounds=2), 4),
 }
 
 
@@ -153,6 +155,7 @@ def train(folder: Path, name: str, method: Method, batch_size: int, find_unused:
     )
     trainer.train()
     facts = {"kept": method.kept, "ranks": {a.name: a.r for a in list_adapters(model)}}
+    facts["scores"] = [e["scores"] for e in method.events if name == "alora" and "scores" in e]
     write(folder, name, trainer.args.process_index, model, facts, trainer.args.world_size)
 
 
@@ -187,4 +190,5 @@ def write(folder: Path, name: str, rank: int, model: PeftModel, facts: dict[str,
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as conftest.py does
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from weightlora import durable
 from weightlora.bench.runner import Outcome, read_results, run_suite
-from weightlora.bench.suite import Group, TuneSpec, groups, load_suite, parse_suite, recipe, runs, trial
+from weightlora.bench.suite import Group, Suite, TuneSpec, groups, load_suite, parse_suite, recipe, runs, trial
 from weightlora.bench.table import difference, markdown, scores_table, summarise
 from weightlora.bench.tuning import Search
 from weightlora.bench.workers import Job, Workers
@@ -40,12 +40,17 @@ QUICK = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    save_tiny_bert(tmp_path / "model")
+    return prepared(tmp_path, monkeypatch)
+
+
+def prepared(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """A tiny BERT, questions, and a cache of its own for `datasets`, here and in processes that are started."""
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    save_tiny_bert(folder / "model")
     for name, rows in (("train", questions()[::2]), ("held_out", questions()[1::2])):
-        write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    return tmp_path
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
 
 
 def raw(folder: Path, **entries: Any) -> dict[str, Any]:
@@ -65,16 +70,55 @@ def raw(folder: Path, **entries: Any) -> dict[str, Any]:
 
 def scores(outcomes: list[Outcome]) -> dict[str, Any]:
     """Everything that is not a time."""
-    return {
-        outcome.cell.folder: (
-            outcome.result["recipe"],
-            outcome.result["metrics"]["after"],
-            outcome.result["metrics"]["adapters"],
-            outcome.result["costs"]["saved_bytes"],
+    return {outcome.cell.folder: without_times(outcome.result) for outcome in outcomes if outcome.result is not None}
+
+
+def without_times(result: dict[str, Any]) -> tuple[Any, ...]:
+    metrics = result["metrics"]
+    return result["recipe"], metrics["after"], metrics["adapters"], result["costs"]["saved_bytes"]
+
+
+# -- equal cost -------------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_those_of_the_steps_and_counting_changes_nothing(folder: Path) -> None:
+    from weightlora.training.recipe import parse_recipe
+    from weightlora.training.run import run
+
+    (outcome,) = run_suite(parse_suite(raw(folder, methods=["lora"], seeds=[0])))
+    assert outcome.result is not None
+    metrics = run(parse_recipe({**outcome.cell.recipe, "output_dir": str(folder / "plain")}))
+    assert metrics["after"] == outcome.result["metrics"]["after"]
+    longer = parse_suite(raw(folder, methods=["lora"], seeds=[0], output_dir=str(folder / "longer")))
+    longer.base["training"] = {**QUICK, "max_steps": 8}
+    (other,) = run_suite(longer)
+    assert other.result is not None
+    ratio = other.result["costs"]["operations"] / outcome.result["costs"]["operations"]
+    assert ratio == pytest.approx(2, rel=0.1)  # rows differ in length
+
+
+def test_equal_operations_lets_every_method_spend_what_the_reference_does(folder: Path) -> None:
+    training = {**QUICK, "max_steps": 20}
+    kept = {"method": {"name": "fixed", "keep": 1, "where": "last", "modules": "all", "init": None}}
+    suite = parse_suite(
+        raw(
+            folder,
+            base={**raw(folder)["base"], "training": training},
+            methods={"lora": "lora", "last": kept},
+            seeds=[0],
+            equal="operations",
         )
-        for outcome in outcomes
-        if outcome.result is not None
-    }
+    )
+    found = {outcome.cell.group.method: outcome.result for outcome in run_suite(suite)}
+    steps = {name: result["metrics"]["steps"] for name, result in found.items() if result}
+    assert steps["lora"] == 20 < steps["last"]
+    costs = {name: result["costs"]["operations"] for name, result in found.items() if result}
+    assert costs["last"] / costs["lora"] == pytest.approx(1, abs=0.06)
+    assert (folder / "out/pilot/topics/last/result.json").is_file()
+    again = {outcome.cell.group.method: outcome.result for outcome in run_suite(suite)}
+    assert again == found, "finished runs and pilots stay"
+    with pytest.raises(ConfigError, match="`equal` needs a `reference`"):
+        parse_suite(raw(folder, equal="operations", reference=None))
 
 
 # -- which runs ------------------------------------------------------------------------------------------------------
@@ -231,46 +275,64 @@ def test_what_fails_is_named_and_does_not_stop_the_rest(folder: Path, monkeypatc
     assert not any(outcome.error for outcome in run_suite(suite))
 
 
-def test_processes_give_the_same_results_and_may_die(folder: Path) -> None:
-    suite = parse_suite(raw(folder))
-    here = run_suite(suite)
-    there = run_suite(parse_suite(raw(folder, output_dir=str(folder / "there"))), jobs=2)
-    assert scores(there) == scores(here)
-    with Workers(1, folder) as workers:
+GRID = {"grid": {"training.learning_rate": [1e-3, 1e-2]}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, list[Outcome]]:
+    """A suite with a search that nobody killed, in its own folder, and what it came to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        suite = parse_suite(raw(prepared(folder, patch), tune=GRID))
+        return suite, run_suite(suite)
+
+
+def test_processes_give_the_same_results_and_may_die(
+    tmp_path: Path, undisturbed: tuple[Suite, list[Outcome]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, outcomes = undisturbed
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    expected = [outcome.result for outcome in outcomes if outcome.result is not None]
+    jobs = [Job(tmp_path / f"run-{place}", result["recipe"], False) for place, result in enumerate(expected)]
+    with Workers(2, tmp_path) as workers:
         workers._started[0].stop()
-        jobs = [Job(folder / f"run-{i}", runs(suite, {})[0].recipe, False) for i in range(2)]
         ended = dict(workers.run(jobs))
-        assert isinstance(ended[0], ChildProcessError) and "killed by signal 9" in str(ended[0])
-        assert isinstance(ended[1], dict) and ended[1]["metrics"]["after"] == here[0].result["metrics"]["after"]  # type: ignore[index]
+    dead = [error for error in ended.values() if isinstance(error, ChildProcessError)]
+    assert len(ended) == 4 and len(dead) == 1 and "killed by signal 9" in str(dead[0])
+    for place, result in enumerate(expected):
+        if ended[place] is not dead[0]:
+            assert without_times(ended[place]) == without_times(result)
 
 
-@pytest.mark.parametrize("jobs", ["0", "1"])
-def test_killed_in_the_middle_and_started_again(folder: Path, jobs: str) -> None:
-    """SIGKILL in the second of the reported runs, after the search; what ends is what runs through."""
-    (folder / "suite.yaml").write_text(
-        yaml.safe_dump(raw(folder, tune={"grid": {"training.learning_rate": [1e-3, 1e-2]}}), sort_keys=False)
-    )
-    command = [sys.executable, "-m", "weightlora.cli", "bench", str(folder / "suite.yaml"), "--jobs", jobs]
-    out = folder / "out"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder) as bench:
-        _wait(lambda: (out / "runs/topics/kept/seed-0").is_dir(), bench)
-        os.kill(bench.pid, signal.SIGKILL)
-    _wait(lambda: _processes_in(out) == 0)
-    done = len(list(out.glob("runs/**/result.json")))
-    assert 1 <= done < 4
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
-    straight = parse_suite(
-        {**yaml.safe_load((folder / "suite.yaml").read_text()), "output_dir": str(folder / "straight")}
-    )
-    through = run_suite(straight)
+def test_killed_in_the_middle_and_started_again(folder: Path, undisturbed: tuple[Suite, list[Outcome]]) -> None:
+    """SIGKILL in the first reported runs, with a process of their own, and in later ones, without; then to the end."""
+    straight, through = undisturbed
+    entries = straight.model_dump(mode="json") | {"output_dir": str(folder / "out")}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
+    out, done = folder / "out", [0]
+    for jobs in ("1", "0"):
+        command = [sys.executable, "-m", "weightlora.cli", "bench", str(folder / "suite.yaml"), "--jobs", jobs]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder) as bench:
+            _wait(lambda: _finished(out) > done[-1] and _begun(out) > _finished(out), bench)
+            os.kill(bench.pid, signal.SIGKILL)
+        _wait(lambda: _processes_in(out) == 0)
+        done.append(_finished(out))
+    assert 0 < done[1] < done[2] < 4
     resumed = load_suite(folder / "suite.yaml")
-    found = [Outcome(cell, result) for cell, result in read_results(resumed)]
-    assert scores(found) == scores(through) and len(found) == 4
+    assert scores(run_suite(resumed)) == scores(through) and len(through) == 4
     tables = [scores_table(suite, summarise(suite, read_results(suite)))[1] for suite in (resumed, straight)]
     step = scores_table(resumed, [])[0].index("step")
     assert [[c for i, c in enumerate(row) if i != step] for row in tables[0]] == [
         [c for i, c in enumerate(row) if i != step] for row in tables[1]
     ]
+
+
+def _finished(out: Path) -> int:
+    return len(list(out.glob("runs/*/*/seed-*/result.json")))
+
+
+def _begun(out: Path) -> int:
+    return len(list(out.glob("runs/*/*/seed-*")))
 
 
 def _wait(until: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
@@ -357,7 +419,7 @@ def _result(score: float, step: float, trainable: int) -> dict[str, Any]:
             "after": {"accuracy": score},
             "trainable_parameters": {"after": trainable, "head": 10},
         },
-        "costs": {"step_s": step, "first_half_step_s": step, "saved_bytes": 1000 * step},
+        "costs": {"step_s": step, "first_half_step_s": step, "saved_bytes": 1000 * step, "operations": 3 * step},
     }
 
 
@@ -391,7 +453,8 @@ def test_the_table_by_hand(folder: Path) -> None:
     page = markdown(suite, [lora, kept])
     spread = statistics.stdev([0.6, 0.9])
     assert (
-        f"| kept | 0.750 ± {spread:.3f} | 0.700 ± 0.000 | 0.725 | +0.025 [+0.000, +0.050] | 0.50 | 0.50 | 20 |" in page
+        f"| kept | 0.750 ± {spread:.3f} | 0.700 ± 0.000 | 0.725 | +0.025 [+0.000, +0.050] | 0.50 | 0.50 | 0.50 | 20 |"
+        in page
     )
     assert page.startswith("# By hand") and "| learning_rate | a | b |" in page
     part = summarise(suite, found[:-1])

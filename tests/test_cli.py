@@ -69,7 +69,9 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     assert min(seconds) < 1.0  # the machine may be busy once
 
 
-@pytest.mark.parametrize("name", [["train"], ["select"], ["watch"], ["export"], ["list", "methods"], ["list", "tasks"]])
+@pytest.mark.parametrize(
+    "name", [["train"], ["probe"], ["select"], ["watch"], ["export"], ["list", "methods"], ["list", "tasks"]]
+)
 def test_every_command_has_help_with_an_example(command: Callable[..., Any], name: list[str]) -> None:
     code, out, _ = command(*name, "--help")
     assert code == 0 and "Example:" in out
@@ -122,6 +124,23 @@ def test_export_copies_a_run_out(command: Callable[..., Any], folder: Path) -> N
     assert code == 0, err
     assert (folder / "out/adapter_model.safetensors").is_file()
     assert str(folder / "out") in out
+
+
+def test_probe_shows_where_and_how_much(command: Callable[..., Any], folder: Path) -> None:
+    code, out, err = command("probe", folder / "recipe.yaml", "--steps", "4", "--out", folder / "probe")
+    assert code == 0, err
+    for word in (
+        "K-FAC gain of each adapter",
+        "Enough     ",
+        "To choose  ",
+        "Advice     ",
+        "report.html",
+        "query",
+        "█",
+    ):
+        assert word in out, word
+    code, _, err = command("probe", folder / "recipe.yaml", "--steps", "4", "--out", folder / "probe")
+    assert code == 2 and "Traceback" not in err
 
 
 def test_select_shows_the_choice_and_where_it_is(command: Callable[..., Any], folder: Path) -> None:

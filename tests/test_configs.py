@@ -24,7 +24,7 @@ from tiny_writer import words_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from weightlora import RLoRA, methods
+from weightlora import RLoRA, cli, methods
 from weightlora.bench.suite import Group, load_suite
 from weightlora.bench.suite import recipe as suite_recipe
 from weightlora.tasks import get_task
@@ -162,7 +162,8 @@ def test_files_that_differ_are_named_and_repaired(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "docs").mkdir()
-    (tmp_path / generate.PAGE).write_text(f"By hand.\n{generate.BEGIN}old\n{generate.END}\n")
+    shown = f"{generate.SHOWN_BEGIN}old\n{generate.SHOWN_END}"
+    (tmp_path / generate.PAGE).write_text(f"By hand.\n{shown}\n{generate.BEGIN}old\n{generate.END}\n")
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     assert generate.write() == len(FILES) + len(generate.TABLES) + 1 and generate.differing() == []
     assert (tmp_path / generate.PAGE).read_text().startswith("By hand.\n")
@@ -187,6 +188,30 @@ def test_the_first_line_is_the_command_and_every_row_has_a_folder_of_its_own() -
         assert max(len(line) for line in text.splitlines() if " output_dir=" not in line) <= 120
         outputs += [recipe.output_dir for recipe in every_row(path)]
     assert len(outputs) == len(set(outputs)) > len(FILES)
+
+
+def test_every_table_and_figure_of_the_papers_has_a_command_or_a_reason(generate: Any) -> None:
+    """WeightLoRA prints 9 tables and 3 figures, LoRA-drop 8 and 12."""
+    for paper, tables, figures in (("WeightLoRA", 9, 3), ("LoRA-drop", 8, 12)):
+        shown = generate.PAPERS[paper].SHOWN
+        for kind, count in (("Table", tables), ("Figure", figures)):
+            assert sorted(number for what in shown for number in numbers(what, kind)) == list(range(1, count + 1))
+        for how in shown.values():
+            if how.startswith("`"):
+                _, command, *words = how.strip("`").split()
+                files = [word for word in words if word.startswith(("configs/", "suites/"))]
+                assert command in ("bench", "figure") and files and all(list(ROOT.glob(file)) for file in files), how
+                assert command == "bench" or words[0] in {entry.name for entry in cli.figure.registered_commands}, how
+
+
+def numbers(what: str, kind: str) -> list[int]:
+    """Of "Tables 1, 4 to 6 and 8 (RTE)": 1, 4, 5, 6, 8; a picture of the same figure for another model is none."""
+    found = re.match(rf"{kind}s? ([\d, toand]+)", what)
+    if found is None or "for Llama" in what:
+        return []
+    parts = re.split(r",\s*|\s+and\s+", found[1].removesuffix(" and ").strip())
+    spans = [re.findall(r"\d+", part) for part in parts]
+    return [number for span in spans if span for number in range(int(span[0]), int(span[-1]) + 1)]
 
 
 def test_the_docs_count_them() -> None:

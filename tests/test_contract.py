@@ -70,7 +70,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def go_on(
     model: nn.Module, method: Any, inputs: dict[str, Tensor], optimizer: Any, first: int = 0, last: int = STEPS
 ) -> None:
-    """The loop of the README, to its end or a part of it."""
+    """The loop of docs/trainers.md, to its end or a part of it."""
     method.bind(optimizer)
     for step in range(first, last):
         torch.manual_seed(step)

@@ -38,7 +38,7 @@ from weightlora import (
 from weightlora.measure import trainable_parameters
 from weightlora.methods.lora_drop import sharing
 from weightlora.methods.lora_drop.method import group, prefix
-from weightlora.methods.lora_drop.outputs import OutputEnergy
+from weightlora.methods.lora_drop.outputs import OutputEnergy, RowEnergy
 from weightlora.methods.lora_drop.sampling import class_labels, stratified
 from weightlora.output import model_card
 
@@ -126,6 +126,16 @@ def test_a_score_worked_out_by_hand():
     assert energies(toy(), masked, count_padding=True) == [100.0, 3204.0]
 
 
+def test_the_score_by_row():
+    """Rows of x are (1, 1) and (2, 0) of the example above, and one of both."""
+    x = torch.tensor([[[1.0, 1.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [2.0, 0.0]]])
+    model = toy()
+    with torch.no_grad(), RowEnergy(model, list_adapters(model)) as outputs:
+        model(x=x, attention_mask=torch.ones(3, 2))
+        model(x=x[:1], attention_mask=torch.tensor([[0, 1]]))
+    assert outputs.by_row() == [[20.0, 80.0, 100.0, 0.0], [900.0, 2304.0, 3204.0, 0.0]]
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "bart", "t5", "gpt2", "deberta-v2", "modernbert", "vit"])
 def test_scores_are_the_squared_norms_of_what_the_layers_add(name):
     """Measured at rank-r cost against the outputs themselves, over the tokens that are no padding."""
@@ -155,6 +165,10 @@ def test_scores_are_the_squared_norms_of_what_the_layers_add(name):
         expected.append(update.pow(2).sum().item())
     assert len({round(e, 3) for e in expected}) > 1
     assert energies(model, inputs) == pytest.approx(expected, rel=1e-4)
+    with torch.no_grad(), RowEnergy(model, adapters) as outputs:
+        model(**inputs)
+    assert [sum(found) for found in outputs.by_row()] == pytest.approx(expected, rel=1e-4)
+    assert {len(found) for found in outputs.by_row()} == {4}
 
 
 def test_the_bias_of_B_is_part_of_the_output():
@@ -306,6 +320,78 @@ class StopSeeing(__import__("transformers").TrainerCallback):
 
     def on_step_begin(self, *args, **kwargs):
         self.hook.remove()
+
+
+@pytest.mark.parametrize(("sample", "steps"), [(0.25, 5), (1.0, 5), (1.0, 9)])
+def test_phase_1_in_steps_whatever_the_sample(sample, steps, tmp_path, monkeypatch):
+    """The last epoch over a sample of 2 or 8 steps is not always whole."""
+    seen = []
+    stock = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: seen.append(1) or stock(*args, **kwargs))
+    model = bert(lora_dropout=0.0)
+    method = LoRADrop(sample=sample, steps=steps).attach(model)
+    collate = lambda chosen: {k: torch.tensor([row[k] for row in chosen]) for k in chosen[0]}  # noqa: E731
+    method.score(DataLoader(rows(), 8, collate_fn=collate), lr=1e-2, progress=False)
+    assert len(seen) == steps and sum(method.engine.importance.values()) == pytest.approx(3)
+
+
+def test_importance_can_be_looked_at_again_after_phase_2():
+    """Modules that share an adapter are counted each, and dropped ones as nothing."""
+    model = bert(lora_dropout=0.0)
+    method = scored(model, keep=1)
+    trained(model)
+    data = [batch(), batch(start=8)]
+    again, expected = method.measure(data), energies(model.eval(), *data)
+    assert set(again) == set(method.engine.importance) and len(again) == 9
+    for kind in ("query", "key", "value"):
+        places = [i for i, a in enumerate(list_adapters(model)) if a.name.endswith(kind)]
+        total = sum(expected[i] for i in places)
+        for i in places:
+            assert again[list_adapters(model)[i].name] == pytest.approx(expected[i] / total, rel=1e-4)
+    dropped = scored(keep=1, share=False)
+    trained(dropped.engine.model)
+    shares = dropped.measure(data)
+    assert sorted(shares.values()) == [0.0] * 6 + [1.0] * 3 and all(shares[name] for name in dropped.kept)
+
+
+# -- what is left in for inference (Table 3) ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["large", "small"])
+def test_lora_trains_whole_and_only_then_adapters_leave(which, tmp_path):
+    model, plain = bert(lora_dropout=0.0), bert(lora_dropout=0.0)
+    method = LoRADrop(keep_for_inference=which, keep=1, sample=0.5)
+    make_trainer(tmp_path / "plain", model=plain, max_steps=6).train()
+    trainer = make_trainer(tmp_path / which, method, model=model, max_steps=6)
+    trainer.train()
+    theirs = trainable_state(plain)
+    for name, value in trainable_state(model).items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
+    assert len(list_adapters(model)) == 3 and len(method.dropped) == 6
+    importance = method.engine.importance
+    pick = max if which == "large" else min
+    for kind in ("query", "key", "value"):
+        own = {name: value for name, value in importance.items() if name.endswith(kind)}
+        assert pick(own, key=own.__getitem__) in method.kept
+    cut = next(e for e in read_events(tmp_path / which / "events.jsonl") if e["event"] == "cut")
+    assert cut["step"] == 6 and set(cut["dropped"]) == set(method.dropped)
+
+
+def test_the_choice_for_inference_in_a_loop_and_after_the_best_checkpoint(tmp_path):
+    model = bert(lora_dropout=0.0)
+    method = LoRADrop(keep_for_inference="large", keep=2).attach(model)
+    with pytest.raises(ConfigError, match="there is no phase 1"):
+        method.score([batch()], lr=1e-2)
+    trained(model)
+    assert method.prune([batch(), batch(start=8)]) == method.engine.importance and len(list_adapters(model)) == 6
+    with pytest.raises(ConfigError, match="chosen already"):
+        method.prune([batch()])
+    with pytest.raises(ConfigError, match="`prune` is for"):
+        scored().prune([batch()])
+    best = LoRADrop(keep_for_inference="large", keep=1)
+    trainer = make_trainer(tmp_path, best, model=bert(), max_steps=6, save_steps=2, load_best_model_at_end=True)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint and len(list_adapters(trainer.model)) == 3
 
 
 # -- one adapter for several modules -----------------------------------------------------------------------------------
@@ -680,6 +766,9 @@ def test_batches_grow_by_what_the_cut_freed(tmp_path, caplog):
         ({"keep": 0}, "`keep=0` must be a whole number"),
         ({"keep": 0.5}, "`keep=0.5`"),
         ({"epochs": 0}, "`epochs=0`"),
+        ({"steps": 0}, "`steps=0`"),
+        ({"keep_for_inference": "big"}, "`keep_for_inference='big'`"),
+        ({"keep_for_inference": "large", "choose": "random"}, "both say which adapters stay"),
         ({"choose": "inverse"}, "did you mean 'inverted'"),
         ({"type_of": -1}, "`type_of=-1`"),
     ],

@@ -26,6 +26,7 @@ LAYERS = [
     "report",
     "output",
     "forecast",
+    "dropout",
     "savings",
     "methods",
     "tasks",

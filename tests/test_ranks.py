@@ -767,8 +767,39 @@ def test_blocks_below_a_rank_do_not_run_for_it():
         block.attention.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     with torch.no_grad():
         method.engine.scores()
-    # for each of the two: a whole pass, catching below the last block and trying it (3 + 2 + 1), catching again (1 + 1)
-    assert calls[0] == 2 * 12 * (3 + 2 + 1) + 2 * (3 + 2 + 1 + 1 + 1)
+    # for each of the two: a whole pass, catching below the last block and trying it (3 + 2 + 1), catching again
+    # (1 + 1), and a whole pass for the derivatives
+    assert calls[0] == 2 * 12 * (3 + 2 + 1) + 2 * (3 + 2 + 1 + 1 + 1 + 3)
+
+
+def test_ranks_below_the_resolution_of_the_loss_have_the_order_that_double_precision_gives():
+    model = quiet(bert())
+    randomise(model)
+    with torch.no_grad():
+        for i, adapter in enumerate(list_adapters(model)):
+            adapter.B.weight.mul_(1e-6 * (1 + i))
+    with torch.no_grad():
+        found = torch.cat(ALoRA(batch=batch(16)).attach(model).engine.scores())
+    expected = torch.tensor(by_brute_force(model.double(), batch(16)), dtype=torch.float64)
+    assert expected.std() < 1e-6
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.999
+    assert len(set(found.tolist())) == len(found)
+
+
+def test_ranks_are_scored_where_backward_does_not_fit(monkeypatch, caplog):
+    model = quiet(bert())
+    randomise(model)
+    method = ALoRA(batch=batch(16)).attach(model)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with torch.no_grad():
+        found = torch.cat(method.engine.scores())
+    expected = torch.tensor(by_brute_force(model, batch(16)), dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert "lower `batch_size`" in caplog.text
 
 
 class ReadsAllBlocks(nn.Module):

@@ -273,6 +273,21 @@ def test_flexora_shows_layers_and_fixed_its_order_and_shares(tmp_path: Path) -> 
     assert choice(run).table[1].reason == "place 2 of the 2 in the pattern"
 
 
+def test_every_rule_that_scored_the_run_is_shown_and_the_chosen_one_first(tmp_path: Path) -> None:
+    scores = {"snr": {"a.0.x": 0.5, "a.1.x": 0.25, "a.2.x": -0.125}, "kfac": {"a.0.x": 1.0, "a.1.x": 3.0, "a.2.x": 2.0}}
+    run = run_of(
+        tmp_path / "run", "weightlora",
+        {"event": "evidence", "step": 5, "rule": "kfac", "steps": 5, "scores": scores, "effective_rank": 1.75},
+        {"event": "cut", "step": 5, "kept": ["a.1.x", "a.2.x"], "dropped": ["a.0.x"], "scores": scores["kfac"],
+         "gates": {}},
+    )  # fmt: skip
+    assert [e.values for e in evidence(run)] == [scores["kfac"], scores["snr"]]
+    assert choice(run).table[0].reason == "gain 3.0, place 1 of 3"
+    assert "effective rank of 1.75" in choice(run).says
+    junk = run_of(tmp_path / "junk", "weightlora", {"event": "evidence", "step": 5, "rule": [], "scores": {"kfac": 3}})
+    assert [e.name for e in evidence(junk)] == ["rank"]
+
+
 def test_rank_methods_show_ranks(tmp_path: Path) -> None:
     run = run_of(
         tmp_path / "run", "sora",
@@ -518,6 +533,8 @@ def test_whatever_the_files_hold_there_is_a_page(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "good/events.jsonl").read_text().splitlines()]
     events += [{"event": "expand", "step": 4, "ranks": {llama(1)[0]: 9}, "parameters_after": 9},
                {"event": "restart", "step": 4, "adapters": llama(1), "shares": {llama(1)[0]: 0.5}},
+               {"event": "evidence", "step": 4, "rule": "kfac", "effective_rank": 1.5, "auto": {"reason": "so"},
+                "scores": {"kfac": {llama(1)[0]: 0.5}, "gauss_newton": {llama(1)[0]: 1.0}}},
                {"event": "round", "step": 4, "scores": {llama(1)[0]: 0.5}, "dropped": llama(1)[:1]},
                {"event": "share", "step": 4, "shared": {"x": llama(1)}}, {"event": "stage", "step": 4, "ranks_on": 3},
                {"event": "importance", "step": 0, "importance": {llama(1)[0]: 0.5}, "threshold": 0.5,

@@ -483,12 +483,6 @@ def test_an_adapter_that_no_gradient_reaches_is_dropped_first_and_named(lr, capl
     assert "no gradient has reached these adapters, so they are dropped: bert.pooler.dense" in caplog.text
 
 
-def test_the_old_name_of_the_engine_works_and_warns():
-    method = RLoRA(keep=9, after=0).attach(bert())
-    with pytest.warns(DeprecationWarning, match=r"`method\.selector` is `method\.engine` now"):
-        assert method.selector is method.engine
-
-
 def test_there_is_no_place_without_evidence_even_where_the_budget_has_room(caplog):
     model = bert(target_modules=["query", "key", "value", "pooler.dense"])
     bert_model = model.get_base_model().bert

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from weightlora.adapters import Adapter, list_adapters
+    from weightlora.dropout import LoRADropout
     from weightlora.durable import last_checkpoint
     from weightlora.errors import (
         CheckpointError,
@@ -64,6 +65,7 @@ _HOMES = {
     "GrowBatch": "savings",
     "IncreLoRA": "methods",
     "LoRADrop": "methods",
+    "LoRADropout": "dropout",
     "Method": "methods",
     "NoRA": "methods",
     "OnNan": "training.diverging",
@@ -103,6 +105,7 @@ __all__ = [
     "GrowBatch",
     "IncreLoRA",
     "LoRADrop",
+    "LoRADropout",
     "Method",
     "NoRA",
     "OnNan",

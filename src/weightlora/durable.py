@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"  # in a run's folder, written before anything else
 METRICS_FILE = "metrics.json"  # and what is written last
+CHOICE_FILE = "adapter_config.json"  # in place of it, where the run was only to choose
+PROBE_FILE = "probe.json"  # or only to see how much there is to choose
 RESULT_FILE = "result.json"  # the same for a run of a suite
 SUITE_FILE = "suite.yaml"  # in the folder of a suite
 MARK_FILE = "complete.json"

@@ -22,10 +22,13 @@ from weightlora.bench import runner
 from weightlora.bench.runner import Outcome, run_suite
 from weightlora.bench.suite import Suite, groups
 from weightlora.bench.table import chosen_table, differences_table, scores_table, summarise
+from weightlora.durable import CHOICE_FILE, PROBE_FILE
 from weightlora.errors import ConfigError
 from weightlora.progress import Now
-from weightlora.training.choice import CONFIG_FILE, lines, listed
+from weightlora.report.charts import Cell, heat_map
+from weightlora.training.choice import lines, listed
 from weightlora.training.plan import Plan
+from weightlora.training.probing import Probe
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 _LINE_EVERY = 60.0  # seconds between two lines where nobody sees a bar
@@ -123,7 +126,7 @@ def make_runs(suite: Suite, jobs: int) -> list[str]:
         bar = progress.add_task("checking", total=None)
 
         def report(outcome: Outcome, number: int, total: int) -> None:
-            description = "choosing" if outcome.cell.folder.startswith("tune/") else "running"
+            description = {"tune": "choosing", "pilot": "counting"}.get(outcome.cell.folder.split("/")[0], "running")
             progress.update(bar, description=description, completed=number, total=total)
             if outcome.result is None:
                 failed.append(f"{outcome.cell}: {outcome.error}")
@@ -207,7 +210,39 @@ def show_choice(config: Any, output_dir: str) -> None:
     print(f"Chosen     {len(names)} modules, r {config.r}{' and others' if config.rank_pattern else ''}")
     for name in names:
         print(f"           {name}")
-    print(f"Files      {output_dir}: {', '.join([CONFIG_FILE, *lines(config), 'recipe.yaml', 'events.jsonl'])}")
+    print(f"Files      {output_dir}: {', '.join([CHOICE_FILE, *lines(config), 'recipe.yaml', 'events.jsonl'])}")
+
+
+def show_probe(found: Probe, output_dir: str) -> None:
+    """Prints where adapters would matter, how much there is to choose, and what to do about it."""
+    shown = heat_map("", "", "", "", found.scores["kfac"], set(found.set))
+    values = sorted(cell.value for cell in shown.cells if cell.value is not None)
+    table = Table(
+        box=None, title="K-FAC gain of each adapter, from · to █; * the set that is enough", title_justify="left"
+    )
+    table.add_column(shown.y)
+    for column in shown.columns:
+        table.add_column(column, justify="center", overflow="fold")
+    for row, name in enumerate(shown.rows):
+        cells = {cell.column: cell for cell in shown.cells if cell.row == row}
+        marks = [_shade(cells.get(column), values) for column in range(len(shown.columns))]
+        table.add_row(Text(name), *marks)
+    print()
+    console = Console(**_PLAIN)
+    (console if console.is_terminal else Console(**_PLAIN, width=160)).print(table)
+    print()
+    print(f"Enough     {found.reason}")
+    print(f"To choose  {len(found.curve)} adapters do {found.effective_rank:.1f} different things to the loss")
+    print(f"Advice     {found.advice}")
+    print(f"Files      {output_dir}: {PROBE_FILE}, report.html, recipe.yaml, events.jsonl")
+
+
+def _shade(cell: Cell | None, values: list[float]) -> str:
+    """One of five shades, by the place among all values, and a star where it is of the set."""
+    if cell is None:
+        return ""
+    place = 0.0 if cell.value is None else values.index(cell.value) / max(1, len(values) - 1)
+    return "·░▒▓█"[min(4, int(5 * place))] + ("*" if cell.kept else " ")
 
 
 def show_result(metrics: dict[str, Any], output_dir: str) -> None:

@@ -51,18 +51,22 @@ class Adapter:
 
     @property
     def r(self) -> int:
+        """Its rank."""
         return self.A.weight.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Of the module."""
         return self.A.weight.shape[1]
 
     @property
     def out_features(self) -> int:
+        """Of the module."""
         return self.B.weight.shape[0]
 
     @property
     def scaling(self) -> float:
+        """What B A is multiplied by; alpha / r unless it was held when the rank changed."""
         return self.layer.scaling[self.key]
 
     @property

@@ -6,25 +6,61 @@ import statistics
 import time
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from weightlora import measure
 
 
 class Meter(TrainerCallback):
-    """Times every optimizer step and, at the end, counts the bytes a training forward pass keeps for backward."""
+    """Times every optimizer step, counts operations and, at the end, the bytes a forward pass keeps for backward.
+
+    Operations are counted in the first step of every epoch and after every change of what trains, and hold for the
+    steps that follow by the number of their tokens. Counting is slow, so these steps are timed apart. A model that is
+    compiled is not counted.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.slow: list[float] = []  # steps that were counted
         self.saved_bytes = 0
+        self.operations = 0.0
+        self._tokens = 0
+        self._rate = 0.0  # operations for a token
+        self._counter: Any = None
+        self._known: tuple[int, int] | None = None  # epoch and trained parameters of the last count
+        self._hook: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.torch_compile:
+            self._hook = kwargs["model"].register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+
+    def _count_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+            self._tokens += 0 if first is None else first.numel()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tokens = 0
+        now = int(state.epoch or 0), measure.trainable_parameters(kwargs["model"])
+        if now != self._known and not args.torch_compile:
+            self._known = now
+            self._counter = measure.flop_counter()
+            self._counter.__enter__()
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
+        (self.seconds if self._counter is None else self.slow).append(time.perf_counter() - self._started)
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._rate = self._counter.get_total_flops() / max(1, self._tokens)
+            self._counter = None
+        self.operations += self._rate * self._tokens
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
         loader, model = kwargs["train_dataloader"], kwargs["model"].train()
         size = min(args.per_device_train_batch_size, len(loader.dataset))
         batch = loader.collate_fn([loader.dataset[i] for i in range(size)])
@@ -32,10 +68,15 @@ class Meter(TrainerCallback):
         self.saved_bytes = measure.saved_bytes(lambda: model(**batch).loss, exclude=model)
 
     def costs(self) -> dict[str, float]:
-        """Median over the first half of the steps, median over the second (after every cut), and the saved bytes."""
-        half = len(self.seconds) // 2
+        """Median over the first half of the steps, median over the second (after every cut), saved bytes, operations.
+
+        Operations are those of the training steps, before and after the cut.
+        """
+        timed = self.seconds or self.slow
+        half = len(timed) // 2
         return {
-            "first_half_step_s": statistics.median(self.seconds[:half] or self.seconds),
-            "step_s": statistics.median(self.seconds[half:]),
+            "first_half_step_s": statistics.median(timed[:half] or timed),
+            "step_s": statistics.median(timed[half:]),
             "saved_bytes": self.saved_bytes,
+            "operations": self.operations,
         }

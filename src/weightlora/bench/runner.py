@@ -2,6 +2,7 @@
 
 OUT/suite.yaml       the suite as it was run, every default filled in
 OUT/runs/...         a folder for each run, with result.json once it is finished; OUT/tune/... for the search
+OUT/pilot/...        with `equal: operations` a run for each task and method, to see what it costs
 OUT/studies.db       Optuna's studies
 OUT/results.jsonl    one line for each finished run
 OUT/table.md         their results
@@ -22,7 +23,7 @@ import yaml
 
 from weightlora import durable
 from weightlora.bench.execute import check_same, describe, execute, result
-from weightlora.bench.suite import Cell, Group, Patch, Suite, groups, place, recipe, runs, trial
+from weightlora.bench.suite import LENGTH, Cell, Group, Patch, Suite, groups, pilots, place, recipe, runs, trial
 from weightlora.bench.table import markdown, summarise
 from weightlora.bench.tuning import Search
 from weightlora.bench.workers import Job, Workers
@@ -62,7 +63,8 @@ def run_suite(suite: Suite, *, jobs: int = 0, report: Report | None = None) -> l
     folder = Path(suite.output_dir)
     check(suite)
     with _claimed(folder, suite), _logged(folder / LOG_FILE), _executor(suite, folder, jobs) as run:
-        cells = runs(suite, _tuned(suite, folder, run, report))
+        chosen = _tuned(suite, folder, run, report)
+        cells = runs(suite, chosen, _lengths(suite, chosen, run, report))
         there = {cell.folder for cell, _ in read_results(suite)}
         write_results(suite, folder)
         outcomes: list[Outcome] = []
@@ -88,7 +90,8 @@ def check(suite: Suite) -> None:
     folder = Path(suite.output_dir)
     _check_folder(folder)
     for cell, found in read_results(suite):
-        check_same(place(folder, cell), found["recipe"], cell.recipe, suite.tune.grid if suite.tune else ())
+        varying = {*(suite.tune.grid if suite.tune else ()), *([LENGTH] if suite.equal else ())}
+        check_same(place(folder, cell), found["recipe"], cell.recipe, varying)
     for group, point in itertools.product(groups(suite), suite.tune.points() if suite.tune else ()):
         place(folder, trial(suite, group, point))
     there = list(dict.fromkeys(cell.group for cell in runs(suite, {}) if result(place(folder, cell)) is None))
@@ -231,3 +234,21 @@ def _tuned(suite: Suite, folder: Path, run: Run, report: Report | None) -> dict[
                 searches[outcome.cell.group].tell(outcome.cell.changed, metrics["after"][metrics["primary"]])
             if report is not None:
                 report(outcome, number, len(cells))
+
+
+def _lengths(suite: Suite, chosen: dict[Group, Patch], run: Run, report: Report | None) -> dict[Group, int]:
+    """With `equal: operations`, the steps in which each group but the reference spends what that does."""
+    if suite.equal is None:
+        return {}
+    cells, cost = pilots(suite, chosen), {}
+    for number, outcome in enumerate(run(cells), start=1):
+        if outcome.result is not None:
+            cost[outcome.cell.group] = outcome.result["costs"]["operations"], outcome.result["metrics"]["steps"]
+        if report is not None:
+            report(outcome, number, len(cells))
+    found = {}
+    for group, (own, steps) in cost.items():
+        wanted = cost.get(Group(group.task, group.setting, str(suite.reference)))
+        if group.method != suite.reference and wanted is not None and own and wanted[0]:
+            found[group] = max(1, round(steps * wanted[0] / own))
+    return found

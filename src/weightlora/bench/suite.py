@@ -5,6 +5,7 @@
     methods: {lora: lora, weightlora-5: {method: {name: weightlora, keep: 5}}}
     seeds: [0, 1, 2]
     tune: {grid: {training.learning_rate: [5e-4, 2e-3]}, validation: 0.2}
+    equal: operations                       # every method trains until it has cost what the reference does
     output_dir: runs/mine
 
 Every entry of an axis is part of a recipe, written as a nested mapping or with dotted keys; a bare name is short for
@@ -21,7 +22,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -33,6 +34,7 @@ Patch = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # also a folder
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9=_.+-]{0,99}")
+LENGTH = "training.max_steps"
 _SET_BY_THE_SUITE = ("seed", "output_dir")
 
 
@@ -78,7 +80,9 @@ class Suite(Section):
     """Which runs to make, and what to compare them with.
 
     `data` is a folder that holds one folder for each task, such as `FOLDER/cola` for `glue/cola`; without it tasks take
-    their data from the hub or from their entry. Differences are from the method `reference`.
+    their data from the hub or from their entry. Differences are from the method `reference`. With `equal: operations`
+    every method first trains once as long as the reference, and then so many steps that its whole training costs the
+    same operations.
     """
 
     what: ClassVar[str] = "suite"
@@ -93,6 +97,7 @@ class Suite(Section):
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     reference: str | None = None
     tune: TuneSpec | None = None
+    equal: Literal["operations"] | None = None
     keep_weights: bool = False
     output_dir: str
 
@@ -119,6 +124,8 @@ class Suite(Section):
                 f"`reference` is {self.reference!r}, none of the methods{did_you_mean(self.reference, known)} "
                 f"(there are: {', '.join(known)})"
             )
+        if self.equal is not None and self.reference is None:
+            raise ValueError("`equal` needs a `reference`, the method whose cost the others get")
         return self
 
 
@@ -196,14 +203,37 @@ def recipe(suite: Suite, group: Group, point: Mapping[str, Any]) -> dict[str, An
     return raw
 
 
-def runs(suite: Suite, chosen: Mapping[Group, Patch]) -> list[Cell]:
-    """The reported runs, with the tuned points; seed by seed, so that a partial suite compares fairly."""
+def runs(suite: Suite, chosen: Mapping[Group, Patch], steps: Mapping[Group, int] | None = None) -> list[Cell]:
+    """The reported runs, with the tuned points; seed by seed, so that a partial suite compares fairly.
+
+    Args:
+        steps: the length of a group's runs, where it is not the recipe's.
+    """
     return [
-        Cell(group, seed, f"runs/{group.folder}/seed-{seed}", {**recipe(suite, group, point), "seed": seed}, point)
+        Cell(
+            group, seed, f"runs/{group.folder}/seed-{seed}", {**_of_length(entries, steps, group), "seed": seed}, point
+        )
         for seed in suite.seeds
         for group in groups(suite)
         for point in [chosen.get(group, {})]
+        for entries in [recipe(suite, group, point)]
     ]
+
+
+def pilots(suite: Suite, chosen: Mapping[Group, Patch]) -> list[Cell]:
+    """One run for each group, at the recipe's own length, to see what it costs."""
+    seed = suite.seeds[0]
+    return [
+        Cell(group, seed, f"pilot/{group.folder}", {**recipe(suite, group, point), "seed": seed}, point)
+        for group in groups(suite)
+        for point in [chosen.get(group, {})]
+    ]
+
+
+def _of_length(entries: dict[str, Any], steps: Mapping[Group, int] | None, group: Group) -> dict[str, Any]:
+    if steps and group in steps:
+        _patch(entries, {LENGTH: steps[group]})
+    return entries
 
 
 def trial(suite: Suite, group: Group, point: Patch) -> Cell:

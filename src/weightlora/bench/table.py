@@ -29,6 +29,7 @@ class Row:
         trainable: parameters at the end without those of the head, the mean over runs.
         step: the median step after the cut, as a ratio to the reference's in the same task and seed.
         saved: bytes a step keeps for backward at the end, as such a ratio.
+        operations: of the whole training, as such a ratio.
         points: {task: the tuned point}.
     """
 
@@ -40,6 +41,7 @@ class Row:
     trainable: float
     step: float | None
     saved: float | None
+    operations: float | None
     points: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -91,6 +93,7 @@ def _row(
         trainable=statistics.fmean(_without_head(result) for result in own.values()),
         step=_ratio("step_s", own, reference),
         saved=_ratio("saved_bytes", own, reference),
+        operations=_ratio("operations", own, reference),
         points={task: _point(suite, result) for (task, _), result in own.items()},
     )
 
@@ -108,7 +111,8 @@ def _without_head(result: Result) -> int:
 def _ratio(
     cost: str, own: Mapping[tuple[str, int], Result], reference: Mapping[tuple[str, int], Result]
 ) -> float | None:
-    ratios = [own[key]["costs"][cost] / reference[key]["costs"][cost] for key in own if key in reference]
+    pairs = [(own[key]["costs"].get(cost), reference[key]["costs"].get(cost)) for key in own if key in reference]
+    ratios = [one / other for one, other in pairs if one and other]
     return statistics.median(ratios) if ratios else None
 
 
@@ -134,7 +138,7 @@ def scores_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[lis
         "method",
         *(f"{task} ({_metric(suite, task)})" for task in suite.tasks),
         *(["mean"] if len(suite.tasks) > 1 else []),
-        *([to, "step", "saved"] if to else []),
+        *([to, "step", "saved", "operations"] if to else []),
         "trainable",
     ]
     return header, [_scores(suite, row) for row in rows]
@@ -148,7 +152,8 @@ def _scores(suite: Suite, row: Row) -> list[str]:
     if suite.reference:
         cells.append("" if row.overall is None else str(row.overall))
         is_reference = row.method == suite.reference
-        cells += ["1" if is_reference else "" if ratio is None else f"{ratio:.2f}" for ratio in (row.step, row.saved)]
+        costs = (row.step, row.saved, row.operations)
+        cells += ["1" if is_reference else "" if ratio is None else f"{ratio:.2f}" for ratio in costs]
     return [*cells, f"{row.trainable:,.0f}"]
 
 

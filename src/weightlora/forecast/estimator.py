@@ -36,12 +36,17 @@ class Training:
     """The part of a run's settings that costs depend on.
 
     Attributes:
-        batch: rows of a micro-batch. length, target_length: tokens of a row, and of an encoder-decoder's target.
+        batch: rows of a micro-batch.
+        length: tokens of a row.
+        target_length: tokens of an encoder-decoder's target.
         accumulation: micro-batches to an optimizer step.
-        precision: of the base. autocast: of the products, where it is another one.
+        precision: of the base.
+        autocast: of the products, where it is another one.
         checkpointing: of every block.
+        device: where it will run.
         optimizer: as `TrainingArguments(optim=...)` names it.
-        epochs: of the run. steps: optimizer steps of the run and of one epoch, where they are known.
+        epochs: of the run.
+        steps: optimizer steps of the run and of one epoch, where they are known.
     """
 
     batch: int = 8
@@ -68,9 +73,15 @@ class Memory:
     """Bytes at the worst moment of a step.
 
     Attributes:
-        kept: which adapters, see `Estimate.kept`. precision, checkpointing: of the base.
-        weights_bytes: frozen. trained_bytes: adapters and heads. gradient_bytes, optimizer_bytes: of those.
-        saved_bytes: activations from forward to backward. working_bytes: on top of them, for a moment.
+        precision: of the base.
+        checkpointing: of every block.
+        kept: which adapters, see `Estimate.kept`.
+        weights_bytes: frozen.
+        trained_bytes: adapters and heads.
+        gradient_bytes: of those.
+        optimizer_bytes: of those.
+        saved_bytes: activations from forward to backward.
+        working_bytes: on top of them, for a moment.
     """
 
     precision: Precision
@@ -94,7 +105,9 @@ class Operations:
     """Floating point operations with some adapters, and as shares of LoRA's.
 
     Attributes:
-        step_flops: of an optimizer step, all its micro-batches. of_lora: relative to all adapters.
+        kept: which adapters, see `Estimate.kept`.
+        step_flops: of an optimizer step, all its micro-batches.
+        of_lora: the same relative to all adapters.
         run_of_lora: the whole run, with all adapters up to the cut; None where the cut's share of the run is not known.
     """
 
@@ -109,17 +122,20 @@ class Estimate:
     """Everything `estimate` found.
 
     Attributes:
-        model: class of the model. parameters: of the base.
+        model: class of the model.
+        parameters: of the base.
         method: its name.
         training: the settings.
         modules: adapters by kind.
-        trainable: {set of adapters: parameters}, heads included. head: those of the heads.
+        trainable: {set of adapters: parameters}, heads included.
+        head: parameters of the heads.
         kept: {set of adapters: how many}: "all", and after the cut "spread", "least" and "most", the least and the most
             that so many adapters can take, or the one that a budget in costs chooses.
         memory: for every precision, with and without checkpointing, and every set.
         stock_saved_bytes: activations that stock PEFT's LoRA keeps in the run's own precision, without
             checkpointing; None where it was not asked for.
-        operations: for every set, without checkpointing. checkpointing_of_lora: a step with it and all adapters.
+        operations: for every set, without checkpointing.
+        checkpointing_of_lora: a step with it and all adapters, relative to one without.
         cut_at: share of the run before the last cut; None without one, or where it is not known.
         room: what fits the memory that was asked about.
         notes: what a reader has to know.
@@ -194,8 +210,8 @@ def estimate(
     """
     setting = training or Training(**settings)
     acting, name = _method(method)
-    peft, notes = _with_adapters(model, lora, name, model_class)
-    return _Estimator(peft, name, acting, setting, notes).estimate(precisions, memory_bytes, against_peft)
+    peft, notes = with_adapters(model, lora, name, model_class)
+    return Estimator(peft, name, acting, setting, notes).estimate(precisions, memory_bytes, against_peft)
 
 
 def _name(dtype: torch.dtype | None) -> str | None:
@@ -225,7 +241,7 @@ def _is_known(info: methods.MethodInfo) -> bool:
     return info.name in _STOCK or (info.callback is not None and issubclass(info.callback, SelectionMethod))
 
 
-def _with_adapters(
+def with_adapters(
     model: PretrainedConfig | nn.Module, lora: Any, method: str, model_class: Any
 ) -> tuple[PeftModel, list[str]]:
     """The model on the meta device with stock adapters on it, and what there is to say about it."""
@@ -258,8 +274,13 @@ def _with_adapters(
         return methods.prepare("lora", base, fields), notes  # type: ignore[return-value]
 
 
-class _Estimator:
-    """Holds what the steps of an estimate share."""
+class Estimator:
+    """Holds what the steps of an estimate share.
+
+    Args:
+        peft: a model on the meta device with its adapters. name: of the method. method: None for plain LoRA.
+        notes: what a reader has to know.
+    """
 
     def __init__(self, peft: PeftModel, name: str, method: Method | None, training: Training, notes: list[str]) -> None:
         self.name, self.method, self.training, self.notes = name, method, training, notes
@@ -298,7 +319,7 @@ class _Estimator:
             costs = passes.get(precision) or passes.get(same) or self.costs(precision)  # type: ignore[arg-type]
             passes[precision] = costs
             memory += [
-                self._memory(costs, precision, checkpointing, kept, mask)
+                self.memory(costs, precision, checkpointing, kept, mask)
                 for checkpointing in (False, True)
                 for kept, mask in masks.items()
             ]
@@ -348,7 +369,7 @@ class _Estimator:
         names = [name for name, kept in zip(costs.names, mask, strict=True) if kept]
         return [*self.head_shapes, *(shape for name in names for shape in self.shapes[name])]
 
-    def _memory(
+    def memory(
         self,
         costs: Costs,
         precision: Precision,
@@ -401,7 +422,7 @@ class _Estimator:
         def peak(mask: np.ndarray, batch: int, checkpointing: bool) -> int:
             few, many = (c.step(mask, checkpointing=checkpointing) for c in (one, own))
             step = many if t.batch == 1 else few.between(many, (batch - 1) / (t.batch - 1))
-            return self._memory(own, t.precision, checkpointing, ALL, mask, step).peak_bytes
+            return self.memory(own, t.precision, checkpointing, ALL, mask, step).peak_bytes
 
         found: list[Choice] = choices(peak, len(own.names), t.batch, t.accumulation, t.checkpointing)
         return Room.of(found, peak, len(own.names), memory_bytes, t.batch, t.checkpointing)

@@ -82,8 +82,10 @@ class MethodInfo:
 
     Attributes:
         name: as recipes write it.
-        title, paper: for human readers.
-        scores: the quantity scored. action: how the score is used.
+        title: for human readers.
+        paper: where it is from.
+        scores: the quantity scored.
+        action: how the score is used.
         parameters: the number trained, as text.
         source: where the code is: "weightlora", "peft" or "transformers".
         attach: the PEFT adapter it trains; None where it trains the model's own weights.

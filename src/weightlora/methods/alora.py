@@ -6,17 +6,22 @@ S is minus the cross entropy on one fixed batch, and "r alone" closes every othe
 for all ranks and left out. The budget is met from the start: every module begins with the rank that it has on average.
 After a warm-up there are rounds at equal distances:
 
-    score    every rank, by two forward passes each, without gradients and dropout
+    score    every rank, by two forward passes each, without dropout
     close    the `ranks_per_round` lowest of the model; they are removed
     hand out as many new ranks to the modules that lost none, as evenly as possible, the remainder to those with the
              higher mean score; A is random and B is 0, so that the output stays. Where every module lost one, none is
              added, and a module that lost its last one is disconnected
 
 Gates are not trained, and a rank that is present has a gate of 1, so gates exist only while ranks are scored.
+
+A rank may move the loss by less than a float resolves, and the last bits are others on several processes or another
+machine. So the first-order part of each difference is the derivative by the gate, from two passes with backward, and
+only what is left is measured, in steps of 16 roundings of the loss.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,13 +44,17 @@ from weightlora.methods._trainer import calling_trainer, split
 from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, reindex
 from weightlora.options import steps_or_share, whole
 
+_ROUNDINGS = 16
+
+logger = logging.getLogger(__name__)
+
 
 class ALoRA(RankMethod["MovingRanks"]):
     """Move rank to where it matters: in rounds, the ranks that score lowest go to modules that lost none.
 
     The rank of the adapter it is attached to is the budget for each module, and it is never exceeded. A round takes two
     forward passes over the batch for every rank in the model (36 modules of rank 8: 576), each from the block of its
-    rank up, which is half a pass on average.
+    rank up, which is half a pass on average, and two passes with backward.
 
     Args:
         ranks_per_round: n_A, ranks that move in a round. Default: the number of modules.
@@ -137,6 +146,12 @@ def hand_out(count: int, means: Sequence[float]) -> list[int]:
     for i in order[:remainder]:
         given[i] += 1
     return given
+
+
+def _resolved(difference: float, first_order: float, resolution: float) -> float:
+    """A difference of two losses: its first-order term exactly, the rest in whole multiples of `resolution`."""
+    rest = (difference - first_order) / resolution if resolution else math.nan
+    return first_order + resolution * round(rest) if math.isfinite(rest) else difference
 
 
 class MovingRanks(RankEngine):
@@ -252,16 +267,35 @@ class MovingRanks(RankEngine):
         """The loss with one gate turned and all others at `others`, for every rank."""
         for adapter in self.adapters:
             adapter.gate.fill_(others)  # type: ignore[union-attr]
-        lower, found = Lower(self.model, self._loss), []
-        for adapter in self.adapters:
+        lower, turn = Lower(self.model, self._loss), 1.0 - 2.0 * others
+        reference, resolution, slopes = self._slopes()
+        found = []
+        for adapter, own in zip(self.adapters, slopes, strict=True):
             gate: Any = adapter.gate
             with lower.skipped(adapter.name):
-                for k in range(adapter.r):
+                for k, slope in enumerate(own):
                     gate[k] = 1.0 - others
-                    found.append(self._loss())
+                    found.append(reference + _resolved(self._loss() - reference, turn * slope, resolution))
                     gate[k] = others
                     bar.update()
         return found
+
+    def _slopes(self) -> tuple[float, float, list[list[float]]]:
+        """(loss, resolution of its differences, its derivative by every gate), with the gates as they are."""
+        gates: list[Any] = [adapter.gate for adapter in self.adapters]
+        try:
+            with torch.enable_grad():
+                loss = self._forward()
+                slopes = torch.autograd.grad(loss, gates)
+        except torch.OutOfMemoryError:  # scores as they were measured are worse, no scores are worse still
+            logger.warning(
+                "ALoRA's batch does not fit into memory with its backward pass, so ranks whose losses differ by less "
+                "than a float resolves are told apart by rounding; lower `batch_size`"
+            )
+            return self._loss(), 0.0, [[0.0] * adapter.r for adapter in self.adapters]
+        value = float(loss.detach())
+        resolution = _ROUNDINGS * torch.finfo(loss.dtype).eps * abs(value)
+        return value, resolution, [slope.double().tolist() for slope in slopes]
 
     @contextmanager
     def _gated(self) -> Iterator[None]:
@@ -273,6 +307,9 @@ class MovingRanks(RankEngine):
                 seam.remove_gate(adapter.layer, adapter.key)
 
     def _loss(self) -> float:
+        return float(self._forward())
+
+    def _forward(self) -> Tensor:
         if self.batch is None:
             raise ConfigError("ALoRA scores ranks on a fixed batch and has none; give it: `ALoRA(batch=...)`.")
         device = self.adapters[0].A.weight.device
@@ -280,7 +317,7 @@ class MovingRanks(RankEngine):
         loss = self.model(**inputs).loss
         if loss is None:
             raise ConfigError(f"the model returns no loss for `batch`, which holds {sorted(inputs)}; add its labels.")
-        return float(loss)
+        return loss
 
 
 register(

@@ -23,7 +23,6 @@ scheduler omega's rate follows that of A and B.
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -53,6 +52,7 @@ from weightlora.methods._trainer import (
 )
 from weightlora.selection.engine import Engine
 from weightlora.selection.events import EVENTS_FILE, Event, spelled_out
+from weightlora.selection.informed import ByEvidence, InformedSelector
 from weightlora.selection.selector import Selector, Strategy
 
 logger = logging.getLogger(__name__)
@@ -286,12 +286,6 @@ class Method(TrainerCallback, ABC, Generic[E]):
         return self._engine
 
     @property
-    def selector(self) -> E:
-        """The old name of `engine`."""
-        warnings.warn("`method.selector` is `method.engine` now", DeprecationWarning, stacklevel=2)
-        return self.engine
-
-    @property
     def kept(self) -> list[str]:
         """Module names of the adapters kept at the last cut, the best first; empty before it."""
         return self.engine.kept
@@ -411,7 +405,8 @@ class SelectionMethod(Method[Selector]):
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Selector:
         strategy = self.strategy(seed)
-        return Selector(model, strategy, adapter_name=adapter_name, seed=seed, share_dropout=self.share_dropout)
+        kind = InformedSelector if isinstance(strategy.score, ByEvidence) else Selector
+        return kind(model, strategy, adapter_name=adapter_name, seed=seed, share_dropout=self.share_dropout)
 
     @property
     def adapters(self) -> list[Adapter]:

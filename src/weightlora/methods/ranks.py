@@ -46,8 +46,10 @@ class RankEngine(Engine):
         adapters: those still attached.
         global_step: optimizer steps done.
         ends: the step after which gates are folded; None where the training loop calls `finish`.
-        done: the structure is final. settled: the gates are folded as well.
-        kept, dropped: module names, once ranks were removed; the kept ones with the best first.
+        done: the structure is final.
+        settled: the gates are folded as well.
+        kept: names of modules with ranks left, once ranks were removed, the best first.
+        dropped: names of the others.
     """
 
     method: ClassVar[str]

@@ -11,11 +11,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from weightlora import options
+from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import SelectionMethod
 from weightlora.optim import LARGEST, GateRule, Largest, StoGradMP, StoIHT
 from weightlora.selection import budgets
 from weightlora.selection.actions import Action, Disconnect, Expand, Settle
+from weightlora.selection.informed import ByEvidence, Rule, parse
 from weightlora.selection.schedules import After
 from weightlora.selection.scores import GateValue, RandomScore
 from weightlora.selection.selector import Strategy
@@ -32,9 +34,12 @@ class WeightLoRA(SelectionMethod):
 
     Args:
         keep: how much stays: a number of adapters (10), a share (0.25), '61440 parameters' or '2 MB'; or a share of
-            the cost of a step with all adapters: '40% memory' (activations) or '50% time' (operations).
+            the cost of a step with all adapters: '40% memory' (activations) or '50% time' (operations). "auto": the set
+            with the cheapest step among those that cover 90% of what all do, see `score="coverage"`.
         after: T, the optimizer step of the cut, or a share of the run (0.1). Default: a tenth of the run and at most
             one epoch.
+        score: what adapters are compared by: "omega", or a rule that trains no omega, from `selection.evidence`:
+            "coverage", "kfac", "snr", "gauss_newton", "leave_one_out", "output"; or a function of the `Evidence`.
         mode: "default" or "paper". "paper" is the paper to the letter: plain SGD on omega at 5.0, top-K after every
             step, omega <= 0 gated off, and omega held fixed in the forward after T.
         largest: which omegas count as large: "positive" (by value, above 0), "signed" (by value) or "magnitude".
@@ -55,6 +60,7 @@ class WeightLoRA(SelectionMethod):
         keep: Any = 10,
         after: int | float | None = None,
         *,
+        score: Rule = "omega",
         mode: Mode = "default",
         largest: Largest | None = None,
         gate_lr: float | None = None,
@@ -67,18 +73,20 @@ class WeightLoRA(SelectionMethod):
         share_dropout: bool = False,
     ) -> None:
         options.one_of("mode", mode, ("default", "paper"))
-        self.keep = budgets.parse(keep)
+        self.score, self.keep = parse(score, keep)
         self.when = After(after, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
         self.compat = compat
-        self.rule = _gate_rule(mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat)
+        self.rule = _gate_rule(
+            self.score, gate, mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat
+        )
         super().__init__(seed=seed, share_dropout=share_dropout)
 
     def strategy(self, seed: int) -> Strategy:
         return Strategy(
             method="weightlora",
-            gates=self.rule,
-            score=GateValue(self.rule.largest),
+            gates=None if self.score else self.rule,
+            score=self.score or GateValue(self.rule.largest),
             keep=self.keep,
             when=self.when,
             then=(Disconnect(), self.settle),
@@ -105,6 +113,7 @@ class WeightLoRAPlus(SelectionMethod):
         keep: Any = 10,
         after: int | float | None = None,
         *,
+        score: Rule = "omega",
         rounds: int = 1,
         init: Literal["qr", "gaussian"] = "qr",
         mode: Mode = "default",
@@ -119,7 +128,8 @@ class WeightLoRAPlus(SelectionMethod):
         share_dropout: bool = False,
     ) -> None:
         options.one_of("mode", mode, ("default", "paper"))
-        self.keep = None if keep is None else budgets.parse(keep)
+        self.score, budget = parse(score, 1.0 if keep is None else keep)
+        self.keep = None if keep is None else budget
         self.when = After(after, rounds=rounds, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
         self.grow = Expand(init, double=compat, unit=mode != "paper")
@@ -127,15 +137,17 @@ class WeightLoRAPlus(SelectionMethod):
         if compat:
             # FatAdamW does not project between its events, and unlike the plain optimizer it drops omega <= 0.
             project_every, largest = 0, largest or "positive"
-        self.rule = _gate_rule(mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat)
+        self.rule = _gate_rule(
+            self.score, gate, mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat
+        )
         super().__init__(seed=seed, share_dropout=share_dropout)
 
     def strategy(self, seed: int) -> Strategy:
         cut: tuple[Action, ...] = (self.grow, Disconnect()) if self.compat else (Disconnect(), self.grow)
         return Strategy(
             method="weightlora_plus",
-            gates=self.rule,
-            score=GateValue(self.rule.largest),
+            gates=None if self.score else self.rule,
+            score=self.score or GateValue(self.rule.largest),
             keep=self.keep,
             when=self.when,
             then=(*cut, self.settle),
@@ -190,6 +202,8 @@ AUTHORS_CODE = {
 
 
 def _gate_rule(
+    score: ByEvidence | None,
+    gate: str | None,
     mode: Mode,
     largest: Largest | None,
     gate_lr: float | None,
@@ -198,6 +212,11 @@ def _gate_rule(
     project_every: int,
     compat: bool,
 ) -> GateRule:
+    given = (gate, mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat)
+    if score and given != (None, "default", None, None, "stoiht", FIRST_INFORMED_STEP, 1, False):
+        raise ConfigError(
+            f"`score={score.rule!r}` trains no omega; leave out `mode`, `compat` and what is about omega."
+        )
     largest = largest or ("signed" if compat else "positive")
     lr = 5.0 if gate_lr is None else gate_lr
     options.one_of("largest", largest, LARGEST)

@@ -12,6 +12,29 @@ Values = dict[str, float | None]
 
 RANK_METHODS = ("sora", "adalora", "increlora", "alora", "dynamic_lora", "s2_lora")
 
+# What `selection.evidence` scores by: a word, the picture's title, and what it means.
+RULES = {
+    "snr": (
+        "snr",
+        "Adam's signal to noise",
+        "What Adam's next steps would do to the loss.",
+    ),
+    "kfac": ("gain", "K-FAC gain", "The fall of the loss that the adapter's best step is predicted, by itself."),
+    "coverage": (
+        "turn",
+        "Coverage",
+        "The highest is taken first, then what does most that it cannot do, and so on; see the effective rank.",
+    ),
+    "gauss_newton": (
+        "turn",
+        "Gauss-Newton set",
+        "The highest is taken first, then what adds most to it, and so on: of two that do the same one is late.",
+    ),
+    "leave_one_out": ("rise", "Leave one out", "By how much the loss is predicted to rise without the adapter."),
+    "output": ("output", "Output of each adapter", "The mean square of what it adds to its layer's output."),
+}
+MOST_MAPS = 2000  # adapters up to which the rules that did not choose are drawn as well
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -102,6 +125,7 @@ def _how(run: Run, kept: Sequence[str], dropped: Sequence[str]) -> str:
     steps = ", ".join(str(cut["step"]) for cut in cuts)
     text = f"{len(kept)} of {total} adapters were kept, cut after step {steps}"
     text = f"{text}: before the run's own training." if cuts[-1]["step"] == 0 else f"{text}."
+    text += headroom(run)
     shared = {
         kind: len(names) for e in run.of("share") for kind, names in e["shared"].items() if isinstance(names, list)
     }
@@ -111,7 +135,8 @@ def _how(run: Run, kept: Sequence[str], dropped: Sequence[str]) -> str:
 
 def evidence(run: Run) -> list[Evidence]:
     """What the method went by, the main thing first; empty if the files hold nothing of the kind."""
-    found = [e for e in (_main(run), _ranks(run), _scores_of_ranks(run), _shares(run)) if e is not None]
+    rest = (_ranks(run), _scores_of_ranks(run), _shares(run), *_rules(run))
+    found = [e for e in (_main(run), *rest) if e is not None]
     return list({e.title: e for e in found}.values())
 
 
@@ -129,6 +154,8 @@ def _main(run: Run) -> Evidence | None:
     scores = _last_scores(run)
     if scores:
         return Evidence(*_meaning(run), scores)
+    if rules := _rules(run):
+        return rules[0]
     gates = run.of("gates")
     if gates:
         step = gates[-1]["step"]
@@ -145,6 +172,10 @@ def _meaning(run: Run) -> tuple[str, str, str]:
         return ("order", "Order of the pattern (Fixed)", "Set before training: the highest is first. No data was used.")
     if run.method == "rlora":
         return ("draw", "Random draw (RLoRA)", "A control: the adapters that drew the highest numbers stay.")
+    if run.of("evidence"):
+        return RULES.get(
+            _rule(run), ("score", "Score at the cut", "By a function of the user's; higher is kept first.")
+        )
     if run.method in ("weightlora", "weightlora_plus"):
         text = (
             "The weight of each adapter when the choice was made; while they train, all but the largest are held at 0."
@@ -159,12 +190,43 @@ def _meaning(run: Run) -> tuple[str, str, str]:
     return ("score", "Score at the cut", "The method's own score; higher is kept first.")
 
 
+def _rule(run: Run) -> str:
+    """The rule that chose."""
+    rule = run.of("evidence")[-1].get("rule")
+    return rule if isinstance(rule, str) else ""
+
+
+def _rules(run: Run) -> list[Evidence]:
+    """Every rule's scores when adapters were last compared, that of the choice first."""
+    if not (events := run.of("evidence")):
+        return []
+    scores, chosen = events[-1]["scores"], _rule(run)
+    known = [rule for rule in (chosen, *RULES) if rule in RULES and isinstance(scores.get(rule), dict)]
+    if len(run.adapters) > MOST_MAPS:
+        known = known[:1]
+    return [Evidence(*RULES[rule], _numbers(scores[rule], run)) for rule in dict.fromkeys(known)]
+
+
+def headroom(run: Run) -> str:
+    """How much there was to choose, in a sentence or two; empty where no evidence says."""
+    if not (events := run.of("evidence")):
+        return ""
+    reason, rank = at(events[-1], "auto", "reason"), number(events[-1].get("effective_rank"))
+    text = f" {reason[0].upper()}{reason[1:]}" if isinstance(reason, str) and reason else ""
+    if rank is None:
+        return text
+    return (
+        f"{text} The steps of {len(events[-1]['scores'].get('coverage') or ())} adapters have an effective rank of "
+        f"{digits(rank)}: so many different things they can do to the loss."
+    )
+
+
 def _last_scores(run: Run) -> Values:
     """Each module's score at the last cut that it took part in; omega itself where that is the score."""
     found: Values = {}
     for cut in run.of("cut"):
         gates = cut.get("gates")
-        omega = run.method in ("weightlora", "weightlora_plus") and isinstance(gates, dict)
+        omega = run.method in ("weightlora", "weightlora_plus") and isinstance(gates, dict) and not run.of("evidence")
         found |= _numbers({**cut["scores"], **gates} if omega else cut["scores"], run)  # type: ignore[dict-item]
     return found
 

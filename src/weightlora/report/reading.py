@@ -240,6 +240,7 @@ def _gates(value: Any) -> bool:
 _SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "attach": {"adapters": _by_name},
     "gates": {"gates": _gates},
+    "evidence": {"scores": _by_name},
     "cut": {"kept": _names, "dropped": _names, "scores": _by_name},
     "expand": {"ranks": _by_name},
     "ranks": {"ranks": _by_name},

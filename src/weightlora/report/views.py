@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightlora.durable import METRICS_FILE, RECIPE_FILE, RESULT_FILE
+from weightlora.durable import CHOICE_FILE, METRICS_FILE, PROBE_FILE, RECIPE_FILE, RESULT_FILE
 from weightlora.progress import FINISHED, PROGRESS_FILE, Now, duration, seconds, size
 from weightlora.report.charts import (
     Chart,
@@ -93,6 +93,8 @@ def view(run: Run) -> RunView:
 def _state(run: Run) -> str:
     if run.finished:
         return "This run has finished."
+    if any((run.folder / name).is_file() for name in (CHOICE_FILE, PROBE_FILE)):
+        return f"This run only compared the adapters; it ended on purpose after step {run.last_step}."
     if run.now is not None:
         return _state_by_progress(run, run.now)
     if not run.recipe:

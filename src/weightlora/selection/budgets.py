@@ -7,7 +7,8 @@ keep="2 MB"              their size as stored         keep={"bytes": 2_000_000}
 keep="40% memory"        activations of a step        keep={"memory": 0.4}
 keep="50% time"          operations of a step         keep={"time": 0.5}
 
-The last two are shares of the cost of a step with all adapters, not sums over adapters; see `costs`.
+The last two are shares of the cost of a step with all adapters, not sums over adapters; see `costs`. keep="auto", and
+keep={"auto": 0.1} with its tolerance, leave the number to the evidence; see `informed`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, did_you_mean
 
 COSTS = ("memory", "time")
-UNITS = ("adapters", "share", "parameters", "bytes", *COSTS)
+UNITS = ("adapters", "share", "parameters", "bytes", *COSTS, "auto")
+TOLERANCE = 0.1  # of keep="auto"
 _SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _WRITTEN = re.compile(r"\s*([\d_.]+(?:e\d+)?)\s*(%|[kmg]i?(?=b\b|\s|$|p))?\s*([a-z]*)\s*", re.IGNORECASE)
 
@@ -49,6 +51,8 @@ class Budget:
             )
         if not math.isfinite(self.limit) or self.limit <= 0:
             raise ConfigError(f"`keep={self}` keeps nothing; it must be above 0.")
+        if self.unit == "auto" and self.limit >= 1:
+            raise ConfigError(f"keep={{'auto': {self.limit:g}}}: the tolerance is a share, below 1.")
         if self.in_cost and self.limit > 1:
             raise ConfigError(
                 f"`keep={self.limit:g} {self.unit}` is above what all adapters take; give a share of it up to 1, as in "
@@ -58,7 +62,7 @@ class Budget:
             raise ConfigError(
                 f"`keep={self.limit}` is a share above 1; give a whole number of adapters or a share up to 1."
             )
-        if self.unit != "share" and not self.in_cost and self.limit != int(self.limit):
+        if self.unit not in ("share", "auto") and not self.in_cost and self.limit != int(self.limit):
             raise ConfigError(f"`keep={self.limit}` {self.unit}: give a whole number, or a share between 0 and 1.")
 
     @property
@@ -67,6 +71,8 @@ class Budget:
         return self.unit in COSTS
 
     def __str__(self) -> str:
+        if self.unit == "auto":
+            return "auto" if self.limit == TOLERANCE else f"auto within {self.limit:.4g}"
         if self.in_cost:
             return f"{self.limit:.4%}".rstrip("0%").rstrip(".") + f"% {self.unit}"
         return f"{self.limit:.4g} of all adapters" if self.unit == "share" else f"{int(self.limit):,} {self.unit}"
@@ -82,6 +88,8 @@ class Budget:
             ConfigError: more is asked for than there is, or not even one adapter fits.
         """
         costs = [self.cost(a) for a in adapters]
+        if self.unit == "auto":
+            return Limit(tuple(costs), len(costs))
         limit = math.floor(self.limit * len(adapters)) if self.unit == "share" else int(self.limit)
         if self.unit == "adapters" and limit > len(adapters):
             raise ConfigError(f"`keep={limit}` exceeds the {len(adapters)} attached adapters; lower it.")
@@ -171,14 +179,21 @@ def shrinking(adapters: Sequence[Adapter], keep: Budget | None, rounds: int) -> 
     return [*(Limit(final.costs, limit) for limit in before), final]
 
 
-def parse(keep: Any) -> Budget:
+def parse(keep: Any, *, auto: bool = False) -> Budget:
     """Read what a user writes for `keep`, see the table above.
+
+    Args:
+        auto: whether "auto" can be meant.
 
     Raises:
         ConfigError: it cannot be read.
     """
     if isinstance(keep, Budget):
         return keep
+    if keep == "auto":
+        keep = {"auto": TOLERANCE}
+    if isinstance(keep, Mapping) and "auto" in keep and not auto:
+        raise ConfigError("keep='auto' is for WeightLoRA and WeightLoRAPlus; give a number or a share.")
     if isinstance(keep, Mapping) and len(keep) == 1:
         (unit, limit), *_ = keep.items()
         if isinstance(limit, int | float) and not isinstance(limit, bool):

@@ -3,6 +3,9 @@
     attach   which adapters there are             method, adapters: {name: {r, parameters}}; where some are not on
                                                linear layers and so not chosen among: others: {name: kind}
     gates    omega while it is trained            gates: {name: value}; in the file a list, in module order
+    evidence  what WeightLoRA(score=...) saw  rule, steps, scores: {rule: {name: value}}, effective_rank, curve:
+                                              coverage of the best 1, 2, ... adapters; with keep="auto" auto:
+                                              {coverage, coverage_at_random, matters, operations, reason}
     cut      what was kept and why                kept, dropped, scores, parameters_before, parameters_after;
                                                where `keep` is a cost: predicted, shares of memory and time
     expand   new ranks of the survivors           ranks: {name: r}

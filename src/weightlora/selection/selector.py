@@ -71,15 +71,7 @@ class Strategy:
 
 
 class Selector(Engine):
-    """The one object that changes: a strategy at work on a model.
-
-    Attributes:
-        adapters: those still attached.
-        global_step: optimizer steps done.
-        done: the last cut is made, the model is an ordinary LoRA.
-        kept, dropped: names, once something was cut.
-        events: the decisions so far.
-    """
+    """The one object that changes: a strategy at work on a model."""
 
     def __init__(
         self,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
-from weightlora.durable import RECIPE_FILE
+from weightlora.durable import CHOICE_FILE, RECIPE_FILE
 from weightlora.errors import ConfigError
-from weightlora.methods import Method, Progress
+from weightlora.methods import Method, Progress, WeightLoRA
+from weightlora.methods.weightlora import FIRST_INFORMED_STEP
 from weightlora.progress import PROGRESS_FILE, Now
 from weightlora.selection.events import EVENTS_FILE
+from weightlora.selection.schedules import After
+from weightlora.training.arguments import count_steps
 from weightlora.training.plan import Plan, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
 from weightlora.training.run import alone, build_trainer
 
-CONFIG_FILE = "adapter_config.json"
 _ONE_RANK = "one rank and one alpha for all; the choice has others too, which PEFT's patterns alone can say"
 
 
@@ -55,11 +58,36 @@ def choose(
     if method is None or not method.chooses:
         able = [info.name for info in methods.list_methods() if getattr(info.callback, "chooses", False)]
         raise ConfigError(f"Method {recipe.method.name!r} chooses no modules or ranks; these do: {', '.join(able)}.")
+    with scouted(recipe, progress=progress, on_ready=on_ready, on_progress=on_progress) as method:
+        config = method.lora_config()
+        if is_first():
+            for name, text in {CHOICE_FILE: _as_json(config), **lines(config)}.items():
+                durable.write_whole(Path(recipe.output_dir) / name, text)
+    return config
+
+
+@contextmanager
+def scouted(
+    recipe: Recipe,
+    *,
+    most: int | None = None,
+    progress: bool = False,
+    on_ready: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Now | None], None] | None = None,
+) -> Iterator[Method]:
+    """Train up to the last cut of a recipe's method and no further; its folder stays locked inside.
+
+    Args:
+        most: the steps after which the cut comes at the latest, never more than half of the run; for `WeightLoRA` only.
+    """
     training = {**recipe.training, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
-    recipe = recipe.model_copy(update={"training": training})
-    job = prepare(recipe, resume=False, progress=progress)
+    job = prepare(recipe.model_copy(update={"training": training}), resume=False, progress=progress)
     method, output_dir = job.method, Path(recipe.output_dir)
     assert method is not None
+    if most is not None:
+        assert isinstance(method, WeightLoRA)
+        whole = count_steps(len(job.training.features), job.arguments)[0]
+        method.when = After(max(FIRST_INFORMED_STEP, min(most, whole // 2)), first=FIRST_INFORMED_STEP)
     with alone(output_dir):
         following = Progress(show=None if job.arguments.disable_tqdm else on_progress)
         trainer, _ = build_trainer(job, progress, [_EndWithTheChoice(method), following])
@@ -73,12 +101,9 @@ def choose(
             for name in (EVENTS_FILE, PROGRESS_FILE):
                 (output_dir / name).unlink(missing_ok=True)
             raise
-        config = method.lora_config()
         if is_first():
             save_recipe(job.recipe, output_dir / RECIPE_FILE)
-            for name, text in {CONFIG_FILE: _as_json(config), **lines(config)}.items():
-                durable.write_whole(output_dir / name, text)
-    return config
+        yield method
 
 
 class _EndWithTheChoice(TrainerCallback):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from weightlora import methods
 from weightlora.errors import ConfigError
 from weightlora.forecast import Estimate, Training, estimate
 from weightlora.forecast.meta import Device
 from weightlora.forecast.model import PRECISIONS, Precision, without_weights
+from weightlora.methods import Method
 from weightlora.methods.stock import head_modules
 from weightlora.selection import budgets
 from weightlora.tasks import get_task
@@ -49,6 +50,34 @@ def estimate_recipe(
     Raises:
         ConfigError: an entry that cannot work, a target that matches no module, or a method that is no LoRA.
     """
+    setting = setting_of(recipe, device=device, rows=rows)
+    memory_bytes = size_in_bytes(memory, "--memory") if isinstance(memory, str) else memory
+    return estimate(
+        setting.model,
+        setting.lora,
+        method=setting.method,
+        training=setting.training,
+        memory_bytes=memory_bytes,
+        against_peft=against_peft,
+        precisions=precisions,
+    )
+
+
+class Setting(NamedTuple):
+    """What costs depend on in a recipe.
+
+    Attributes:
+        model: on the meta device. lora: fields of `LoraConfig`. method: its name, or the object with its options.
+    """
+
+    model: PreTrainedModel
+    lora: dict[str, Any]
+    method: str | Method
+    training: Training
+
+
+def setting_of(recipe: Recipe, *, device: Device | None = None, rows: int | None = None) -> Setting:
+    """Read from the recipe and the model's config.json; arguments and errors as for `estimate_recipe`."""
     task = get_task(recipe.task)
     info = methods.get_method(recipe.method.name)
     method = methods.create(recipe.method.name, recipe.method.options)
@@ -56,7 +85,6 @@ def estimate_recipe(
     values = check_fields("training", recipe.training, TrainingArguments)
     half = any(values.pop(name, False) for name in _HALF)  # which transformers refuses where no device has it
     arguments = training_arguments(values, recipe.output_dir, recipe.seed, False)
-    memory_bytes = size_in_bytes(memory, "--memory") if isinstance(memory, str) else memory
     check_source(recipe.model)
     check_method(recipe.model, info, lora)
     kind, config = HEADS[task.head], load_config(recipe.model)
@@ -66,14 +94,11 @@ def estimate_recipe(
     check_lora(model, lora)
     if kind.is_new:
         lora["modules_to_save"] = lora.get("modules_to_save") or head_modules(model)
-    return estimate(
+    return Setting(
         model,
         {**lora, "task_type": kind.task_type(config)},
-        method=recipe.method.name if method is None else method,
-        training=training_of(recipe, task, arguments, config, half, device, rows),
-        memory_bytes=memory_bytes,
-        against_peft=against_peft,
-        precisions=precisions,
+        recipe.method.name if method is None else method,
+        training_of(recipe, task, arguments, config, half, device, rows),
     )
 
 

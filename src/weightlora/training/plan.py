@@ -20,6 +20,7 @@ from weightlora.adapters import list_attached
 from weightlora.adapters.distributed import is_first
 from weightlora.adapters.host import base_of
 from weightlora.adapters.surgery import name_seed
+from weightlora.dropout import LoRADropout
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError
 from weightlora.measure import trainable_parameters
@@ -43,7 +44,7 @@ from weightlora.training.model import (
 )
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
-from weightlora.training.recipe import GenerationSpec, GrowSpec, Recipe, SourceSpec
+from weightlora.training.recipe import DropoutSpec, GenerationSpec, GrowSpec, Recipe, SourceSpec
 
 _BATCHES = 16  # of training data, at most, for methods that need some to start
 
@@ -122,7 +123,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool) -> Job:
     method = methods.create(recipe.method.name, _options(recipe, task))
     lora = lora_values(recipe.lora, methods.get_method(recipe.method.name))
     _arguments(recipe, task, progress)  # checked as far as possible without the model
-    after = _after_the_cut(recipe)
+    after = [*_after_the_cut(recipe), *_factor_dropout(recipe)]
     check_source(recipe.model)
     check_method(recipe.model, methods.get_method(recipe.method.name), lora)
     with _quiet_datasets():
@@ -200,6 +201,16 @@ def _after_the_cut(recipe: Recipe) -> list[TrainerCallback]:
             grow = GrowSpec(factor=None if grow is True else grow)
         callbacks.append(GrowBatch(grow.factor, effective=grow.effective, rate=grow.rate))
     return callbacks
+
+
+def _factor_dropout(recipe: Recipe) -> list[TrainerCallback]:
+    spec = recipe.factor_dropout
+    if spec is None:
+        return []
+    if recipe.grow_batch:
+        raise ConfigError("`factor_dropout` and `grow_batch` both change the Trainer's step; leave one out.")
+    spec = spec if isinstance(spec, DropoutSpec) else DropoutSpec(p=spec)
+    return [LoRADropout(spec.p, instances=spec.instances)]
 
 
 def _ready(job: Job, lora: dict[str, Any]) -> nn.Module:

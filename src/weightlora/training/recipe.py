@@ -179,6 +179,13 @@ class GrowSpec(Section):
     rate: Literal["same", "sqrt", "linear"] = "same"
 
 
+class DropoutSpec(Section):
+    """Rows and columns of the factors that are dropped, see `LoRADropout`."""
+
+    p: float = 0.05
+    instances: int = 4
+
+
 class Recipe(Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
@@ -187,7 +194,8 @@ class Recipe(Section):
     After the cut, `reuse_prefix` runs frozen blocks once per example (true, or the type of the kept output) and
     `grow_batch` merges accumulated micro-batches (true, or how many), with `effective: true` optimizer steps too. `fit`
     is a memory to stay below, such as "16 GB", by the choice of micro-batch, accumulation and checkpointing. `on_nan`
-    says what becomes of a step whose gradients are NaN or infinite.
+    says what becomes of a step whose gradients are NaN or infinite. `factor_dropout` is LoRA Dropout: its
+    probability, or that and the number of `instances`.
     """
 
     what: ClassVar[str] = "recipe"
@@ -203,6 +211,7 @@ class Recipe(Section):
     generation: GenerationSpec = GenerationSpec()
     reuse_prefix: bool | Literal["float32", "bfloat16"] = False
     grow_batch: bool | int | GrowSpec = False
+    factor_dropout: float | DropoutSpec | None = None
     fit: str | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     output_dir: str

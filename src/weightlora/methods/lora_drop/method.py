@@ -30,6 +30,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from weightlora import optim, options
 from weightlora.adapters import admission, attach, structure, surgery
 from weightlora.adapters.attach import Adapter
+from weightlora.adapters.blocks import evaluating
 from weightlora.adapters.distributed import from_first
 from weightlora.adapters.host import active_adapter
 from weightlora.errors import CheckpointError, ConfigError, DivergedError
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 Choice = Literal["importance", "inverted", "random", "top_layers"]
 CHOICES: tuple[str, ...] = get_args(Choice)
+_FOR_INFERENCE = {"large": "importance", "small": "inverted"}
 
 
 class LoRADrop(Method["OutputSelection"]):
@@ -66,6 +68,7 @@ class LoRADrop(Method["OutputSelection"]):
         keep: keep this many modules of each type instead.
         sample: share of the training data for phase 1, stratified where labels are classes.
         epochs: of phase 1.
+        steps: optimizer steps of phase 1 in place of epochs, so that samples of any size train alike.
         share: False drops the modules that are not kept (an ablation of the paper, and how the WeightLoRA paper
             describes the method).
         choose: "importance", or an ablation with as many modules of each type as importance would keep: "inverted"
@@ -75,6 +78,10 @@ class LoRADrop(Method["OutputSelection"]):
             mean of factors is not the mean of updates. Moments start anew. *Unverified*: the paper does not say which.
         keep_head: keep the other weights trained in phase 1, the task head. Default: as `restart` has it. *Unverified*.
         count_padding: positions that the attention mask leaves out count too. *Unverified*.
+        keep_for_inference: "large" or "small", Table 3 of the paper: there is no phase 1, LoRA trains whole, and after
+            the last step (and the best checkpoint, where that is wanted) only the adapters with the largest or smallest
+            outputs on the sample stay, as many of each type as `threshold` or `keep` says. Nothing is trained after
+            that or shared, and `epochs`, `steps`, `restart` and `keep_head` play no part.
         type_of: how many last parts of a module's name tell its type, or a function from the name; 0 makes one type of
             all that have the same shape.
         seed: of sample, phase 1 and draw; default the Trainer's.
@@ -90,25 +97,36 @@ class LoRADrop(Method["OutputSelection"]):
         keep: int | None = None,
         sample: float = 0.1,
         epochs: int = 3,
+        steps: int | None = None,
         share: bool = True,
         choose: Choice = "importance",
         restart: bool = True,
         keep_head: bool | None = None,
         count_padding: bool = False,
+        keep_for_inference: Literal["large", "small"] | None = None,
         type_of: int | Callable[[str], str] = 1,
         seed: int | None = None,
     ) -> None:
         super().__init__(seed=seed)
         for name, value in (("threshold", threshold), ("sample", sample)):
             options.number(name, value, above=0, most=1)
-        for name, value in (("keep", keep), ("epochs", epochs)):
+        for name, value in (("keep", keep), ("epochs", epochs), ("steps", steps)):
             if value is not None:
                 options.whole(name, value)
         options.one_of("choose", choose, CHOICES)
+        if keep_for_inference is not None:
+            options.one_of("keep_for_inference", keep_for_inference, tuple(_FOR_INFERENCE))
+            if choose != "importance":
+                raise ConfigError(
+                    f"`choose={choose!r}` and `keep_for_inference={keep_for_inference!r}` both say which adapters "
+                    "stay; leave one out."
+                )
         if not callable(type_of) and not options.is_whole(type_of):
             raise ConfigError(f"`type_of={type_of!r}` must be a number of name parts, or a function from the name.")
         self.threshold, self.keep, self.sample, self.epochs = threshold, keep, sample, epochs
-        self.share, self.choose, self.restart = share, choose, restart
+        self.steps, self.keep_for_inference = steps, keep_for_inference
+        self.share = share and keep_for_inference is None
+        self.choose, self.restart = _FOR_INFERENCE.get(keep_for_inference or "", choose), restart
         self.keep_head = not restart if keep_head is None else keep_head
         self.count_padding, self.type_of = count_padding, type_of
 
@@ -142,8 +160,10 @@ class LoRADrop(Method["OutputSelection"]):
             {module: I}, which sum to 1 over the modules of each type.
 
         Raises:
-            ConfigError: no data, a sample of no row, no learning rate, or phase 1 was done already.
+            ConfigError: no data, a sample of no row, no learning rate, phase 1 was done already, or there is none.
         """
+        if self.keep_for_inference is not None:
+            raise ConfigError("with `keep_for_inference` there is no phase 1; call `prune` after the last step.")
         if lr is None and optimizer is not None:
             first = optim.host(optimizer).param_groups[0]
             lr = float(first.get("initial_lr", first["lr"]))
@@ -152,6 +172,34 @@ class LoRADrop(Method["OutputSelection"]):
         rows = draw(data, self.sample, self.engine.seed)
         self._run(rows, Training(loss or model_loss, lr, progress=progress), optimizer)
         return self.engine.importance
+
+    def prune(self, data: Any, *, loss: Loss | None = None) -> dict[str, float]:
+        """The choice of `keep_for_inference`, in a loop of your own; after the last step.
+
+        Args, Returns: as `score`.
+
+        Raises:
+            ConfigError: as `score`, or the method was not made with `keep_for_inference`.
+        """
+        if self.keep_for_inference is None:
+            raise ConfigError("`prune` is for `keep_for_inference`; the choice of phase 1 is made by `score`.")
+        self._prune(draw(data, self.sample, self.engine.seed), loss or model_loss)
+        return self.engine.importance
+
+    def measure(self, data: Any, *, loss: Loss | None = None) -> dict[str, float]:
+        """{module: I} with the weights as they are now, at any time: after phase 2 too, when modules share an adapter.
+
+        Args:
+            data: a `DataLoader`, of which all rows count, or a list of batches.
+            loss: as in `score`.
+        """
+        rows = draw(data, 1.0, self.engine.seed)
+        return self.engine.measure(rows.batches(), loss or model_loss)
+
+    def _prune(self, sample: Sample, loss: Loss) -> None:
+        self.engine.prune(sample, loss)
+        self._rewrap()
+        self._finish_if_done()
 
     def _run(self, sample: Sample, training: Training, optimizer: torch.optim.Optimizer | None) -> None:
         ddp = None if self._ddp is None else self._ddp()
@@ -166,13 +214,25 @@ class LoRADrop(Method["OutputSelection"]):
     ) -> None:
         """Phase 1, unless the run was resumed."""
         super().on_train_begin(args, state, control, **kwargs)
-        if self.engine.done:
+        if self.engine.done or self.keep_for_inference is not None:
             return
         trainer = calling_trainer()
         assert trainer is not None
         rows = draw(kwargs["train_dataloader"], self.sample, self.engine.seed, trainer)
         with without_trace(trainer):
             self._run(rows, Training.of(trainer), kwargs["optimizer"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The choice for inference, on the weights that the run ends with."""
+        if self.keep_for_inference is not None and not self.engine.done:
+            trainer = calling_trainer()
+            assert trainer is not None
+            rows = draw(kwargs["train_dataloader"], self.sample, self.engine.seed, trainer)
+            with without_trace(trainer):
+                self._prune(rows, Training.of(trainer).loss)
+        super().on_train_end(args, state, control, **kwargs)
 
 
 # -- at work on a model ----------------------------------------------------------------------------------------------
@@ -215,15 +275,16 @@ class OutputSelection(Engine):
         return sharing.count(self.adapters)
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
-        """The choice is made before the first step, however long the run is."""
-        return (0,)
+        """The choice is made before the first step, however long the run is, or for inference after the last."""
+        return (0,) if self.options.keep_for_inference is None else (total_steps,)
 
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        if not self.done:
+        if not self.done and self.options.keep_for_inference is None:
             raise ConfigError("LoRA-drop has seen no data; call `score(loader, lr=...)` before the first step.")
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         self.observe(optimizer)
+        self.global_step += self.options.keep_for_inference is not None
         return False
 
     # -- phase 1 -------------------------------------------------------------------------------------------------
@@ -234,12 +295,12 @@ class OutputSelection(Engine):
             raise ConfigError("phase 1 is over and the adapters were chosen; attach to a fresh model to score again.")
         trained = [p for p in self.model.parameters() if p.requires_grad]
         start = {p: p.detach().clone() for p in trained}
-        mode = self.model.training
+        mode, steps = self.model.training, self.options.steps or self.options.epochs * sample.steps
         try:
             with seeded(self.seed, self.model):
                 self.bytes_before = self._try(sample, training.loss)
-                first, last = training.fit(self.model, sample, self.options.epochs)
-                energies = self._measure(sample.batches(), training.loss)
+                first, last = training.fit(self.model, sample, steps)
+                energies = self._energies(sample.batches(), training.loss)
             energies = from_first(energies, trained)
             kept = self._choose(energies)
         except BaseException:
@@ -249,26 +310,48 @@ class OutputSelection(Engine):
             self.model.train(mode)
             for parameter in trained:
                 parameter.grad = None
-        logger.info(
-            "phase 1: %d rows, %d epochs, loss %.4g to %.4g", len(sample.rows), self.options.epochs, first, last
-        )
+        logger.info("phase 1: %d rows, %d steps, loss %.4g to %.4g", len(sample.rows), steps, first, last)
         self._record(energies, kept, len(sample.rows))
         self._rewind(start)
         self._cut(kept, start, optimizer)
 
+    def prune(self, sample: Sample, loss: Loss) -> None:
+        """Scores and choice on the model as it is; the others are disconnected."""
+        if self.done:
+            raise ConfigError(
+                "the adapters for inference were chosen already; attach to a fresh model to choose again."
+            )
+        energies = from_first(self._energies(sample.batches(), loss), [])
+        kept = self._choose(energies)
+        self._record(energies, kept, len(sample.rows))
+        self._cut(kept, {}, None)
+
+    def measure(self, batches: Iterator[Any], loss: Loss) -> dict[str, float]:
+        """{module: I} with the weights as they are; 0 for modules that have no adapter any more."""
+        found = self._energies(batches, loss)
+        energy = dict(zip((a.name for a in self.adapters), found, strict=True))
+        shares: dict[str, float] = {}
+        for members in self.types.values():
+            total = sum(energy.get(a.name, 0.0) for a in members)
+            shares |= {a.name: energy.get(a.name, 0.0) / total if total else 0.0 for a in members}
+        return shares
+
     def _try(self, sample: Sample, loss: Loss) -> float:
         """Run one batch both ways, so that problems are reported before anything is trained."""
         batch = next(iter(sample.batches()))
-        self._measure(iter([batch]), loss)
+        self._energies(iter([batch]), loss)
         self.model.train()
         values = batch.values() if isinstance(batch, Mapping) else batch
         size = max((v.numel() for v in values if torch.is_tensor(v)), default=1)
         return saved_bytes(lambda: loss(self.model, batch), exclude=self.model) / size
 
     @torch.no_grad()
-    def _measure(self, batches: Iterator[Any], loss: Loss) -> list[float]:
-        self.model.eval()
-        with OutputEnergy(self.model, self.adapters, count_padding=self.options.count_padding) as outputs:
+    def _energies(self, batches: Iterator[Any], loss: Loss) -> list[float]:
+        with (
+            evaluating(self.model),
+            seeded(self.seed, self.model),
+            OutputEnergy(self.model, self.adapters, count_padding=self.options.count_padding) as outputs,
+        ):
             for batch in batches:
                 loss(self.model, batch)
         return outputs.values()
@@ -281,8 +364,8 @@ class OutputSelection(Engine):
             raise DivergedError("outputs are NaN or infinite after phase 1; lower the learning rate.")
         if not any(energies):
             raise ConfigError(
-                "every adapter still puts out 0 after phase 1, so there is nothing to compare; raise `epochs`, "
-                "`sample` or the learning rate."
+                "every adapter still puts out 0, so there is nothing to compare; train longer or at a higher rate; of "
+                "phase 1 see `epochs`, `steps` and `sample`."
             )
         energy = dict(zip((a.name for a in self.adapters), energies, strict=True))
         importance, kept = dict.fromkeys(energy, 0.0), {}
@@ -320,7 +403,7 @@ class OutputSelection(Engine):
         }
         self.events.add(
             "importance",
-            0,
+            self.global_step,
             importance=self.importance,
             energy=dict(zip((a.name for a in self.adapters), energies, strict=True)),
             types=table,

@@ -123,7 +123,38 @@ class OutputEnergy:
         return decoder if id(layer) in self._in_decoder and not cross else encoder
 
 
+class RowEnergy(OutputEnergy):
+    """The same by row of the batches: ||s B A x||^2, summed over the tokens of each row."""
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], *, count_padding: bool = False) -> None:
+        super().__init__(model, adapters, count_padding=count_padding)
+        self._rows: list[list[float]] = [[] for _ in adapters]
+
+    def by_row(self) -> list[list[float]]:
+        """For every adapter the number of each row so far, in their order."""
+        return self._rows
+
+    @torch.no_grad()
+    def _add(self, i: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        adapter, x = self._adapters[i], args[0]
+        self._counted(adapter.name, layer, x)  # refuses what it does not understand
+        mask, weight = self._mask(layer, x), adapter.A.weight
+        with torch.autocast(x.device.type, enabled=False):
+            z = (x.to(weight) @ weight.T).to("cpu", torch.float64)
+        if adapter.B.bias is not None:
+            z = torch.cat([z, z.new_ones(*z.shape[:-1], 1)], dim=-1)
+        found = adapter.scaling**2 * ((z @ _gram(adapter)) * z).sum(-1)
+        if mask is not None and mask.numel() == found.numel():
+            found = found.reshape(mask.shape) * (mask != 0).cpu()
+        self._rows[i] += found.reshape(len(found), -1).sum(1).clamp(min=0).tolist()
+
+
 def _energy(adapter: Adapter, total: Tensor) -> float:
+    return max(0.0, adapter.scaling**2 * (_gram(adapter) * total).sum().item())
+
+
+def _gram(adapter: Adapter) -> Tensor:
+    """B^T B in double precision, with the bias as a last column of B."""
     B = adapter.B.weight if adapter.B.bias is None else torch.cat([adapter.B.weight, adapter.B.bias[:, None]], dim=1)
-    B = B.to("cpu", torch.float64)
-    return max(0.0, adapter.scaling**2 * ((B.T @ B) * total).sum().item())
+    B = B.detach().to("cpu", torch.float64)
+    return B.T @ B

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,8 @@ class Training:
             progress=not args.disable_tqdm and trainer.is_world_process_zero(),
         )
 
-    def fit(self, model: nn.Module, sample: Sample, epochs: int) -> tuple[float, float]:
-        """Train all that is trainable; returns the mean losses of the first and the last epoch."""
+    def fit(self, model: nn.Module, sample: Sample, steps: int) -> tuple[float, float]:
+        """Train all that is trainable for so many steps; returns the mean losses of the first and the last epoch."""
         model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         matrices, others = ([p for p in parameters if (p.dim() > 1) is wanted] for wanted in (True, False))
@@ -109,10 +110,10 @@ class Training:
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
         scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=self.scaled)  # type: ignore[attr-defined]
         means: list[float] = []
-        with tqdm(total=epochs * sample.steps, desc="LoRA-drop, phase 1", disable=not self.progress) as bar:
-            for _ in range(epochs):
+        with tqdm(total=steps, desc="LoRA-drop, phase 1", disable=not self.progress) as bar:
+            while len(means) * sample.steps < steps:
                 losses = []
-                for step in sample.epoch():
+                for step in islice(sample.epoch(), steps - len(means) * sample.steps):
                     losses.append(self._step(model, step, parameters, optimizer, scaler))
                     bar.update()
                 means.append(sum(losses) / len(losses))

@@ -69,7 +69,9 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     assert min(seconds) < 1.0  # the machine may be busy once
 
 
-@pytest.mark.parametrize("name", [["train"], ["probe"], ["select"], ["export"], ["list", "methods"], ["list", "tasks"]])
+@pytest.mark.parametrize(
+    "name", [["train"], ["probe"], ["select"], ["watch"], ["export"], ["list", "methods"], ["list", "tasks"]]
+)
 def test_every_command_has_help_with_an_example(command: Callable[..., Any], name: list[str]) -> None:
     code, out, _ = command(*name, "--help")
     assert code == 0 and "Example:" in out
@@ -104,8 +106,11 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command: Callable[..., Any]
 
 def test_train_shows_what_was_kept_and_the_score(command: Callable[..., Any], folder: Path) -> None:
     overrides = ["method={name: weightlora, keep: 2, after: 4}", "training.num_train_epochs=1"]
-    code, out, _ = command("train", folder / "recipe.yaml", *overrides)
+    code, out, err = command("train", folder / "recipe.yaml", *overrides)
     assert code == 0
+    assert "step 0 of 6, scouting 13 adapters, cut after step 4" in err
+    assert "step 4 of 6, kept 2 of 13 adapters" in err and "evaluated after step 6: " in err
+    assert "it/s]" not in err and "'loss'" not in out  # no bar where nobody sees it, and no log lines of the Trainer's
     assert "Kept       2 of 13 adapters" in out
     assert "Score      accuracy 0." in out and " -> " in out
     assert "adapter/, metrics.json, recipe.yaml, events.jsonl" in out

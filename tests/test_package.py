@@ -42,6 +42,7 @@ LAYERS = [
     "settings",
     "options",
     "paired",
+    "progress",
     "durable",
     "errors",
 ]

@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs, so that `--help` stays quick.
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +54,7 @@ app = typer.Typer(
     weightlora export runs/topics out           copy a run's adapter out, checked
     weightlora bench suite.yaml                 methods by tasks by seeds, as one table
     weightlora figure alignment recipe.yaml out where would an adapter matter? (and other figures)
+    weightlora watch runs/topics                what a run is doing, as a page that follows it
     weightlora report runs/topics               what runs came to, as a page to look at
     weightlora list methods                     what `method:` can be
     weightlora schema recipe.schema.json        what a recipe can say, for editors
@@ -193,11 +194,12 @@ def train(
     from weightlora.training.run import run
 
     show_plan = terminal.show_plan if _is_first() else None
-    with _interruptible("--resume goes on from the newest whole checkpoint"):
+    with _interruptible("--resume goes on from the newest whole checkpoint"), terminal.Status() as status:
         if dry_run:
             plan = check(loaded, resume=resume)
         else:
-            metrics = run(loaded, resume=resume, progress=_is_first(), on_ready=show_plan)
+            on_progress = status if _is_first() else None
+            metrics = run(loaded, resume=resume, progress=_is_first(), on_ready=show_plan, on_progress=on_progress)
     if dry_run and _is_first():
         terminal.show_plan(plan)
         print("Dry run: nothing was trained or written.")
@@ -532,8 +534,13 @@ def select(
     from weightlora import terminal
     from weightlora.training.choice import choose
 
-    with _interruptible("the choice has to be made again"):
-        config = choose(loaded, progress=_is_first(), on_ready=terminal.show_plan if _is_first() else None)
+    with _interruptible("the choice has to be made again"), terminal.Status() as status:
+        config = choose(
+            loaded,
+            progress=_is_first(),
+            on_ready=terminal.show_plan if _is_first() else None,
+            on_progress=status if _is_first() else None,
+        )
     if _is_first():
         terminal.show_choice(config, loaded.output_dir)
 
@@ -697,6 +704,48 @@ def report(
     print(f"Written to {write_report(runs, out, figures=figures, reference=reference, force=force)}")
     if figures is not None:
         print(f"Pictures   {figures}")
+
+
+@app.command()
+def watch(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="The output_dir of runs, of a suite, or a folder of runs; there or not.",
+            show_default=False,
+        ),
+    ],
+    port: Annotated[
+        int | None,
+        typer.Option("--port", min=0, max=65535, help="Default: 8724 if it is free; 0 picks one.", show_default=False),
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Follow runs while they go, on a page of this machine.
+
+    Importance as it forms, layer by projection; omega over steps; ranks, loss, score, time left and what the cut saves:
+    the page of `weightlora report`, up to date. It is at 127.0.0.1 alone, only reads, and can be closed and opened
+    again at any time; the runs do not notice. Runs of the command and of a Trainer with one of our methods can be
+    followed, a whole suite too, and from before their first step.
+
+    \b
+    Example: weightlora watch runs/topics
+             weightlora watch runs/topics runs/topics-5 --open
+             weightlora watch runs/my-suite --port 0
+    On another machine: ssh -L 8724:127.0.0.1:8724 HOST, then http://127.0.0.1:8724/ here.
+    """
+    from weightlora.report.watch import Watch
+
+    server = Watch(runs, port)
+    print(f"Watching {', '.join(map(str, runs))} at {server.address} (Ctrl-C ends it; the runs go on)", flush=True)
+    if open_browser:
+        import webbrowser
+
+        webbrowser.open(server.address)
+    with suppress(KeyboardInterrupt):
+        server.serve()
+    print("No longer watching; the runs go on.")
 
 
 @app.command()

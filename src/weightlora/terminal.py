@@ -1,14 +1,20 @@
-"""What the command prints: the plan of a run, its result, the progress and the tables of a suite.
+"""What the command prints: the plan of a run, how it goes, its result, the progress and the tables of a suite.
 
 Names of files, labels and modules are shown as they are, never read as markup.
 """
 
+import logging
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TextIO
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -18,13 +24,98 @@ from weightlora.bench.suite import Suite, groups
 from weightlora.bench.table import chosen_table, differences_table, scores_table, summarise
 from weightlora.durable import CHOICE_FILE, PROBE_FILE
 from weightlora.errors import ConfigError
+from weightlora.progress import Now
 from weightlora.report.charts import Cell, heat_map
 from weightlora.training.choice import lines, listed
 from weightlora.training.plan import Plan
 from weightlora.training.probing import Probe
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+_LINE_EVERY = 60.0  # seconds between two lines where nobody sees a bar
 _MANY = 40  # from this many adapters on, layers are shown as one line per kind
+
+
+class Status:
+    """How a run goes, on stderr: two lines that stay in place in a terminal, and now and then a line elsewhere.
+
+    Made for `run(..., on_progress=status)`; use it as a context, so that the terminal is given back whatever happens.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.console = Console(file=stream or sys.stderr, **_PLAIN)
+        self._live: Live | None = None
+        self._said = -_LINE_EVERY
+        self._last: Now | None = None
+        self._told: tuple[str, int, bool] | None = None
+        self._logging: list[tuple[logging.StreamHandler[Any], TextIO]] = []
+
+    def __enter__(self) -> "Status":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pause()
+
+    def __call__(self, now: Now | None) -> None:
+        """Show it; None takes it away until there is more to see."""
+        if now is None:
+            self._pause()
+            return
+        before, self._last = self._last, now
+        new = before is None or before.scores != now.scores
+        if now.scores and new and now.phase != "scoring":
+            self._print(f"evaluated after step {now.step:,}: {_scores(now)}")
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._draw(now)
+        elif self._is_news(before, now) or time.monotonic() - self._said >= _LINE_EVERY:
+            self._said = time.monotonic()
+            self._print(", ".join([_place(now), now.in_words, *now.facts]))
+
+    def _is_news(self, before: Now | None, now: Now) -> bool:
+        """Whether lines should say it at once: the first look, another choice, or the end."""
+        if now.phase == "scoring":
+            return before is None
+        told, self._told = self._told, (now.phase, now.kept, now.step == now.steps)
+        return told != self._told
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def _draw(self, now: Now) -> None:
+        if self._live is None:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+            self._redirect_logging()
+        done, of = (now.batches or 0, now.batches_in_all) if now.phase == "scoring" else (now.step, now.steps)
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True, overflow="ellipsis", ratio=3)
+        bar.add_column(ratio=2, min_width=8)
+        bar.add_column(no_wrap=True, justify="right")
+        bar.add_row(now.in_words, ProgressBar(of, done, pulse=not of), _place(now))
+        facts = Text("  ".join(now.facts), style="dim", no_wrap=True, overflow="ellipsis")
+        self._live.update(Group(bar, facts), refresh=True)
+
+    def _redirect_logging(self) -> None:
+        """Log lines go above the two lines and not into them."""
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler and handler.stream is self.console.file:
+                self._logging.append((handler, handler.stream))
+                handler.setStream(sys.stderr)  # which `Live` has replaced
+
+    def _pause(self) -> None:
+        for handler, stream in self._logging:
+            handler.setStream(stream)
+        self._logging = []
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _place(now: Now) -> str:
+    return f"step {now.step:,} of {now.steps:,}" if now.steps else "before training"
+
+
+def _scores(now: Now) -> str:
+    return ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in now.scores.items())
 
 
 def make_runs(suite: Suite, jobs: int) -> list[str]:
@@ -173,7 +264,7 @@ def show_result(metrics: dict[str, Any], output_dir: str) -> None:
     files = ["adapter/" if attached else "model/", "metrics.json", "recipe.yaml"]
     files += [
         name
-        for name in ("events.jsonl", "predictions.jsonl", "test_predictions.jsonl")
+        for name in ("events.jsonl", "progress.jsonl", "predictions.jsonl", "test_predictions.jsonl")
         if (Path(output_dir) / name).is_file()
     ]
     print(f"Files      {output_dir}: {', '.join(files)}")

@@ -26,6 +26,7 @@ from weightlora.methods import increlora as _increlora  # noqa: F401
 from weightlora.methods import alora as _alora  # noqa: F401
 
 # isort: on
+from weightlora.methods._progress import Progress
 from weightlora.methods._registry import (
     Attach,
     MethodInfo,
@@ -64,6 +65,7 @@ __all__ = [
     "Method",
     "MethodInfo",
     "NoRA",
+    "Progress",
     "RLoRA",
     "RankEngine",
     "RankMethod",

@@ -42,6 +42,7 @@ from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import rewrap, wait_for_all
 from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, UnsupportedError
+from weightlora.methods._progress import follow
 from weightlora.methods._trainer import (
     calling_trainer,
     load_through,
@@ -323,6 +324,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Report every problem with the schedule here, before the first step."""
         trainer = calling_trainer()
         refuse_sharding(trainer)
+        follow(trainer)
         engine = self._engine
         over = engine is not None and not engine.done and state.global_step < engine.global_step and not self._resumed
         if engine is None or (over and not engine.start_over()) or find_host(kwargs["model"]) is not engine.model:

@@ -116,6 +116,8 @@ def _how(run: Run, kept: Sequence[str], dropped: Sequence[str]) -> str:
         return f"The method {run.method} kept all {total} adapters: it makes no cut."
     if not cuts and (run.broken or run.of("settle", "expand", "share")):
         return f"No cut can be read, so which of the {total} adapters are left is not known."
+    if not cuts and run.going_on:
+        return ""
     if not cuts:
         return (
             f"There was no cut up to step {run.last_step}, the last that was written: all {total} adapters are there."
@@ -387,6 +389,14 @@ def courses(run: Run) -> list[Course]:
     if scores:
         found.append(Course("score", "Score over rounds", "The mean score of a module's ranks in each round.", scores))
     return found
+
+
+def in_front(run: Run) -> list[str]:
+    """Before a cut: the adapters whose omega is not 0 now, the largest first, unless that is most of them."""
+    gates = run.of("gates")
+    last = gates[-1]["gates"] if gates else {}
+    values = {name: known for name, value in last.items() if (known := number(value)) is not None and known != 0}
+    return sorted(values, key=lambda name: -values[name]) if 2 * len(values) <= len(last) else []
 
 
 def _ranks_over_steps(run: Run) -> dict[str, list[tuple[int, float]]]:

@@ -17,7 +17,7 @@ from weightlora.errors import ConfigError, short
 from weightlora.report import svg
 from weightlora.report.charts import Table, readable
 from weightlora.report.comparison import Comparison
-from weightlora.report.views import RunView
+from weightlora.report.views import RunView, table_of_runs
 
 GENERATOR = "weightlora report"
 MOST_BYTES = 2_900_000  # of the page
@@ -25,18 +25,27 @@ MOST_ROWS = 2400  # of the table behind a picture
 _FOLDER = Path(__file__).parent
 
 
-def page(views: Sequence[RunView], comparison: Comparison | None) -> str:
-    """The whole file, as text. Runs for which there is no room are named and left out."""
+def page(
+    views: Sequence[RunView], comparison: Comparison | None, *, live: bool = False, waiting: Sequence[str] = ()
+) -> str:
+    """The whole file, as text. Runs for which there is no room are named and left out.
+
+    Args:
+        live: it asks its server for itself again, and shows what is new.
+        waiting: places of runs that have written nothing yet.
+    """
     templates = _templates()
-    style, script = (_text(f"page.{kind}") for kind in ("css", "js"))
+    style, script, renewing = (_text(file) for file in ("page.css", "page.js", "live.js"))
     parts, links, left_out = [], [], []
+    if live:
+        parts.append(templates.get_template("live.html").render(runs=table_of_runs(views), waiting=waiting))
     if comparison is not None:
         parts.append(templates.get_template("comparison.html").render(found=comparison))
         links.append(("comparison", "Side by side"))
     size = sum(len(part.encode()) for part in parts)
     for i, view in enumerate(views):
         own = templates.get_template("run.html").render(view=view, id=f"run-{i}", alone=len(views) == 1)
-        if size + len(own.encode()) > MOST_BYTES and parts:
+        if size + len(own.encode()) > MOST_BYTES and links:
             left_out.append(readable(view.run.name))
             continue
         size += len(own.encode())
@@ -48,7 +57,7 @@ def page(views: Sequence[RunView], comparison: Comparison | None) -> str:
     methods = list(dict.fromkeys(readable(view.run.method) for view in views))
     tasks = list(dict.fromkeys(readable(view.run.task) for view in views if view.run.task))
     single = views[0].run if len(views) == 1 else None
-    title = readable(single.name) if single else f"{len(views)} runs side by side"
+    title = readable(single.name) if single else f"{len(views)} runs side by side" if views else "Waiting for runs"
     return templates.get_template("page.html").render(
         generator=GENERATOR,
         version=__version__,
@@ -57,6 +66,8 @@ def page(views: Sequence[RunView], comparison: Comparison | None) -> str:
         links=links if len(links) > 1 else [],
         parts=[Markup(part) for part in parts],
         count=len(views),
+        live=Markup(renewing) if live else "",
+        live_hash=_hash(renewing),
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),

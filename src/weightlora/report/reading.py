@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any, NamedTuple
 from weightlora import durable
 from weightlora.durable import METRICS_FILE, RECIPE_FILE, RESULT_FILE, SUITE_FILE, read_mapping
 from weightlora.errors import ConfigError, short
+from weightlora.progress import PROGRESS_FILE, Now
 from weightlora.selection.events import EVENTS_FILE, Event, read_lines, spelled_out
 
 STATE_FILE = "trainer_state.json"
-_FILES = (EVENTS_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE, STATE_FILE)
+FILES = (EVENTS_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE, PROGRESS_FILE, STATE_FILE)
+QUIET = 120.0  # seconds without a word, or some steps, after which a run seems to have stopped
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Run:
         group: runs of one group differ in their seed, and perhaps their task, only.
         adapters: in module order. events: with omega by name.
         metrics, recipe, costs: contents of metrics.json, recipe.yaml and of `costs` in result.json; empty if missing.
-        log: what the Trainer logged, as far as a checkpoint has kept it, up to step `logged`; `checkpoint` is its name.
+        log: what the Trainer logged, up to step `logged`, as `log_from` has it: progress.jsonl or a checkpoint.
+        now: how it went when that was last written down. ended: why training is over, "" if nobody said so.
+        quiet: seconds since the last word, when it was read.
         adapter_bytes: size of the saved adapter's weights, None if there is none.
         problems: what could not be read, in words. broken: lines of events.jsonl are among it.
     """
@@ -52,7 +57,10 @@ class Run:
     costs: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     logged: int = 0
-    checkpoint: str = ""
+    log_from: str = ""
+    now: Now | None = None
+    ended: str = ""
+    quiet: float = 0.0
     adapter_bytes: int | None = None
     problems: list[str] = field(default_factory=list)
     broken: bool = False
@@ -86,8 +94,16 @@ class Run:
     @property
     def last_step(self) -> int:
         """The last one that any file knows of."""
-        known = [self.metrics.get("steps"), self.logged, *(event["step"] for event in self.events)]
+        now = self.now.step if self.now is not None else None
+        known = [self.metrics.get("steps"), self.logged, now, *(event["step"] for event in self.events)]
         return max((step for step in known if _is_step(step)), default=0)
+
+    @property
+    def going_on(self) -> bool:
+        """Whether it seems to be at work."""
+        if self.finished or self.ended or self.now is None:
+            return False
+        return self.quiet < max(QUIET, 4 * (self.now.step_s or 0))
 
     def of(self, *kinds: str) -> list[Event]:
         """Its events of these kinds, oldest first."""
@@ -133,24 +149,34 @@ def _check_run(folder: Path) -> None:
         raise ConfigError(f"{shown} does not exist; give the `output_dir` of a run.")
     if not folder.is_dir():
         raise ConfigError(f"{shown} is a file; give the folder of a run, its `output_dir`.")
-    if not any((folder / name).is_file() for name in _FILES) and not durable.checkpoints(folder):
+    if not is_run(folder):
         raise ConfigError(
-            f"{shown} is no run: it holds none of {', '.join(_FILES[:-1])} and no checkpoint; give the `output_dir` of "
+            f"{shown} is no run: it holds none of {', '.join(FILES[:-1])} and no checkpoint; give the `output_dir` of "
             "a run, or the folder of a suite."
         )
 
 
-def read_run(place: Place) -> Run:
-    """All that the files of a run say."""
+def is_run(folder: Path) -> bool:
+    """Whether a run, or a Trainer with a method, has written anything there."""
+    return any((folder / name).is_file() for name in FILES) or bool(durable.checkpoints(folder))
+
+
+def read_run(place: Place, *, live: bool = False) -> Run:
+    """All that the files of a run say.
+
+    Args:
+        live: it may be writing: a last line without an end is one that is still to come.
+    """
     folder = place.folder
     run = Run(folder, name=folder.resolve().name, group=place.group)
     run.recipe = _mapping(run, RECIPE_FILE, _parse_yaml)
     result = _mapping(run, RESULT_FILE, json.loads)
     run.metrics = _mapping(run, METRICS_FILE, json.loads) or _a_mapping(result.get("metrics"))
     run.costs = _a_mapping(result.get("costs"))
-    run.events = _events(run)
+    run.events = _events(run, live)
     run.adapters = _adapters(run)
     _read_log(run)
+    _read_progress(run)
     weights = folder / "adapter" / "adapter_model.safetensors"
     run.adapter_bytes = weights.stat().st_size if weights.is_file() else None
     run.task = place.task or str(run.metrics.get("task") or run.recipe.get("task") or "")
@@ -227,11 +253,13 @@ _SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {
 _OPTIONAL = {"dropped": _names, "scores": _by_name, "ranks": _by_name, "shares": _by_name, "layers": _by_name}
 
 
-def _events(run: Run) -> list[Event]:
+def _events(run: Run, live: bool) -> list[Event]:
     path = run.folder / EVENTS_FILE
     if not path.is_file():
         return []
     lines, broken = read_lines(path)
+    if live and broken and not path.read_bytes().endswith(b"\n"):
+        broken.remove(max(broken))
     usable = {}
     for line, event in lines.items():
         flaw = _flaw(event)
@@ -300,8 +328,30 @@ def _read_log(run: Run) -> None:
             run.log = [e for e in history if isinstance(e, dict) and _is_step(e.get("step"))]
             step = at(state, "global_step")
             run.logged = step if _is_step(step) else 0
-            run.checkpoint = folder.name
+            run.log_from = folder.name
             return
+
+
+def _read_progress(run: Run) -> None:
+    """How it goes, and what the Trainer has logged since the last checkpoint."""
+    path = run.folder / PROGRESS_FILE
+    if not path.is_file():
+        return
+    lines = read_lines(path)[0].values()
+    run.quiet = max(0.0, time.time() - path.stat().st_mtime)
+    begun = max((i for i, line in enumerate(lines) if line["event"] == "begin"), default=0)
+    log = []
+    for i, line in enumerate(lines):
+        if not _is_step(line["step"]):
+            continue
+        if line["event"] == "log" and isinstance(line.get("values"), dict):
+            log.append({**line["values"], "step": line["step"]})
+        elif line["event"] in ("now", "end") and (now := Now.from_json(line)) is not None:
+            run.now = now
+        if line["event"] == "end" and i > begun:
+            run.ended = str(line.get("reason") or "unknown")
+    if log and log[-1]["step"] >= run.logged:
+        run.log, run.logged, run.log_from = log, log[-1]["step"], PROGRESS_FILE
 
 
 # -- several runs ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightlora.durable import CHOICE_FILE, METRICS_FILE, PROBE_FILE, RECIPE_FILE, RESULT_FILE
+from weightlora.progress import FINISHED, PROGRESS_FILE, Now, duration, seconds, size
 from weightlora.report.charts import (
     Chart,
     HeatMap,
@@ -28,6 +29,7 @@ from weightlora.report.evidence import (
     courses,
     digits,
     evidence,
+    in_front,
     losses,
 )
 from weightlora.report.reading import STATE_FILE, Run, at, number
@@ -93,6 +95,8 @@ def _state(run: Run) -> str:
         return "This run has finished."
     if any((run.folder / name).is_file() for name in (CHOICE_FILE, PROBE_FILE)):
         return f"This run only compared the adapters; it ended on purpose after step {run.last_step}."
+    if run.now is not None:
+        return _state_by_progress(run, run.now)
     if not run.recipe:
         return (
             f"There is no {METRICS_FILE} and no {RECIPE_FILE}, as from a Trainer of your own, so scores and settings "
@@ -102,6 +106,18 @@ def _state(run: Run) -> str:
         f"This run has no {METRICS_FILE}, which is written last: it is still going on, or it was stopped or killed. "
         f"Shown is what was written up to step {run.last_step}."
     )
+
+
+def _state_by_progress(run: Run, now: Now) -> str:
+    if run.going_on:
+        return "This run is going on." if now.phase == "kept" else f"This run is going on: {now.in_words}."
+    shown = f"Shown is what was written up to step {run.last_step} of {now.steps}."
+    if run.ended == FINISHED:
+        rest = " Its results are not written yet." if run.recipe else ""
+        return f"Training is over, after step {now.step}.{rest}"
+    if run.ended:
+        return f"This run has ended early: {readable(run.ended).rstrip('.')}. {shown}"
+    return f"Nothing was heard of this run for {duration(run.quiet)}: it was stopped or killed, or it hangs. {shown}"
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -126,7 +142,7 @@ def _maps(run: Run, chosen: Choice) -> list[HeatMap]:
 def _courses(run: Run, chosen: Choice) -> list[Chart]:
     cuts = [e["step"] for e in run.of("cut")]
     return [
-        curves(f"course-{i}", c.title, c.says, c.name, c.curves, chosen.kept if cuts else [], cuts)
+        curves(f"course-{i}", c.title, c.says, c.name, c.curves, chosen.kept if cuts else in_front(run), cuts)
         if set(c.curves) & set(run.adapters)
         else Lines(f"course-{i}", c.title, c.says, c.name, _lines(c.curves), cuts, dots=True)
         for i, c in enumerate(courses(run))
@@ -140,7 +156,7 @@ def _lines(points: dict[str, list[tuple[int, float]]]) -> list[Line]:
 def _losses(run: Run) -> list[Chart]:
     found = losses(run)
     cuts = [e["step"] for e in run.of("cut") if e["step"]]
-    kept = f"As the Trainer logged them; {run.checkpoint} has the log up to step {run.logged}."
+    kept = f"As the Trainer logged them; {run.log_from} has the log up to step {run.logged}."
     loss = {name: points for name, points in found.items() if name in ("loss", "eval_loss")}
     charts: list[Chart] = []
     if loss:
@@ -166,7 +182,13 @@ def _pairs(run: Run) -> list[Chart]:
         add("parameters of the adapters", cuts[0].get("parameters_before"), after[-1] if after else None, EVENTS_FILE)
     add("seconds of a step (first and second half)", run.costs.get("first_half_step_s"), run.costs.get("step_s"),
         RESULT_FILE)  # fmt: skip
-    for name, share in _predicted(run).items():
+    if run.now is not None:
+        now = run.now
+        if not run.costs:
+            add("seconds of a step", now.step_s_at_first, now.step_s, PROGRESS_FILE)
+        add("bytes kept for backward, predicted", now.saved_bytes_of_all, now.saved_bytes, PROGRESS_FILE)
+        add("operations of a step, predicted, all adapters = 1", 1, now.operations, PROGRESS_FILE)
+    for name, share in _predicted(run).items() if run.now is None or run.now.operations is None else ():
         add(f"{name}, predicted, all adapters = 1", 1, share, f"{EVENTS_FILE}, cut")
     text = "Each pair is drawn to the larger of its two; the numbers are those of the files."
     return [Pairs("costs", "Before and after the cut", text, pairs)] if pairs and cuts else []
@@ -201,8 +223,26 @@ def _tiles(run: Run, chosen: Choice) -> list[Fact]:
     seconds = number(at(run.metrics, "seconds", "training"))
     if seconds is not None:
         tiles.append(Fact("training", f"{seconds:,.0f} s", digits(seconds), METRICS_FILE))
-    if not run.finished:
+    if run.now is not None and not run.finished:
+        tiles += _tiles_of_now(run, run.now)
+    elif not run.finished:
         tiles.append(Fact("last step written", str(run.last_step)))
+    if run.now is not None and run.now.saved:
+        tiles.append(Fact("saved by the cut", run.now.saved.removeprefix("saved "), source=PROGRESS_FILE))
+    return tiles
+
+
+def _tiles_of_now(run: Run, now: Now) -> list[Fact]:
+    tiles = [Fact("step", f"{now.step:,} of {now.steps:,}")]
+    if now.left_s is not None and run.going_on and now.step < now.steps:
+        tiles.append(Fact("time left", duration(now.left_s), digits(now.left_s), PROGRESS_FILE))
+    if now.loss is not None:
+        tiles.append(Fact("training loss", f"{now.loss:.4g}", digits(now.loss), PROGRESS_FILE))
+    scores = {name.removeprefix("eval_"): value for name, value in now.scores.items()}
+    for name, value in list(scores.items())[:4]:
+        tiles.append(Fact(readable(f"{name}, last evaluation"), f"{value:.4g}", digits(value), PROGRESS_FILE))
+    if now.step_s is not None:
+        tiles.append(Fact("a step", seconds(now.step_s), digits(now.step_s), PROGRESS_FILE))
     return tiles
 
 
@@ -227,26 +267,52 @@ def _costs(run: Run) -> list[Fact]:
         add("kept for backward at the end", saved, f"{saved / 2**20:,.2f} MiB", RESULT_FILE)
     for name, share in _predicted(run).items():
         facts.append(Fact(f"{name}, predicted", f"{100 * share:.1f} % of all adapters'", digits(share), EVENTS_FILE))
+    if run.now is not None:
+        facts += _costs_of_now(run.now)
     if run.adapter_bytes is not None:
         text = f"{run.adapter_bytes / 2**20:,.2f} MiB"
         facts.append(Fact("the saved adapter", text, digits(run.adapter_bytes), "its file"))
     return facts
 
 
+def _costs_of_now(now: Now) -> list[Fact]:
+    found = []
+
+    def add(label: str, value: float | None, text: str) -> None:
+        if value is not None:
+            found.append(Fact(label, text, digits(value), PROGRESS_FILE))
+
+    add("median step with all adapters", now.step_s_at_first, seconds(now.step_s_at_first or 0))
+    add("mean of the last steps", now.step_s, seconds(now.step_s or 0))
+    add("time saved since the cut, against steps like those before it", now.saved_s, duration(now.saved_s or 0))
+    add("kept for backward with all adapters, predicted", now.saved_bytes_of_all, size(now.saved_bytes_of_all or 0))
+    if now.kept < now.attached:
+        add("kept for backward now, predicted", now.saved_bytes, size(now.saved_bytes or 0))
+        add("operations of a step, of those of LoRA on every target", now.operations, _percent(now.operations))
+        add("operations of all steps so far, the same", now.operations_so_far, _percent(now.operations_so_far))
+    return found
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
 def _missing(run: Run) -> list[str]:
     """What a reader may look for, and no file of the run has."""
     found = []
-    if not run.costs:
+    if not run.costs and run.now is None:
         found.append(
             "The time of single steps and the bytes kept for backward: only `weightlora bench` measures them "
             f"({RESULT_FILE})."
         )
-    if not _predicted(run):
+    if not _predicted(run) and (run.now is None or run.now.operations is None):
         found.append(
             'Operations before and after the cut: predicted only where `keep` is a cost, such as "40% memory".'
         )
     if not run.log:
-        found.append(f"Loss over steps: it is in {STATE_FILE} of a checkpoint, and no checkpoint was kept.")
+        found.append(
+            f"Loss over steps: there is no {PROGRESS_FILE}, and no checkpoint was kept, with its {STATE_FILE}."
+        )
     if not run.of("gates") and run.of("cut") and not courses(run):
         found.append("A course over steps: this method measures once, so there is none.")
     if not run.events:
@@ -351,6 +417,28 @@ def _what_happened(event: dict[str, Any]) -> str:
     said = [f"{count} {key}" for key, count in counts.items() if key not in ("types",)]
     said += [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
     return ", ".join(said) or "–"
+
+
+def table_of_runs(views: Sequence[RunView]) -> Table:
+    """How far each run is, a line for each."""
+    header = ["run", "how it goes", "step", "loss", "a step", "time left", "saved by the cut"]
+    return header, [[view.run.name, *_how_far(view.run)] for view in views]
+
+
+def _how_far(run: Run) -> list[str]:
+    now = run.now
+    how = "finished" if run.finished or run.ended == FINISHED else "stopped" if run.ended else "nothing heard of it"
+    if now is None:
+        return ["finished" if run.finished else "going on, or stopped", str(run.last_step), "–", "–", "–", "–"]
+    going_on = run.going_on
+    return [
+        now.in_words if going_on else how,
+        f"{now.step} of {now.steps}",
+        "–" if now.loss is None else f"{now.loss:.4g}",
+        "–" if now.step_s is None else seconds(now.step_s),
+        duration(now.left_s) if going_on and now.left_s is not None else "–",
+        now.saved.removeprefix("saved ") or "–",
+    ]
 
 
 def all_charts(found: RunView) -> Sequence[Chart]:

@@ -23,6 +23,7 @@ from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
 from weightlora.selection import budgets
 from weightlora.selection.budgets import Budget
 from weightlora.selection.costs import Costs
+from weightlora.selection.events import finite
 from weightlora.selection.evidence import OF_ROWS, RULES, Effects, Evidence
 from weightlora.selection.selector import Selector, Strategy
 
@@ -247,5 +248,5 @@ def _mask(order: Sequence[int], chosen: Sequence[int]) -> np.ndarray:
 
 
 def _rounded(value: float) -> float | None:
-    """Seven digits are enough to look at; JSON has no infinity."""
-    return float(f"{value:.7g}") if np.isfinite(value) else None
+    """Seven digits are enough to look at."""
+    return finite(float(f"{value:.7g}"))

@@ -29,6 +29,7 @@ from weightlora.selection import costs
 from weightlora.selection.actions import Action, Cut
 from weightlora.selection.budgets import Budget
 from weightlora.selection.engine import Engine
+from weightlora.selection.events import finite
 from weightlora.selection.gates import GateVector, Reading
 from weightlora.selection.schedules import After
 from weightlora.selection.scores import Score
@@ -320,7 +321,7 @@ class Selector(Engine):
         self.kept = [a.name for a in cut.kept]
         self.dropped += [a.name for a in cut.dropped]
         self.record_cut(
-            {a.name: _number(s) for a, s in zip(self.adapters, scores.tolist(), strict=True)},
+            {a.name: finite(s) for a, s in zip(self.adapters, scores.tolist(), strict=True)},
             dropped=[a.name for a in cut.dropped],
             before=before,
             after=sum(a.parameters for a in cut.kept),
@@ -360,8 +361,3 @@ class Selector(Engine):
         self._cuts = None if facts["cuts"] is None else tuple(facts["cuts"])
         if self.strategy.gates is not None:
             self.strategy.gates.load_state_dict(facts["rule"])
-
-
-def _number(score: float) -> float | None:
-    """JSON has no infinity."""
-    return score if math.isfinite(score) else None

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
 from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.methods import Progress
 from weightlora.tasks.base import Encoded
 from weightlora.training import fitting
 from weightlora.training.diverging import OnNan
@@ -46,6 +47,8 @@ def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback]
         trainer.generation = generation_config(job.recipe.generation, job.model, job.tokenizer)
     if not progress:
         trainer.remove_callback(PrinterCallback)
+    if any(isinstance(callback, Progress) and callback.show is not None for callback in callbacks):
+        trainer.remove_callback(ProgressCallback)
     _set_rates(trainer, job)
     return trainer, validation
 

@@ -25,8 +25,9 @@ from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
 from weightlora.durable import CHOICE_FILE, RECIPE_FILE
 from weightlora.errors import ConfigError, short
-from weightlora.methods import Method, WeightLoRA
+from weightlora.methods import Method, Progress, WeightLoRA
 from weightlora.methods.weightlora import FIRST_INFORMED_STEP
+from weightlora.progress import PROGRESS_FILE, Now
 from weightlora.selection.events import EVENTS_FILE
 from weightlora.selection.schedules import After
 from weightlora.training import sharding
@@ -61,13 +62,14 @@ def choose(
     *,
     progress: bool = False,
     on_ready: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Now | None], None] | None = None,
     score_first: bool = False,
 ) -> LoraConfig:
     """Runs the part of a recipe in which its method chooses; no checkpoint, evaluation or adapter is written.
 
     Into `output_dir` go adapter_config.json, which `LoraConfig.from_pretrained(output_dir)` reads, the lines of other
-    tools (see `lines`), events.jsonl, recipe.yaml and choice.json, with which the key `choice` of another recipe
-    reads the folder.
+    tools (see `lines`), events.jsonl, progress.jsonl, recipe.yaml and choice.json, with which the key `choice` of
+    another recipe reads the folder. The other arguments are as in `run`.
 
     Args:
         score_first: score the model before training, for choice.json.
@@ -79,7 +81,7 @@ def choose(
         ConfigError: as `run` does, or the method chooses nothing.
     """
     with sharding.off(recipe) as whole:
-        return _choose(whole, progress, on_ready, score_first)
+        return _choose(whole, progress, on_ready, on_progress, score_first)
 
 
 def check_chooses(recipe: Recipe) -> None:
@@ -89,9 +91,16 @@ def check_chooses(recipe: Recipe) -> None:
         raise ConfigError(f"Method {recipe.method.name!r} chooses no modules or ranks; these do: {', '.join(able)}.")
 
 
-def _choose(recipe: Recipe, progress: bool, on_ready: Callable[[Plan], None] | None, score_first: bool) -> LoraConfig:
+def _choose(
+    recipe: Recipe,
+    progress: bool,
+    on_ready: Callable[[Plan], None] | None,
+    on_progress: Callable[[Now | None], None] | None,
+    score_first: bool,
+) -> LoraConfig:
     check_chooses(recipe)
-    with scouted(recipe, progress=progress, on_ready=on_ready, score_first=score_first) as (method, facts):
+    following: dict[str, Any] = {"progress": progress, "on_ready": on_ready, "on_progress": on_progress}
+    with scouted(recipe, score_first=score_first, **following) as (method, facts):
         config = method.lora_config()
         if is_first():
             texts = {CHOICE_FILE: _as_json(config), **lines(config), FACTS_FILE: json.dumps(facts, indent=2) + "\n"}
@@ -107,6 +116,7 @@ def scouted(
     most: int | None = None,
     progress: bool = False,
     on_ready: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Now | None], None] | None = None,
     score_first: bool = False,
 ) -> Iterator[tuple[Method, dict[str, Any]]]:
     """Train up to the last cut of a recipe's method and no further; its folder stays locked inside.
@@ -127,7 +137,8 @@ def scouted(
         whole = count_steps(len(job.training.features), job.arguments)[0]
         method.when = After(max(FIRST_INFORMED_STEP, min(most, whole // 2)), first=FIRST_INFORMED_STEP)
     with alone(output_dir):
-        trainer, validation = build_trainer(job, progress, [_EndWithTheChoice(method)])
+        following = Progress(show=None if job.arguments.disable_tqdm else on_progress)
+        trainer, validation = build_trainer(job, progress, [_EndWithTheChoice(method), following])
         plan = make_plan(job)
         if on_ready is not None:
             on_ready(plan)
@@ -138,9 +149,11 @@ def scouted(
             "before": evaluate(trainer, validation, scored=job.scores_during_training) if score_first else None,
         }
         try:
-            train(trainer, job)
+            with following.to_the_end():
+                train(trainer, job)
         except BaseException:  # half a choice is none, and its folder would be in the way of the next
-            (output_dir / EVENTS_FILE).unlink(missing_ok=True)
+            for name in (EVENTS_FILE, PROGRESS_FILE):
+                (output_dir / name).unlink(missing_ok=True)
             raise
         if is_first():
             save_recipe(job.recipe, output_dir / RECIPE_FILE)

@@ -3,9 +3,9 @@
     metrics = run(load_recipe("recipe.yaml"))
 
 writes into `output_dir`: recipe.yaml (every default filled in), checkpoints, events.jsonl (by the method),
-adapter/ (a stock PEFT adapter and the tokenizer; model/ where the model's own weights were trained),
-predictions.jsonl and test_predictions.jsonl (the scored output of a task that writes text) and, last, metrics.json: a
-folder that has it belongs to a finished run.
+progress.jsonl (how it goes), adapter/ (a stock PEFT adapter and the tokenizer; model/ where the model's own weights
+were trained), predictions.jsonl and test_predictions.jsonl (the scored output of a task that writes text) and, last,
+metrics.json: a folder that has it belongs to a finished run.
 """
 
 import json
@@ -27,8 +27,10 @@ from weightlora.adapters.distributed import is_first, wait_for_all
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, did_you_mean
 from weightlora.measure import trainable_parameters
+from weightlora.methods import Progress
 from weightlora.methods.adalora import as_lora
 from weightlora.output import METRICS_FILE, model_card
+from weightlora.progress import Now
 from weightlora.selection.events import EVENTS_FILE
 from weightlora.tasks.base import Encoded
 from weightlora.tasks.text_pairs import IGNORED_LABEL
@@ -55,6 +57,7 @@ def run(
     progress: bool = False,
     score_first: bool = True,
     on_ready: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Now | None], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Trains as the recipe says and returns the contents of metrics.json.
@@ -65,6 +68,8 @@ def run(
         progress: show the Trainer's progress bar and log lines.
         score_first: score the model before training too; without it `before` is None. Training is the same either way.
         on_ready: called with the plan once everything is checked, before any training.
+        on_progress: called a few times a second with how it goes, in place of the Trainer's own progress bar; with None
+            where nothing is to be seen for a while.
         callbacks: for the Trainer, after the method's own.
 
     Raises:
@@ -75,7 +80,7 @@ def run(
         Stopped: a signal has ended the run, after a checkpoint.
     """
     started = time.perf_counter()
-    rest = (started, resume, progress, score_first, on_ready, callbacks)
+    rest = (started, resume, progress, score_first, on_ready, on_progress, callbacks)
     check_choice(recipe)
     engine = engine_of(recipe)
     if engine is not None:
@@ -87,7 +92,7 @@ def run(
             return _run(job, choice, *rest)
     check_output_dir(recipe.output_dir, resume)
     with alone(Path(recipe.output_dir)):
-        choice = _choice_first(recipe, engine, resume, progress, on_ready, score_first)
+        choice = _choice_first(recipe, engine, resume, progress, on_ready, on_progress, score_first)
         job = prepare(recipe, resume=True, progress=progress, choice=choice.config)
         return _run(job, choice, *rest)
 
@@ -98,6 +103,7 @@ def _choice_first(
     resume: bool,
     progress: bool,
     on_ready: Callable[[Plan], None] | None,
+    on_progress: Callable[[Now | None], None] | None,
     score_first: bool,
 ) -> Chosen:
     """What the method chooses without the engine that shards; in `output_dir`/choice, where a resumed run finds it."""
@@ -119,7 +125,8 @@ def _choice_first(
 
     logger.info("%s owns the parameters it has taken, so the choice comes first, without it", engine)
     scouting = recipe.model_copy(update={"output_dir": str(folder)})
-    choose(scouting, progress=progress, on_ready=ready, score_first=score_first or recipe.metric is not None)
+    following: dict[str, Any] = {"progress": progress, "on_ready": ready, "on_progress": on_progress}
+    choose(scouting, score_first=score_first or recipe.metric is not None, **following)
     sharding.free_memory()
     wait_for_all()
     if is_first():
@@ -144,6 +151,7 @@ def _run(
     progress: bool,
     score_first: bool,
     on_ready: Callable[[Plan], None] | None,
+    on_progress: Callable[[Now | None], None] | None,
     callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
     recipe, output_dir = job.recipe, Path(job.recipe.output_dir)
@@ -151,7 +159,8 @@ def _run(
     if checkpoint is not None:
         check_same_run(recipe, output_dir)
     stopping = StopOnSignal()
-    trainer, validation = build_trainer(job, progress, [*callbacks, stopping])
+    following = Progress(costs=True, show=None if job.arguments.disable_tqdm else on_progress)
+    trainer, validation = build_trainer(job, progress, [*callbacks, following, stopping])
     test = job.encode(job.splits.test) if job.splits.test is not None else None
     plan = make_plan(job)
     if is_first():
@@ -169,7 +178,7 @@ def _run(
         save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
     clock = time.perf_counter()
-    with stopping.listening():
+    with stopping.listening(), following.to_the_end():
         train(trainer, job, checkpoint)
     seconds = time.perf_counter() - clock
     after = evaluate(trainer, validation, file=output_dir / PREDICTIONS_FILE)

@@ -184,7 +184,8 @@ def test_the_first_line_is_the_command_and_every_row_has_a_folder_of_its_own() -
     outputs = []
     for name, path in FILES.items():
         text = path.read_text(encoding="utf-8")
-        assert text.startswith(f"# weightlora train configs/{name}\n")
+        schema, command = text.splitlines()[:2]
+        assert schema.startswith("# yaml-language-server: $schema=") and command == f"# weightlora train configs/{name}"
         assert max(len(line) for line in text.splitlines() if " output_dir=" not in line) <= 120
         outputs += [recipe.output_dir for recipe in every_row(path)]
     assert len(outputs) == len(set(outputs)) > len(FILES)

@@ -119,7 +119,7 @@ def test_a_trainer_that_has_evaluated_before_is_refused(tmp_path):
     trainer: Any = make_trainer(tmp_path)
     trainer.model_wrapped = trainer.model
     refuse_sharding(trainer)
-    trainer.args = SimpleNamespace(world_size=2)
+    trainer.args = SimpleNamespace(world_size=2, n_gpu=1)
     with pytest.raises(ConfigError, match="has not wrapped the model for its 2 processes"):
         refuse_sharding(trainer)
 

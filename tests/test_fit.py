@@ -136,6 +136,39 @@ def test_out_of_memory_where_nothing_can_be_estimated_or_one_row_is_too_much(fol
             run(parse_recipe(raw), callbacks=[RunOut(2, CUDA)])
 
 
+class TooMany(TrainerCallback):
+    """Memory runs out in one step for as long as there are more rows in a micro-batch than it holds."""
+
+    def __init__(self, rows: int, step: int) -> None:
+        self.rows, self.step = rows, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step and args.per_device_train_batch_size > self.rows:
+            raise CUDA
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_with_fit_a_run_that_does_not_fit_goes_on_as_one_that_does(step: int, folder: Path) -> None:
+    entries: dict[str, Any] = {"method": {"name": "weightlora", "keep": 3, "after": 3}, "fit": "64 GB"}
+    given = parse_recipe(recipe(folder, **entries, training={**TRAINING, "save_steps": 4}))
+    metrics = run(given, callbacks=[TooMany(2, step)])
+    kept = yaml.safe_load((folder / "run/recipe.yaml").read_text())["training"]
+    batch = kept["per_device_train_batch_size"]
+    assert batch <= 2 and batch * kept["gradient_accumulation_steps"] == 8 and metrics["steps"] == 6
+    if step == 2:  # before the first checkpoint, so from the beginning
+        from_the_start = recipe(folder, **{**entries, "fit": None}, training=kept, output_dir=str(folder / "other"))
+        assert run(parse_recipe(from_the_start))["after"] == metrics["after"]
+    else:
+        made = sorted(path.name for path in (folder / "run").glob("checkpoint-*"))
+        assert made == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_with_fit_it_ends_where_one_row_is_too_much(folder: Path) -> None:
+    given = recipe(folder, fit="64 GB", training=TRAINING)
+    with pytest.raises(TooLargeError, match="One row at a time is too much already"):
+        run(parse_recipe(given), callbacks=[TooMany(0, 2)])
+
+
 def test_other_errors_are_left_alone(folder: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^device-side assert$"):
         run(parse_recipe(recipe(folder)), callbacks=[RunOut(2, RuntimeError("device-side assert"))])

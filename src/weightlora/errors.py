@@ -8,6 +8,10 @@ WeightLoRAError(ValueError)
 └── DivergedError     NaN or infinity while the adapters were being selected
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 
 class WeightLoRAError(ValueError):
     """Base of every error this library raises on purpose."""
@@ -26,7 +30,15 @@ class CheckpointError(WeightLoRAError):
 
 
 class TooLargeError(WeightLoRAError):
-    """Memory ran out in a training step; the message says what would fit."""
+    """Memory ran out in a training step; the message says what would fit.
+
+    Attributes:
+        settings: what would fit, as keys of a recipe's `training`; empty where nothing would.
+    """
+
+    def __init__(self, message: str, settings: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.settings = dict(settings or {})
 
 
 class DivergedError(WeightLoRAError):

@@ -47,14 +47,14 @@ def from_first(values: list[float], parameters: Iterable[nn.Parameter]) -> list[
 
 def average(tensor: Tensor) -> None:
     """Replace a tensor by its mean over all processes, in place; no effect with one process."""
-    if (processes := _processes()) > 1:
+    if (count := processes()) > 1:
         dist.all_reduce(tensor)
-        tensor /= processes
+        tensor /= count
 
 
 def wait_for_all() -> None:
     """Return once every process has come here."""
-    if _processes() > 1:
+    if processes() > 1:
         dist.barrier()
 
 
@@ -67,9 +67,10 @@ def is_first() -> bool:
 
 def share(tensor: Tensor) -> None:
     """Replace a tensor by the first process's, in place."""
-    if _processes() > 1:
+    if processes() > 1:
         dist.broadcast(tensor, src=0)
 
 
-def _processes() -> int:
+def processes() -> int:
+    """How many there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainingArguments
 
+from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, TooLargeError, WeightLoRAError
 from weightlora.forecast.fitting import Choice
 from weightlora.output import records
 from weightlora.training.forecasting import estimate_recipe, size_in_bytes
-from weightlora.training.recipe import Recipe
+from weightlora.training.recipe import Recipe, parse_recipe, save_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +114,18 @@ def explaining(recipe: Recipe, step: Callable[[], int], scouting: Callable[[], b
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise
         when = "all adapters are attached" if scouting() else "the chosen adapters train"
-        advice = _what_fits(recipe)
-        raise TooLargeError(f"step {step()}: out of memory while {when}. {advice}") from error
+        advice, settings = _what_fits(recipe)
+        raise TooLargeError(f"step {step()}: out of memory while {when}. {advice}", settings) from error
 
 
-def _what_fits(recipe: Recipe) -> str:
-    """The settings that are estimated to fit where those of the recipe did not."""
+def take_over(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write other settings of `training` into the recipe of a run, which goes on with them when it is resumed."""
+    recipe = parse_recipe(records.recipe(folder))
+    save_recipe(_with(recipe, dict(settings)), folder / RECIPE_FILE)
+
+
+def _what_fits(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """The settings that are estimated to fit where those of the recipe did not, in words and as they are."""
     present = recipe.training["per_device_train_batch_size"]
     accumulated = recipe.training.get("gradient_accumulation_steps", 1)
     limit, other, larger = _memory_of_device(), _other_bytes(), 1 + _MARGINS[_device()]
@@ -132,22 +139,23 @@ def _what_fits(recipe: Recipe) -> str:
         room = None
     if room is not None and room.choice is not None:
         choice = room.choice
-        settings = [f"training.per_device_train_batch_size={choice.batch}"]
+        settings: dict[str, Any] = {"per_device_train_batch_size": choice.batch}
         if choice.accumulation != accumulated:
-            settings.append(f"training.gradient_accumulation_steps={choice.accumulation}")
+            settings["gradient_accumulation_steps"] = choice.accumulation
         if choice.checkpointing and not again:
-            settings.append(f"training.{_checkpointing_key()}=true")
+            settings[_checkpointing_key()] = True
         takes = _gb(other + choice.peak_bytes * larger)
-        return f"About {takes} of {_gb(limit)} would do, with the same rows to a step: {' '.join(settings)}. {resume}"
-    if present > 1:
+        said = f"About {takes} of {_gb(limit)} would do, with the same rows to a step"
+    elif present > 1:
+        settings = {"per_device_train_batch_size": present // 2, "gradient_accumulation_steps": accumulated * 2}
+        said = "Halve the micro-batch, with the same rows to a step"
+    else:
         return (
-            f"Halve the micro-batch, with the same rows to a step: training.per_device_train_batch_size={present // 2} "
-            f"training.gradient_accumulation_steps={accumulated * 2}. {resume}"
-        )
-    return (
-        f"One row at a time is too much already: shorten `data.max_length`, or set `training.{_checkpointing_key()}`, "
-        "`model.dtype: bfloat16` or `model.quantization: 4bit`."
-    )
+            f"One row at a time is too much already: shorten `data.max_length`, or set "
+            f"`training.{_checkpointing_key()}`, `model.dtype: bfloat16` or `model.quantization: 4bit`."
+        ), {}
+    listed = " ".join(f"training.{key}={str(value).lower()}" for key, value in settings.items())
+    return f"{said}: {listed}. {resume}", settings
 
 
 def _checkpointing_key() -> str:

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora import durable, methods
-from weightlora.adapters.distributed import is_first, wait_for_all
+from weightlora.adapters.distributed import is_first, processes, wait_for_all
 from weightlora.durable import RECIPE_FILE
-from weightlora.errors import ConfigError, did_you_mean
+from weightlora.errors import ConfigError, TooLargeError, did_you_mean
 from weightlora.measure import trainable_parameters
 from weightlora.methods import Progress
 from weightlora.methods.adalora import as_lora
@@ -34,7 +34,7 @@ from weightlora.progress import Now
 from weightlora.selection.events import EVENTS_FILE
 from weightlora.tasks.base import Encoded
 from weightlora.tasks.text_pairs import IGNORED_LABEL
-from weightlora.training import sharding
+from weightlora.training import fitting, sharding
 from weightlora.training.building import alone, build_trainer, evaluate, train
 from weightlora.training.choice import FACTS_FILE, Chosen, check_chooses, choose, read_choice
 from weightlora.training.plan import Job, Plan, check_output_dir, make_plan, prepare
@@ -75,12 +75,28 @@ def run(
     Raises:
         ConfigError: anything in the recipe or the data that cannot work, before training starts, or another process is
             at work in the folder.
-        TooLargeError: memory ran out in a step; it says what would fit.
+        TooLargeError: memory ran out in a step; it says what would fit. With `fit` in the recipe the run goes on with
+            that instead, from its last checkpoint, as long as something would.
         CheckpointError: a checkpoint could not be written; those before it are whole.
         Stopped: a signal has ended the run, after a checkpoint.
     """
     started = time.perf_counter()
-    rest = (started, resume, progress, score_first, on_ready, on_progress, callbacks)
+    while True:
+        try:
+            return _whole(recipe, started, resume, progress, score_first, on_ready, on_progress, callbacks)
+        except TooLargeError as error:
+            if recipe.fit is None or not error.settings or processes() > 1:
+                raise
+            logger.warning("%s `fit` asks for a run that fits, so it goes on with them.", error)
+            fitting.take_over(Path(recipe.output_dir), error.settings)
+        resume = True  # out here, where no traceback holds the model any more
+        sharding.free_memory()
+
+
+def _whole(recipe: Recipe, started: float, resume: bool, *others: Any) -> dict[str, Any]:
+    """A run in one phase or two; `others` as `_run` takes them."""
+    progress, score_first, on_ready, on_progress, _ = others
+    rest = (started, resume, *others)
     check_choice(recipe)
     engine = engine_of(recipe)
     if engine is not None:

@@ -63,6 +63,22 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--device")
 
 
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `weightlora ARGUMENTS` in this process; gives exit code, stdout and stderr."""
+    from weightlora import cli
+
+    def call(*arguments: object) -> tuple[Any, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["weightlora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return call
+
+
 class Loaded(NamedTuple):
     """What a stranger gets out of our files.
 

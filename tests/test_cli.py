@@ -21,21 +21,6 @@ SOURCE = Path(cli.__file__).parents[1]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs `weightlora ARGUMENTS` in this process; gives exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[Any, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["weightlora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def folder(folder: Path) -> Path:
     """With a recipe too."""
     write_recipe(folder)

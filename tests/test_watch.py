@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import CHROMIUM, EVIL, Page, command, llama, write_run
+from test_report import CHROMIUM, EVIL, Page, llama, write_run
 
 from weightlora import ConfigError, cli
 from weightlora.progress import Now
@@ -26,8 +26,6 @@ from weightlora.report import watch
 from weightlora.report.reading import Place, read_run
 from weightlora.report.watch import Watch
 from weightlora.selection import EventLog
-
-assert command  # a fixture
 
 
 @pytest.fixture(autouse=True)

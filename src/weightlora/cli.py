@@ -66,6 +66,16 @@ app.add_typer(listing, name="list")
 figure = typer.Typer(no_args_is_help=True, help="Draw a figure of the papers for a model and task of your own.")
 app.add_typer(figure, name="figure")
 
+_Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
+]
+_AsInTrain = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, as in train.", show_default=False),
+]
+
 
 def main() -> None:
     """Console entry: a mistake of the user's is one message on stderr and exit code 2, never a traceback."""
@@ -153,7 +163,7 @@ def _options(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    recipe: _Recipe,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -209,12 +219,9 @@ def train(
 
 @figure.command("alignment")
 def alignment(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    recipe: _Recipe,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
-    ] = None,
+    overrides: _Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds from the recipe's on.")] = 5,
     one_by_one: Annotated[
         bool, typer.Option("--one-by-one", help="Train each adapter alone, as the paper does: a run for each module.")
@@ -244,12 +251,9 @@ def alignment(
 
 @figure.command("memory")
 def memory_figure(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    recipe: _Recipe,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
-    ] = None,
+    overrides: _Overrides = None,
     ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks of the adapters.")] = "1,8,64",
     memory: Annotated[
         str | None,
@@ -301,12 +305,9 @@ def memory_figure(
 
 @figure.command("outputs")
 def outputs_figure(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    recipe: _Recipe,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and pictures.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
-    ] = None,
+    overrides: _Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="Training rows to measure on.")] = 512,
     after_sharing: Annotated[
         bool, typer.Option("--after-sharing", help="Train by LoRA-drop too, and lay its outputs over LoRA's.")
@@ -373,12 +374,9 @@ def importance_figure(
 
 @figure.command("samples")
 def samples_figure(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    recipe: _Recipe,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
-    ] = None,
+    overrides: _Overrides = None,
     shares: Annotated[
         str, typer.Option(metavar="S,S,...", help="Shares of the training data.")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
@@ -417,11 +415,8 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
 
 @app.command()
 def estimate(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, as in train.", show_default=False),
-    ] = None,
+    recipe: _Recipe,
+    overrides: _AsInTrain = None,
     memory: Annotated[
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Say what fits it, e.g. '16 GB'.", show_default=False),
@@ -471,11 +466,8 @@ def estimate(
 
 @app.command()
 def probe(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, as in train.", show_default=False),
-    ] = None,
+    recipe: _Recipe,
+    overrides: _AsInTrain = None,
     steps: Annotated[
         int, typer.Option("--steps", min=2, help="Optimizer steps to look at, half of the run at most.")
     ] = 32,
@@ -486,7 +478,7 @@ def probe(
 ) -> None:
     """Where would LoRA matter for this model and task, and how much can the choice matter at all?
 
-    Trains LoRA on every module for the first steps of the recipe's run and scores each adapter in five ways, from the
+    Trains LoRA on every module for the first steps of the recipe's run and scores each adapter in six ways, from the
     same steps. Says how many are enough, whether random ones would do as well, and what to put into the recipe.
     report.html shows every score as a map of layers by projections. The recipe's own method is not used, and nothing
     is kept.
@@ -513,7 +505,7 @@ def probe(
 
 @app.command()
 def select(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)],
+    recipe: _Recipe,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. method.keep=5.", show_default=False),

@@ -128,6 +128,14 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum({_storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def first_tensor(inputs: object) -> Tensor | None:
+    """The first tensor in nested inputs of a model that has a dimension for its rows."""
+    if isinstance(inputs, Tensor):
+        return inputs if inputs.dim() else None
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else ()
+    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
+
+
 def _timed(step: Callable[[], object]) -> float:
     _synchronize()
     start = time.perf_counter()

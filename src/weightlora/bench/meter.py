@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from weightlora import measure
@@ -38,7 +38,7 @@ class Meter(TrainerCallback):
 
     def _count_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+            first = measure.first_tensor((args, kwargs))
             self._tokens += 0 if first is None else first.numel()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -17,11 +17,11 @@ from transformers import Trainer, TrainerCallback
 from weightlora import durable
 from weightlora.errors import ConfigError, short
 from weightlora.training.building import build_trainer
+from weightlora.training.choice import UNSAVED
 from weightlora.training.plan import Job, prepare
 from weightlora.training.recipe import MethodSpec, Recipe, leaves
 
 SETTINGS_FILE = "settings.json"
-_UNSAVED = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
 
 
 class Record:
@@ -98,7 +98,7 @@ def job_of(recipe: Recipe, folder: Path) -> Job:
     """What a run of the recipe works with, without checkpoints and evaluations, in a folder of its own."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
-    changed = {"training": {**recipe.training, **_UNSAVED}, "output_dir": str(work), "metric": None}
+    changed = {"training": {**recipe.training, **UNSAVED}, "output_dir": str(work), "metric": None}
     return prepare(recipe.model_copy(update=changed), resume=False, progress=False)
 
 

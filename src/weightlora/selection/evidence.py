@@ -22,6 +22,7 @@ give Q well, and b badly, since single rows differ more than they agree: F is mo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from weightlora.adapters import distributed
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
+from weightlora.measure import first_tensor
 
 RULES = ("snr", "kfac", "coverage", "gauss_newton", "leave_one_out", "output")
 OF_ROWS = ("coverage", "gauss_newton", "leave_one_out")  # need to know which tokens belong to a row
@@ -62,6 +64,7 @@ class Evidence:
         self._of_rows = torch.zeros(4, n, dtype=torch.float64, device=self.device)  # sums of 1, u, w, w^2
         self._Q = torch.zeros(n, n, dtype=torch.float64, device=self.device) if n <= MOST else None
         self._watching = False
+        self._effects: Effects | None = None  # of what was seen so far
         self._page: _Page | None = None
         self._pages: list[_Page] = []
         self._hooks = [
@@ -88,7 +91,7 @@ class Evidence:
             )
         for page in self._pages:
             self._file(page)
-        self._pages, self._page = [], None
+        self._pages, self._page, self._effects = [], None, None
         self.steps += 1
         self.late_steps += self._watching
         for sums in self._sums:
@@ -113,7 +116,7 @@ class Evidence:
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._page = None
-        if torch.is_grad_enabled() and (first := _first_tensor((args, kwargs))) is not None:
+        if torch.is_grad_enabled() and (first := first_tensor((args, kwargs))) is not None:
             self._page = _Page(len(first), len(self.adapters), self.device)
             if self._watching:
                 self._pages.append(self._page)
@@ -169,6 +172,7 @@ class Evidence:
         """
         for tensor in self._of_data():
             distributed.average(tensor)
+        self._effects = None
         sizes = torch.stack([t.double().sum() for t in (*self._of_data(), *(s.squares for s in self._sums))])
         if not sizes.isfinite().all():
             raise DivergedError("gradients were NaN or infinite while adapters were being compared; lower the rate.")
@@ -192,7 +196,7 @@ class Evidence:
         if rule in OF_ROWS:
             self._check_rows()
         if rule in ("coverage", "gauss_newton"):
-            order = self.effects.cover()[0] if rule == "coverage" else self.effects.greedy()[0]
+            order, _ = self.effects.covering if rule == "coverage" else self.effects.greedy()
             found = torch.zeros(len(self.adapters), dtype=torch.float64)
             found[torch.tensor(order)] = torch.arange(len(order), 0, -1, dtype=found.dtype)
         elif rule == "leave_one_out":
@@ -215,10 +219,12 @@ class Evidence:
                 f"score='coverage' and 'gauss_newton' compare every pair, and {len(self.adapters):,} adapters are more "
                 f"than {MOST:,}; use score='kfac'."
             )
-        rows, u, *_ = self._of_rows.cpu()
-        rows = rows.clamp(min=1)
-        Q = self._Q.cpu() / torch.minimum(rows[:, None], rows)
-        return Effects((-u / rows).masked_fill(~self.reached, 0.0), Q)
+        if self._effects is None:
+            rows, u, *_ = self._of_rows.cpu()
+            rows = rows.clamp(min=1)
+            Q = self._Q.cpu() / torch.minimum(rows[:, None], rows)
+            self._effects = Effects((-u / rows).masked_fill(~self.reached, 0.0), Q)
+        return self._effects
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
@@ -392,6 +398,11 @@ class Effects:
             shares.append(min(1.0, 1 - float(left.trace()) / self._there))
         return order, shares
 
+    @functools.cached_property
+    def covering(self) -> tuple[list[int], list[float]]:
+        """`cover` of all."""
+        return self.cover()
+
     def gain(self, chosen: Sequence[int]) -> float:
         """F of a set: the loss's fall that it can reach, in a quadratic model of one step along each."""
         if not len(chosen):
@@ -429,11 +440,3 @@ class Effects:
     def effective_rank(self) -> float:
         """(sum of eigenvalues)^2 / sum of their squares, of Q with a unit diagonal: between 1 and n."""
         return float(self._alike.trace() ** 2 / self._alike.square().sum().clamp(min=1e-300))
-
-
-def _first_tensor(inputs: Any) -> Tensor | None:
-    """The batch's first tensor with a dimension for its rows."""
-    if isinstance(inputs, Tensor):
-        return inputs if inputs.dim() else None
-    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else ()
-    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)

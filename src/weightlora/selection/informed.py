@@ -163,7 +163,7 @@ class InformedSelector(Selector):
         told: dict[str, Any] = {"rule": rule, "steps": evidence.steps, "scores": scores}
         if "coverage" in scores:
             effects = evidence.effects
-            curve = effects.cover()[1]
+            _, curve = effects.covering
             told |= {"effective_rank": _rounded(effects.effective_rank), "curve": [_rounded(share) for share in curve]}
             if self._tolerance is not None:
                 told["auto"] = self._auto(effects, self._tolerance)

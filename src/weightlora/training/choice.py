@@ -36,6 +36,7 @@ from weightlora.training.building import alone, build_trainer, evaluate, train
 from weightlora.training.plan import Plan, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
 
+UNSAVED = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}  # of `training`
 FACTS_FILE = "choice.json"  # the last one
 _ONE_RANK = "one rank and one alpha for all; the choice has others too, which PEFT's patterns alone can say"
 
@@ -127,7 +128,7 @@ def scouted(
     Yields:
         The method, and the facts of a `Chosen` without its config.
     """
-    training = {**recipe.training, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+    training = {**recipe.training, **UNSAVED}
     recipe = recipe.model_copy(update={"training": training, "choice": None})
     job = prepare(recipe, resume=False, progress=progress)
     method, output_dir = job.method, Path(recipe.output_dir)

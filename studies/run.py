@@ -24,9 +24,11 @@ from studies import rules, sets
 from studies.backbones import FEED_FORWARD, Decoder, Encoder
 from studies.bank import MOST, Bank, fit_head
 from studies.tasks import TASKS, Rows, Task
+from weightlora.selection.evidence import Effects
 
 RATES = (3e-4, 1e-3, 3e-3, 9e-3)
 SCOUTING = 0.2  # of the run's steps
+EARLY = (1 / 16, 1 / 8)  # of the run: when `early` is the validation loss; `valid` is from a quarter on
 CONFIRMED = (
     "gradient norm of B",
     "snr",
@@ -189,11 +191,11 @@ class TaskRuns:
         valid = self.held_out("valid", len(pairs), 1000)
         some = valid if encoder else self.held_out("valid", len(pairs), 48)
         curve: list[Tensor] = []
-        marks = [round(len(batches) * q / 4) for q in (1, 2, 3)]
+        marks = [max(1, round(len(batches) * share)) for share in (*EARLY, 1 / 4, 1 / 2, 3 / 4)]
 
         def each(step: int) -> None:
             if step in marks:
-                curve.append(bank.evaluate(some)[0])
+                curve.extend([bank.evaluate(some)[0]] * marks.count(step))
 
         rates = torch.tensor([rate for _, rate in pairs])
         bank.train(batches, rates, each=each)
@@ -212,7 +214,8 @@ class TaskRuns:
                 "modules": list(arm.modules),
                 "parameters": sum(s.parameters(r) for s, r in zip(self.sites, ranks[i].tolist(), strict=True)),
                 **({"start": arm.start} if arm.start else {}),
-                "valid": [round(v, 5) for v in points[:, i].tolist()],
+                "early": [round(v, 5) for v in points[: len(EARLY), i].tolist()],
+                "valid": [round(v, 5) for v in points[len(EARLY) :, i].tolist()],
                 "loss": round(float(loss[i]), 5),
                 "right": round(float(right[i]), 5),
             }
@@ -328,6 +331,8 @@ class TaskRuns:
             chosen.append(Arm("rule", f"{name}, block by block", self._by_block(scores[name])))
         chosen.append(Arm("rule", "omega, thresholded", sets.fill(s, iht.argsort(descending=True).tolist()[:keep], b)))
         chosen.append(Arm("rule", "gauss-newton set", sets.greedy(s, newton.gains, b)))
+        effects = Effects(newton.b, newton.Q)
+        chosen.append(Arm("rule", "coverage", sets.greedy(s, lambda many: [*map(effects.coverage, many)], b)))
         if self.task.model == "encoder":
             weights, trained = rules.supernet(self.backbone, self.head, self.training(), 1e-3, self.seed, b)
 
@@ -339,6 +344,7 @@ class TaskRuns:
         else:
             predicted = {}
         predicted["gauss-newton set"] = {a.name: newton.gain(a.modules) for a in tried}
+        predicted["coverage"] = {a.name: effects.coverage(a.modules) for a in tried}
         self.study.write(
             [
                 {

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import batch, bert, rows, trainable_state
 from peft import PeftModel
+from test_others import CASES, outputs
 
 from weightlora import ConfigError, UnsupportedError, WeightLoRA, WeightLoRAError, list_adapters
-from weightlora.federated import LocalTraining, LowRank, Update, aggregate, load, read, run_rounds, weighted_mean
+from weightlora.federated import (
+    LocalTraining,
+    LowRank,
+    Update,
+    aggregate,
+    load,
+    read,
+    run_rounds,
+    server_step,
+    weighted_mean,
+)
 from weightlora.federated.aggregate import to_rank
 from weightlora.federated.rounds import client_seed, draw
 
@@ -287,6 +300,48 @@ def test_only_plain_lora_is_averaged():
         read(model)
     with pytest.raises(UnsupportedError, match="without a bias"):
         read(bert(lora_bias=True))
+
+
+ELSEWHERE = {  # (case of test_others, targets)
+    "embeddings and convolutions": ("net", {"target_modules": ["embed", "conv", "image", "two"]}),
+    "attention modules": ("attention", {}),
+    "experts": ("mixture", {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own, of embeddings
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_adapters_that_are_not_on_linear_layers_are_averaged_as_updates_too(where):
+    name, targets = ELSEWHERE[where]
+    case = CASES[name]
+
+    def client(seed: int, r: int = 3) -> Any:
+        model = case.model(r=r, lora_alpha=ALPHA, **targets)
+        random = torch.Generator().manual_seed(seed)
+        for adapter in list_adapters(model, linear=False):
+            for parameter in adapter.weights:
+                parameter.data = torch.randn(parameter.shape, generator=random) / 3
+        return model.eval()
+
+    one, two, average, again = client(1, 1), client(2, 2), client(3), client(4)
+    same = read(average)
+    load(again, same)
+    torch.testing.assert_close(outputs(again, case), outputs(average, case), rtol=1e-4, atol=1e-4)
+    sent = [read(one), read(two)]
+    load(average, server_step(sent, [1, 3], ALPHA).at_rank(3))
+    layers = [list_adapters(model, linear=False) for model in (one, two, average)]
+    for a, b, mean in zip(*layers, strict=True):
+        for (A, B), (C, D), (M, N) in zip(a.pairs, b.pairs, mean.pairs, strict=True):
+            expected = dense(A, B) / 4 + dense(C, D) * 3 / 4
+            torch.testing.assert_close(dense(M, N), expected, rtol=1e-4, atol=1e-4)
+    trained = {id(p) for a in layers[2] for p in a.weights}
+    assert not same.others and trained == {id(p) for p in average.parameters() if p.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own, of groups
+def test_a_convolution_in_groups_is_refused():
+    with pytest.raises(UnsupportedError, match=r"grouped: .* in groups is not; name it in `exclude_modules`"):
+        read(CASES["net"].model())
 
 
 def test_what_the_server_sends_must_fit_the_model():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlora import WeightLoRA, list_adapters
+from weightlora.adapters import add_gates
 from weightlora.selection.gates import GateVector
 
 
@@ -114,3 +115,36 @@ def test_a_model_that_is_moved_to_another_dtype_goes_on(tmp_path):
     assert found == method.engine.gate_values() and sum(v > 0 for v in found.values()) == 3
     assert all(a.gate.dtype == torch.float64 for a in list_adapters(model))
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_casting_a_model_to_half_precision_rounds_no_gate(dtype, per_rank):
+    model = bert()
+    adapters = add_gates(model, per_rank=per_rank)
+    for i, adapter in enumerate(adapters):
+        adapter.gate.data.fill_(1 - 1e-4 * i)
+    held = [(a.gate, a.gate.clone()) for a in adapters]
+    model.to(dtype)
+    for adapter, (gate, before) in zip(adapters, held, strict=True):
+        assert adapter.gate is gate and adapter.B.weight.dtype == dtype
+        torch.testing.assert_close(gate, before, rtol=0, atol=0)
+    out = model(**batch())
+    assert out.logits.dtype == dtype
+    out.loss.backward()
+    assert all(a.gate.grad.dtype == torch.float32 for a in adapters)
+
+
+def test_a_model_cast_after_attach_trains_its_gates_in_float32():
+    model, method = bert(), WeightLoRA(keep=3, after=50, project_every=0)
+    method.attach(model)
+    optimizer = torch.optim.AdamW(model.to(torch.bfloat16).parameters(), lr=1e-2)
+    method.plan(1000)
+    for step in range(6):
+        model(**batch(start=8 * step)).loss.backward()
+        method.observe(optimizer)
+        optimizer.step()
+        method.step(optimizer)
+        optimizer.zero_grad()
+    omega = torch.tensor(list(method.engine.gate_values().values()))
+    assert (omega != omega.bfloat16().float()).any()  # there are steps that bfloat16 would lose

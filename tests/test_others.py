@@ -328,6 +328,22 @@ def test_merging_knows_the_bias_of_b(targets, safe):
     torch.testing.assert_close(outputs(model.merge_and_unload(), case), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_merge_that_is_refused_changes_nothing(part):
+    model = Case(Net, {"target_modules": ["conv", "image", "volume", "one"], "lora_bias": True}, set()).model().eval()
+    adapters = list_adapters(model, linear=False)
+    use_kernel(adapters, gates=True)
+    set_gates(adapters)
+    for adapter in adapters:
+        adapter.outer[f"lora_B.{part}"].data.fill_(torch.inf)
+        base: Any = adapter.layer.get_base_layer()
+        before = {n: p.clone() for n, p in base.named_parameters()}
+        with pytest.raises(ValueError, match="NaNs detected"):
+            adapter.layer.merge(safe_merge=True)
+        torch.testing.assert_close(dict(base.named_parameters()), before, rtol=0, atol=0)
+        assert not adapter.layer.merged_adapters
+
+
 def test_several_adapters_in_one_batch_have_their_own_gates():
     case = Case(Net, {"target_modules": ["embed", "conv", "one"]}, set())
     model = case.model()
@@ -361,12 +377,23 @@ def test_under_autocast_the_output_has_its_dtype(name):
     assert all(a.gate.grad.dtype == torch.float32 for a in adapters)  # type: ignore[union-attr]
 
 
-def test_half_precision_stays_half_precision():
-    case, model, adapters, _ = gated("net")
-    model.bfloat16()
-    for adapter in adapters:
-        adapter.gate.data = adapter.gate.data.float()  # type: ignore[union-attr]
-    assert outputs(model, case).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["net", "attention", "mixture"])
+def test_a_model_may_be_cast_and_its_gates_keep_what_they_have_learnt(name, dtype):
+    case, model, adapters, stock = gated(name)
+    for i, adapter in enumerate(adapters):
+        adapter.gate.data.fill_(1 - 1e-3 * i)  # type: ignore[union-attr]
+    held = [(a.gate, a.gate.clone()) for a in adapters]  # type: ignore[union-attr]
+    out = outputs(model.to(dtype), case)
+    assert out.dtype == dtype and all(a.weights[0].dtype == dtype for a in adapters)
+    for adapter, (gate, before) in zip(adapters, held, strict=True):
+        assert adapter.gate is gate and gate.dtype == torch.float32
+        torch.testing.assert_close(gate, before, rtol=0, atol=0)
+    torch.testing.assert_close(out.float(), stock, rtol=0.1, atol=0.1)
+    out.float().sum().backward()
+    assert all(a.gate.grad.dtype == torch.float32 for a in adapters)  # type: ignore[union-attr]
+    model.double()
+    assert all(a.gate.dtype == torch.float64 for a in adapters)  # type: ignore[union-attr]
 
 
 def test_a_compiled_model_has_gates_too():

@@ -10,18 +10,22 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from weightlora.adapters import ordinary, seam
+from weightlora.adapters import experts, ordinary, seam
 from weightlora.adapters.host import active_adapter, base_of, find_host
 from weightlora.adapters.kernel import SharedDropout
 from weightlora.errors import ConfigError, UnsupportedError
 
 logger = logging.getLogger(__name__)
+
+# What an adapter on a parameter of several experts is: one for them all, or one for each of them.
+Experts = Literal["together", "each"]
+EXPERTS: tuple[str, ...] = get_args(Experts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,11 @@ class Adapter:
     key: str
 
     @property
+    def target(self) -> str:
+        """Its name in `target_modules` or `target_parameters`, which do not tell experts apart."""
+        return self.name
+
+    @property
     def A(self) -> nn.Linear:
         """`lora_A`, weight of shape (r, in_features)."""
         return self.layer.lora_A[self.key]  # type: ignore[return-value]
@@ -52,6 +61,18 @@ class Adapter:
     def gate(self) -> nn.Parameter | None:
         """omega, shape (1,), or a gate per rank, shape (r,); None where there is none, or once it is folded into B."""
         return seam.gate_of(self.layer, self.key)
+
+    def add_gate(self, *, per_rank: bool = False) -> None:
+        """Put a gate of 1 on it, see `seam.add_gate`."""
+        seam.add_gate(self.layer, self.key, per_rank=per_rank)
+
+    def freeze_gate(self) -> None:
+        """Hold omega where it is; `set_adapter` of PEFT cannot make it trainable again."""
+        seam.freeze_gate(self.layer, self.key)
+
+    def remove_gate(self) -> None:
+        """Remove the gate, without omega in its output."""
+        seam.remove_gate(self.layer, self.key)
 
     @property
     def r(self) -> int:
@@ -153,13 +174,60 @@ class OtherAdapter(Adapter):
         return super().largest_rank if self.pairs else self.r
 
 
-def list_adapters(model: nn.Module, adapter_name: str | None = None, *, linear: bool = True) -> list[Adapter]:
+@dataclass(frozen=True, eq=False)
+class ExpertAdapter(OtherAdapter):
+    """The adapter of one expert of a parameter that holds several: `mlp.experts.gate_up_proj[3]`.
+
+    Its first gate, or `split`, gives all experts of the parameter factors of their own.
+    """
+
+    expert: int
+
+    @property
+    def target(self) -> str:
+        return self.name.rpartition("[")[0]
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        return experts.gate_of(self.layer, self.key, self.expert)
+
+    def split(self) -> None:
+        """Make its factors parameters, where they are not yet."""
+        if not experts.is_split(self.layer, self.key):
+            experts.split(self.layer, self.key)
+
+    def add_gate(self, *, per_rank: bool = False) -> None:
+        self.layer.lora_B[self.key].add_gates()  # type: ignore[operator]
+
+    def freeze_gate(self) -> None:
+        self.layer.lora_B[self.key].freeze()  # type: ignore[operator]
+
+    def remove_gate(self) -> None:
+        del self.layer.lora_B[self.key].lora_gate[str(self.expert)]  # type: ignore[union-attr, operator, arg-type]
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return list(experts.factors_of(self.layer, self.key, self.expert))  # type: ignore[arg-type]
+
+    @property
+    def outer(self) -> dict[str, nn.Parameter]:
+        return {"lora_B": self.weights[1]}
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [experts.factors_of(self.layer, self.key, self.expert)]
+
+
+def list_adapters(
+    model: nn.Module, adapter_name: str | None = None, *, linear: bool = True, by: Experts = "together"
+) -> list[Adapter]:
     """The LoRA adapters of a model, in module order.
 
     Args:
         model: one that carries a stock `LoraConfig`.
         adapter_name: PEFT's name of the adapter. Default: the active one.
         linear: only those on linear layers.
+        by: "each": an adapter for each expert, also where a parameter's have no factors of their own yet.
     """
     host = find_host(model)
     key = adapter_name or active_adapter(host)
@@ -168,8 +236,14 @@ def list_adapters(model: nn.Module, adapter_name: str | None = None, *, linear: 
         if seam.is_linear(layer):
             found.append(Adapter(path, layer, key))
         elif not linear:
-            found.append(OtherAdapter(name_of(path, layer), layer, key))
+            found += _others(name_of(path, layer), layer, key, by)
     return found
+
+
+def _others(name: str, layer: Any, key: str, by: Experts) -> Sequence[OtherAdapter]:
+    if experts.is_split(layer, key) or (by == "each" and ordinary.experts(layer) > 1):
+        return [ExpertAdapter(f"{name}[{i}]", layer, key, i) for i in experts.left(layer, key)]
+    return [OtherAdapter(name, layer, key)]
 
 
 def list_others(host: Any, key: str) -> list[OtherAdapter]:
@@ -225,19 +299,23 @@ def use_kernel(
     """
     shared: defaultdict[str, SharedDropout] = defaultdict(SharedDropout)
     for adapter in adapters:
+        if isinstance(adapter, ExpertAdapter):
+            adapter.split()
         if gates and adapter.gate is None:
-            seam.add_gate(adapter.layer, adapter.key, per_rank=per_rank)
+            adapter.add_gate(per_rank=per_rank)
         if isinstance(adapter, OtherAdapter):
             continue
         parent = adapter.name.rpartition(".")[0]
         seam.use_kernel(adapter.layer, adapter.key, shared[parent] if share_dropout else None)
 
 
-def checked_adapters(model: nn.Module, adapter_name: str | None = None, *, linear: bool = True) -> list[Adapter]:
+def checked_adapters(
+    model: nn.Module, adapter_name: str | None = None, *, linear: bool = True, by: Experts = "together"
+) -> list[Adapter]:
     """The adapters of a model that a method can work on; raises as `add_gates` does, and changes nothing.
 
     Args:
-        linear: as of `list_adapters`.
+        linear, by: as of `list_adapters`.
     """
     peft = find_host(model)
     key = adapter_name or active_adapter(peft)
@@ -249,7 +327,8 @@ def checked_adapters(model: nn.Module, adapter_name: str | None = None, *, linea
             f"adapter {key!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}; selection works on "
             "LoRA: use `peft.LoraConfig`."
         )
-    attached = list_adapters(peft, key, linear=False)
+    attached = list_adapters(peft, key, linear=False, by=by)
+    _check_experts(attached, linear, by)
     adapters = [a for a in attached if not (linear and isinstance(a, OtherAdapter))]
     for adapter in adapters:
         seam.check_supported(adapter.name, adapter.layer, key)
@@ -280,6 +359,26 @@ def name_others(host: Any, key: str, adapters: Sequence[Adapter]) -> dict[str, s
             kinds,
         )
     return others
+
+
+def _check_experts(attached: Sequence[Adapter], linear: bool, by: Experts) -> None:
+    """One by one, or all together: not one after the other, and not by what knows of linear layers alone."""
+    found = [a for a in attached if isinstance(a, ExpertAdapter)]
+    if by == "each" and linear:
+        raise ConfigError(
+            "`experts='each'` needs a method that also chooses among adapters that are not on linear layers: leave out "
+            "`score` and `compat`, and give `keep` in adapters, parameters or bytes; or leave `experts` out."
+        )
+    if by == "each" and not found:
+        raise ConfigError(
+            "`experts='each'`: no adapter is on a parameter that holds several experts; name such parameters in "
+            "`target_parameters` of the LoraConfig, or leave `experts` out."
+        )
+    if by == "together" and found:
+        raise UnsupportedError(
+            f"the experts of {found[0].target} were chosen one by one (`experts='each'`), and this method takes them "
+            "together; save the model and start from what `PeftModel.from_pretrained(..., is_trainable=True)` loads."
+        )
 
 
 def _check_none_share(adapters: Sequence[Adapter]) -> None:

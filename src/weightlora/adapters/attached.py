@@ -58,7 +58,8 @@ class Attached:
         own = [n for n in names if n not in (seam.GATES, *_SHARED)]
         parts = [self.layer, *ordinary.inside(self.layer)]
         entries = [getattr(part, n)[self.key] for part in parts for n in own if self.key in getattr(part, n, {})]
-        return sum(p.numel() for e in entries for p in (e.parameters() if isinstance(e, nn.Module) else [e]))
+        named = [(n, p) for e in entries for n, p in (e.named_parameters() if isinstance(e, nn.Module) else [("", e)])]
+        return sum(p.numel() for name, p in named if not name.startswith(seam.GATES))
 
     @property
     def is_lora(self) -> bool:

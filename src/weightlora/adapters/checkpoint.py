@@ -18,7 +18,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
 from weightlora.adapters import attach, ordinary, seam, surgery
-from weightlora.adapters.attach import Adapter, OtherAdapter
+from weightlora.adapters.attach import Adapter, ExpertAdapter, OtherAdapter
 from weightlora.adapters.structure import wrapped_at
 from weightlora.errors import CheckpointError, ConfigError
 
@@ -123,7 +123,7 @@ def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int
     places = {name: wrapped_at(path) for name, path in attach.paths(model, adapter_name).items()}
     saved = {wrapped_at(path) for path in ranks}
     unknown = sorted(saved.difference(places.values()))
-    missing = [a.name for a in others if a.name not in dropped and places[a.name] not in saved]
+    missing = [a.name for a in others if a.name not in dropped and places[a.target] not in saved]
     if missing:
         raise CheckpointError(
             f"the checkpoint has no adapter on {missing[0]} ({len(missing)} in all) where this model has one; start "
@@ -138,7 +138,12 @@ def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int
     surgery.disconnect(model, gone)
     paths = attach.paths(model, adapter_name)
     for adapter in attach.list_adapters(model, adapter_name, linear=False):
-        r = ranks[paths[adapter.name]] // ordinary.experts(adapter.layer)
+        r = ranks[paths[adapter.target]] // ordinary.experts(adapter.layer)
+        if r != adapter.r and isinstance(adapter, ExpertAdapter):
+            raise CheckpointError(
+                f"the checkpoint has rank {r} on {adapter.target} where this model has {adapter.r}; start from the "
+                "LoraConfig the run was started with."
+            )
         if r != adapter.r:
             pairs = [(A.new_zeros(r, A.shape[1]), B.new_zeros(B.shape[0], r)) for A, B in adapter.pairs]
             surgery.resize_all(adapter, pairs)
@@ -149,6 +154,6 @@ def load_exact(adapters: Iterable[Adapter], tensors: Mapping[str, Tensor]) -> No
     """Restore what `exact` returned, and remove gates that are not among it."""
     for adapter in adapters:
         if adapter.gate is not None and f"{adapter.name}.{seam.GATES}" not in tensors:
-            seam.remove_gate(adapter.layer, adapter.key)
+            adapter.remove_gate()
         for key, parameter in _exact(adapter).items():
             parameter.copy_(tensors[key])

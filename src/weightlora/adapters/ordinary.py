@@ -8,7 +8,7 @@ that place, in forward, mixed batches, merging and unmerging alike, so omega get
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,22 @@ def gate_of(layer: Any, adapter: str) -> nn.Parameter | None:
     """The gate of one adapter of a layer, or None where it has none."""
     gates = getattr(layer, GATES, None)
     return gates[adapter] if gates is not None and adapter in gates else None
+
+
+class Gates(nn.ParameterDict):
+    """Gates by the adapter they belong to, in float32 at least whatever the model is cast to.
+
+    `model.half()`, `model.to(torch.bfloat16)` and the Trainer's `bf16_full_eval` would round omega, and in bfloat16 a
+    step from 1 to 1 - 1e-3 is lost.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
+        def moved(gate: Tensor) -> Tensor:
+            there = fn(gate)
+            dtype = torch.promote_types(there.dtype, torch.float32)
+            return there if there.dtype == dtype else gate.to(there.device, dtype)
+
+        return super()._apply(moved, recurse)
 
 
 class _Scaling(dict[str, Any]):

@@ -22,9 +22,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from weightlora.adapters import kernel, ordinary
+from weightlora.adapters import experts, kernel, ordinary
 from weightlora.adapters.factors import Factor
-from weightlora.adapters.ordinary import GATES, gate_of, inside
+from weightlora.adapters.ordinary import GATES, Gates, gate_of, inside
 from weightlora.errors import UnsupportedError
 
 # PEFT's layers are `Any` here: they are modules and tuner layers at once, which their annotations do not say.
@@ -69,8 +69,11 @@ class KernelVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        _shift_bias(module, active_adapter, +1)
-        return orig_weight + _delta(module, active_adapter, orig_weight)
+        merged, bias = orig_weight + _delta(module, active_adapter, orig_weight), module.lora_B[active_adapter].bias
+        # Otherwise PEFT refuses to merge, and the base layer has to be as it was.
+        if torch.isfinite(merged).all() and (bias is None or torch.isfinite(bias).all()):
+            _shift_bias(module, active_adapter, +1)
+        return merged
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
@@ -125,7 +128,7 @@ def check_supported(name: str, layer: Any, adapter: str) -> None:
             f"{name}: adapter {adapter!r} already uses the LoRA variant {kind}, and a layer takes one variant; "
             "make the LoraConfig without it (for example `use_dora=False`)."
         )
-    if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], Factor):
+    if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], Factor) and not experts.is_split(layer, adapter):
         raise UnsupportedError(
             f"{name}: the factors of adapter {adapter!r} are computed from other parameters "
             f"({type(layer.lora_A[adapter]).__name__}), so they can be neither gated nor resized; start from a plain "
@@ -189,7 +192,7 @@ def add_gate(layer: Any, adapter: str, *, per_rank: bool = False) -> nn.Paramete
 
 def _hold(layer: Any, adapter: str, gate: nn.Parameter) -> None:
     if not hasattr(layer, GATES):
-        setattr(layer, GATES, nn.ParameterDict())
+        setattr(layer, GATES, Gates())
         layer.register_state_dict_post_hook(_fold_on_save)
         layer.register_load_state_dict_pre_hook(_unit_gate_on_load)
     if GATES not in layer.adapter_layer_names:
@@ -258,7 +261,7 @@ def _fold_on_save(layer: nn.Module, state: dict[str, Any], prefix: str, metadata
         for part in _OUTER:
             key = prefix + part.format(adapter)
             if gate is not None and key in state:
-                state[key] = state[key].detach() * gate.detach().to(state[key].dtype)
+                state[key] = (state[key].detach() * gate.detach()).to(state[key].dtype)
         if gate is not None and getattr(held, "_fsdp_flattened", False):
             state[own] = torch.ones_like(gate)  # FSDP's own hook comes later and insists on every parameter
 

@@ -12,7 +12,8 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from weightlora.adapters.attach import list_adapters
+from weightlora.adapters import experts, ordinary
+from weightlora.adapters.attach import ExpertAdapter, list_adapters
 from weightlora.adapters.host import base_of, find_host
 from weightlora.adapters.surgery import alpha_for
 from weightlora.errors import CheckpointError, UnsupportedError
@@ -33,9 +34,9 @@ def sync_config(model: nn.Module, adapter_name: str, *, as_list: bool = False) -
     """
     host = find_host(model)
     adapters = list_adapters(host, adapter_name, linear=False)
-    forms = {a.name: (a.r, alpha_for(a)) for a in adapters}
-    parameters = [a.name for a in adapters if hasattr(a.layer, "parameter_name")]
-    targets = [a.name for a in adapters if a.name not in parameters]
+    forms = {a.target: (a.r, alpha_for(a)) for a in adapters}
+    parameters = list(dict.fromkeys(a.target for a in adapters if hasattr(a.layer, "parameter_name")))
+    targets = [name for name in forms if name not in parameters]
     config: Any = host.peft_config[adapter_name]
     names = {n for n, m in base_of(host).named_modules() if not _inside_adapter(n)}
     config.target_modules = targets if as_list else target_modules(targets, names)
@@ -52,8 +53,15 @@ def fresh_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     """What an adapter's config says of modules, ranks and alphas, for a LoRA that starts afresh on the base model.
 
     Raises:
-        UnsupportedError: the adapter is no LoRA.
+        UnsupportedError: the adapter is no LoRA, or some experts of a parameter have one and others have none.
     """
+    for adapter in list_adapters(model, adapter_name, linear=False):
+        layer = adapter.layer
+        if isinstance(adapter, ExpertAdapter) and len(experts.left(layer, adapter_name)) < ordinary.experts(layer):
+            raise UnsupportedError(
+                f"some experts of {adapter.target} were chosen and others were not, which no `LoraConfig` says; go on "
+                "with the model that chose them, or choose with `experts='together'`."
+            )
     config = find_host(model).peft_config[adapter_name]
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         raise UnsupportedError(f"the adapter is a {config.peft_type}, which no `LoraConfig` describes.")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightlora.adapters import ordinary, seam
-from weightlora.adapters.attach import Adapter, OtherAdapter, paths
+from weightlora.adapters import experts, ordinary, seam
+from weightlora.adapters.attach import Adapter, ExpertAdapter, OtherAdapter, paths
 from weightlora.adapters.blocks import find_stacks
 from weightlora.adapters.host import base_of, find_host
 
@@ -19,14 +19,18 @@ from weightlora.adapters.host import base_of, find_host
 def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Parameter]:
     """Remove adapters for good: where a layer holds no other one, the base module takes its old place again.
 
+    An expert's factors are 0 from then on, and its layer stays as long as another expert of it does.
+
     Returns:
         The parameters that are no longer part of the model, gates included, for the optimizer to forget.
     """
     base = base_of(find_host(model))
     removed: list[nn.Parameter] = []
     for adapter in adapters:
-        path = adapter.name if seam.is_linear(adapter.layer) else paths(base, adapter.key)[adapter.name]
+        path = adapter.name if seam.is_linear(adapter.layer) else paths(base, adapter.key)[adapter.target]
         removed += [*adapter.weights, *([adapter.gate] if adapter.gate is not None else [])]
+        if isinstance(adapter, ExpertAdapter) and experts.drop(adapter.layer, adapter.key, adapter.expert):
+            continue
         seam.remove_adapter(adapter.layer, adapter.key)
         if not adapter.layer.lora_A and not adapter.layer.lora_embedding_A:
             parent, _, child = path.rpartition(".")
@@ -89,8 +93,8 @@ def fold(adapter: Adapter) -> nn.Parameter:
     gate = adapter.gate
     assert gate is not None
     for parameter in adapter.outer.values():
-        parameter.mul_(gate.to(parameter.dtype))
-    seam.remove_gate(adapter.layer, adapter.key)
+        parameter.copy_(parameter * gate)  # in the gate's dtype, and rounded once
+    adapter.remove_gate()
     return gate
 
 

@@ -100,7 +100,7 @@ def read(model: PeftModel) -> Update:
     """
     adapters = adapters_of(model)
     return Update(
-        {a.name: (_copy(a.A.weight), _copy(a.B.weight)) for a in adapters},
+        {name: (_copy(A), _copy(B)) for name, (A, B) in _factors(adapters).items()},
         {name: _copy(p) for name, p in _others(model, adapters).items()},
     )
 
@@ -113,17 +113,17 @@ def load(model: PeftModel, update: Update) -> None:
         ConfigError: modules, shapes or parameters that differ from the model's.
     """
     adapters = adapters_of(model)
-    others = _others(model, adapters)
+    factors, others = _factors(adapters), _others(model, adapters)
     if update.others.keys() != others.keys():
         raise ConfigError(
             f"server and client do not train the same parameters: {sorted(update.others.keys() ^ others.keys())[:3]}."
         )
-    if update.factors and update.factors.keys() != {a.name for a in adapters}:
+    if update.factors and update.factors.keys() != factors.keys():
         raise ConfigError("server and client have adapters on different modules; use the same `target_modules`.")
-    targets = [(name, parameter, update.others[name]) for name, parameter in others.items()]
-    for adapter in adapters if update.factors else ():
-        A, B = to_rank(*update.factors[adapter.name], adapter.r)
-        targets += [(adapter.name, adapter.A.weight, A), (adapter.name, adapter.B.weight, B)]
+    targets: list[tuple[str, Tensor, Tensor]] = [(name, p, update.others[name]) for name, p in others.items()]
+    for name, own in factors.items() if update.factors else ():
+        sent = to_rank(*update.factors[name], len(own[0]))
+        targets += [(name, mine, new) for mine, new in zip(own, sent, strict=True)]
     for name, parameter, value in targets:
         if parameter.shape != value.shape:
             raise ConfigError(f"{name}: the server sends {tuple(value.shape)}, the model has {tuple(parameter.shape)}.")
@@ -143,17 +143,32 @@ def adapters_of(model: PeftModel) -> list[Adapter]:
     Raises:
         UnsupportedError, ConfigError: not a LoRA whose update is (alpha / r) B A.
     """
-    adapters = checked_adapters(model)
+    adapters = checked_adapters(model, linear=False)
     config: Any = model.peft_config[adapters[0].key]
     for adapter in adapters:
-        if adapter.gate is not None or adapter.B.bias is not None:
+        if adapter.gate is not None or any(name.endswith("bias") for name in adapter.outer):
             raise UnsupportedError(f"{adapter.name}: FlexLoRA averages plain LoRA, without gates and without a bias.")
+        if not adapter.pairs:
+            raise UnsupportedError(
+                f"{adapter.name}: FlexLoRA averages updates that are a product of two matrices, and that of a "
+                "convolution in groups is not; name it in `exclude_modules` of the LoraConfig."
+            )
         if not math.isclose(adapter.scaling, config.lora_alpha / adapter.r, rel_tol=1e-9):
             raise ConfigError(
                 f"{adapter.name}: its scaling is {adapter.scaling:.4g} and alpha / r is "
                 f"{config.lora_alpha / adapter.r:.4g}; FlexLoRA needs one `lora_alpha`, no `alpha_pattern`, no rsLoRA."
             )
     return adapters
+
+
+def _factors(adapters: Sequence[Adapter]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every adapter as matrices, which share its memory; of several updates each is called `name[i]`."""
+    found = {}
+    for adapter in adapters:
+        pairs = adapter.pairs
+        for i, pair in enumerate(pairs):
+            found[adapter.name if len(pairs) == 1 else f"{adapter.name}[{i}]"] = pair
+    return found
 
 
 def _others(model: PeftModel, adapters: Sequence[Adapter]) -> dict[str, torch.nn.Parameter]:

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
-from weightlora.adapters import attach, distributed, seam
+from weightlora.adapters import attach, distributed
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import evaluating
 from weightlora.adapters.partial_forward import Lower
@@ -304,7 +304,7 @@ class MovingRanks(RankEngine):
             yield
         finally:
             for adapter in self.adapters:
-                seam.remove_gate(adapter.layer, adapter.key)
+                adapter.remove_gate()
 
     def _loss(self) -> float:
         return float(self._forward())

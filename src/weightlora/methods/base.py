@@ -58,7 +58,6 @@ from weightlora.selection.selector import Selector, Strategy
 
 logger = logging.getLogger(__name__)
 
-
 E = TypeVar("E", bound=Engine)
 
 
@@ -342,10 +341,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
         if state.is_world_process_zero:
             goes_on = state.global_step if state.global_step > 0 else None
             self.engine.events.open(run_folder(args) / EVENTS_FILE, resume_at=goes_on)
-        if self._resumed:
-            self._reported = len(
-                self.engine.events.events
-            )  # a cut before the checkpoint is old news; its best model stands
+        if self._resumed:  # a cut before the checkpoint is old news; its best model stands
+            self._reported = len(self.engine.events.events)
         wrapped = getattr(trainer, "model_wrapped", None)
         self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
         self._finish_if_done()  # the Trainer has switched checkpointing on since
@@ -423,8 +420,4 @@ class SelectionMethod(Method[Selector]):
 
 
 def _summary(cut: Event) -> dict[str, int]:
-    return {
-        "adapters": len(cut["kept"]),
-        "adapter_parameters": cut["parameters_after"],
-        "cut_step": cut["step"],
-    }
+    return {"adapters": len(cut["kept"]), "adapter_parameters": cut["parameters_after"], "cut_step": cut["step"]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from weightlora import options
+from weightlora.adapters.attach import EXPERTS, Experts
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import SelectionMethod
@@ -48,6 +49,7 @@ class WeightLoRA(SelectionMethod):
         project_from, project_every: when StoIHT thresholds, in optimizer steps.
         gate: treatment of omega after T: "fold" (into B) or "hold" (as a constant). Default: fold, in paper mode hold.
         compat: reproduce what only the authors' code does, see `AUTHORS_CODE`. Implies `largest="signed"`.
+        experts: of one parameter: "together", with one omega, or "each" chosen by itself; its adapter is `name[3]`.
         seed: of the whole method; default the Trainer's.
         share_dropout: layers of one module that read the same tensor (query, key and value) share a dropout mask.
 
@@ -69,11 +71,13 @@ class WeightLoRA(SelectionMethod):
         project_every: int = 1,
         gate: Literal["fold", "hold"] | None = None,
         compat: bool = False,
+        experts: Experts = "together",
         seed: int | None = None,
         share_dropout: bool = False,
     ) -> None:
         options.one_of("mode", mode, ("default", "paper"))
         self.score, self.keep = parse(score, keep)
+        self.experts = options.one_of("experts", experts, EXPERTS)
         self.when = After(after, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
         self.compat = compat
@@ -91,6 +95,7 @@ class WeightLoRA(SelectionMethod):
             when=self.when,
             then=(Disconnect(), self.settle),
             reference_code=self.compat,
+            experts=self.experts,
         )
 
 
@@ -162,7 +167,7 @@ class RLoRA(SelectionMethod):
         keep: as in `WeightLoRA`.
         after: T, as in `WeightLoRA`: all adapters train until the draw. 0 draws before the first step.
         seed: of the draw; default the Trainer's, in a recipe mixed with the task's name.
-        share_dropout: as in `WeightLoRA`.
+        experts, share_dropout: as in `WeightLoRA`.
     """
 
     def __init__(
@@ -170,10 +175,12 @@ class RLoRA(SelectionMethod):
         keep: Any = 10,
         after: int | float | None = None,
         *,
+        experts: Experts = "together",
         seed: int | None = None,
         share_dropout: bool = False,
     ) -> None:
         self.keep = budgets.parse(keep)
+        self.experts = options.one_of("experts", experts, EXPERTS)
         self.when = After(after)
         super().__init__(seed=seed, share_dropout=share_dropout)
 
@@ -185,6 +192,7 @@ class RLoRA(SelectionMethod):
             keep=self.keep,
             when=self.when,
             then=(Disconnect(),),
+            experts=self.experts,
         )
 
 
@@ -226,13 +234,8 @@ def _gate_rule(
     options.whole("project_every", project_every, 0, of="optimizer steps")
     if gate_optimizer == "stogradmp":
         return StoGradMP(lr=lr, largest=largest)
-    paper = mode == "paper"
-    return StoIHT(
-        lr=lr,
-        largest=largest,
-        project_from=1 if paper else project_from,
-        project_every=1 if paper else project_every,
-    )
+    first, every = (1, 1) if mode == "paper" else (project_from, project_every)
+    return StoIHT(lr=lr, largest=largest, project_from=first, project_every=every)
 
 
 _PAPER = "Veprikov et al. 2025, WeightLoRA: Keep Only Necessary Adapters"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weightlora import optim
-from weightlora.adapters import seam, surgery
+from weightlora.adapters import surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError
 from weightlora.selection.budgets import fill
@@ -141,7 +141,7 @@ class Settle:
         if adapter.gate is None:
             return []
         if self.gate == "hold":
-            seam.freeze_gate(adapter.layer, adapter.key)
+            adapter.freeze_gate()
             return [adapter.gate]
         gate = surgery.fold(adapter)
         for parameter in adapter.outer.values() if optimizer is not None else ():

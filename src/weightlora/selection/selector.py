@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from weightlora import optim
-from weightlora.adapters import attach, seam, structure, surgery
+from weightlora.adapters import attach, structure, surgery
 from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.optim import NO_GRADIENT, GateRule
@@ -53,6 +53,7 @@ class Strategy:
         then: the actions at each, in order.
         reference_code: train as the authors' code does: their initialisation of A, no dropout, and momentum and weight
             decay go on moving adapters whose gate is 0.
+        experts: "each": those of one parameter are chosen among one by one.
     """
 
     method: str
@@ -62,6 +63,7 @@ class Strategy:
     when: After
     then: tuple[Action, ...]
     reference_code: bool = False
+    experts: attach.Experts = "together"
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.keep.in_cost and self.when.after == 0:
@@ -91,7 +93,7 @@ class Selector(Engine):
         self.method = strategy.method
         self.rounds_done = 0
         self.linear = self.linear or strategy.reference_code or (strategy.keep is not None and strategy.keep.in_cost)
-        self.adapters = attach.checked_adapters(model, self.key, linear=self.linear)
+        self.adapters = attach.checked_adapters(model, self.key, linear=self.linear, by=strategy.experts)
         self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
         attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)
         if strategy.reference_code:
@@ -354,7 +356,7 @@ class Selector(Engine):
         self.adapters = attach.list_adapters(self.model, self.key, linear=self.linear)
         for adapter in self.adapters if self.done else ():
             if adapter.gate is not None:
-                seam.freeze_gate(adapter.layer, adapter.key)
+                adapter.freeze_gate()
         self._list_parameters()
         self.rounds_done, self.capacity, self._informed = facts["rounds_done"], facts["capacity"], facts["informed"]
         self._reached = torch.tensor(facts["reached"], dtype=torch.bool, device=self._weights[0][0].device)

@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from weightlora import optim, options
-from weightlora.adapters import attach, seam, structure, surgery
+from weightlora.adapters import attach, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
 from weightlora.adapters.host import base_of
@@ -106,8 +106,8 @@ class LayerSearch(Engine):
         self._number = strategy.number(len(self.layers))
         attach.use_kernel(self.adapters, gates=False)
         for adapter in self._scaled:
-            seam.add_gate(adapter.layer, key)
-            seam.freeze_gate(adapter.layer, key)
+            adapter.add_gate()
+            adapter.freeze_gate()
         self.a = torch.zeros(len(self.layers), requires_grad=True)
         self._adam = torch.optim.Adam([self.a], lr=strategy.lr)
         self._cut_at: int | None = None
@@ -279,7 +279,7 @@ class LayerSearch(Engine):
                 torch.manual_seed(surgery.name_seed(self.seed, "flexora", adapter.name))
                 adapter.layer.reset_lora_parameters(self.key, init)
             gone = [adapter.gate] if adapter.gate is not None else []
-            seam.remove_gate(adapter.layer, adapter.key)
+            adapter.remove_gate()
             if optimizer is not None:
                 optim.drop_params(optimizer, gone)
                 for parameter in adapter.weights:

@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
+from weightlora.adapters.attach import Adapter, list_adapters, use_kernel
+
 
 def bert(layers: int = 3, **lora: Any) -> PeftModel:
     """9 adapters (q, k, v of 3 layers, d=32), the same weights every time."""
@@ -26,6 +28,34 @@ def bert(layers: int = 3, **lora: Any) -> PeftModel:
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "task_type": "SEQ_CLS"} | lora
     settings.setdefault("target_modules", ["query", "key", "value"])
     return get_peft_model(BertForSequenceClassification(config), LoraConfig(**settings))
+
+
+def check_gates(model: Any, run: Callable[[], Tensor], *, atol: float = 1e-6) -> list[Adapter]:
+    """Put gates on all adapters of a model, whose B are not 0: 1 is stock, 0 is the base, in between every gate learns.
+
+    The gates are left at other values than 1.
+
+    Args:
+        run: computes the output.
+    """
+    stock = run().detach()
+    with model.disable_adapter():
+        base = run().detach()
+    assert (stock - base).abs().max() > 1e-3
+    adapters = list_adapters(model, linear=False)
+    use_kernel(adapters, gates=True)
+    torch.testing.assert_close(run(), stock, rtol=1e-5, atol=atol)
+    gates = [a.gate for a in adapters if a.gate is not None]
+    assert len(gates) == len(adapters) > 0
+    for gate in gates:
+        gate.data.zero_()
+    torch.testing.assert_close(run(), base, rtol=1e-5, atol=atol)
+    for i, gate in enumerate(gates):
+        gate.data.fill_(0.4 + 0.1 * i)
+    run().square().sum().backward()
+    for adapter, gate in zip(adapters, gates, strict=True):
+        assert gate.grad is not None and gate.grad.abs() > 0, adapter.name
+    return adapters
 
 
 def rows(n: int = 64, length: int = 12) -> list[dict[str, Any]]:

@@ -3,126 +3,133 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import check_gates
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.te import TeLinear
-from peft.tuners.lora.torchao import TorchaoLoraLinear
-from torch import nn
+from torch import Tensor, nn
 
 from weightlora import WeightLoRA
-from weightlora.adapters import add_gates, list_adapters, surgery
-from weightlora.adapters.attach import use_kernel
+from weightlora.adapters import list_adapters, surgery
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's and bitsandbytes' own
+CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"])
 
 
-def eight_bit() -> nn.Module:
+def two(make: Callable[[], nn.Module]) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(make(), nn.ReLU(), make())
+
+
+def eight_bit() -> Any:
     bnb = pytest.importorskip("bitsandbytes")
-    return bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    net = two(lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
+    net.is_loaded_in_8bit = True
+    return get_peft_model(net, CONFIG)
 
 
-def four_bit() -> nn.Module:
+def four_bit() -> Any:
     bnb = pytest.importorskip("bitsandbytes")
-    return bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+    net = two(lambda: bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)).to("cpu")
+    net.is_loaded_in_4bit = True
+    return get_peft_model(net, CONFIG)
 
 
-def hqq() -> nn.Module:
+def hqq() -> Any:
     quantize = pytest.importorskip("hqq.core.quantize")
-    config = quantize.BaseQuantizeConfig(nbits=4, group_size=16)
-    return quantize.HQQLinear(nn.Linear(64, 64), config, compute_dtype=torch.float32, device="cpu")
+    options = quantize.BaseQuantizeConfig(nbits=4, group_size=16)
+    return get_peft_model(
+        two(lambda: quantize.HQQLinear(nn.Linear(64, 64), options, compute_dtype=torch.float32, device="cpu")), CONFIG
+    )
 
 
-@pytest.mark.parametrize(
-    ("make", "kind"), [(eight_bit, "Linear8bitLt"), (four_bit, "Linear4bit"), (hqq, "HqqLoraLinear")]
-)
-def test_a_quantised_layer_takes_a_gate(make: Callable[[], nn.Module], kind: str):
-    torch.manual_seed(0)
-    net = nn.Sequential(make(), nn.ReLU(), make())
-    net.is_loaded_in_8bit, net.is_loaded_in_4bit = kind == "Linear8bitLt", kind == "Linear4bit"
-    model = get_peft_model(net.to("cpu"), LoraConfig(r=4, target_modules=["0", "2"]))
-    for adapter in list_adapters(model):
-        assert type(adapter.layer).__name__ == kind
-        adapter.B.weight.data.normal_()
-    x = torch.randn(3, 64)
-    stock = model(x)
-    with model.disable_adapter():
-        base = model(x)
-    adapters = add_gates(model)
-    torch.testing.assert_close(model(x), stock)
-    for value, expected in ((0.0, base), (1.0, stock)):
-        for adapter in adapters:
-            adapter.gate.data.fill_(value)
-        torch.testing.assert_close(model(x), expected)
-    for adapter in adapters:
-        adapter.gate.data.fill_(0.5)
-    half = model(x)
-    half.sum().backward()
-    assert all(adapter.gate.grad.abs() > 0 for adapter in adapters)
-    for adapter in adapters:
-        surgery.fold(adapter)
-    torch.testing.assert_close(model(x), half, atol=2e-2 if kind == "Linear8bitLt" else 1e-5, rtol=1e-3)
-    surgery.disconnect(model, adapters)
-    torch.testing.assert_close(model(x), base)
-
-
-@pytest.mark.parametrize("kind", [AqlmLoraLinear, AwqLoraLinear, TeLinear])
-def test_a_layer_that_asks_no_variant_is_gated_by_ordinary_operations(kind: type[nn.Module]):
-    """PEFT's layers for AWQ, AQLM and TransformerEngine, around a base that stands for theirs, which need a GPU."""
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"])
-    model = get_peft_model(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), config)
-    inner: nn.Module = model.base_model.model
-    for name in ("0", "2"):
-        base = inner.get_submodule(name).base_layer
-        inner.set_submodule(name, kind(base, "default", config=config, r=4, lora_alpha=8))
-    adapters = list_adapters(model, linear=False)
-    for adapter in adapters:
-        assert type(adapter.layer) is kind and not list_adapters(model)
-        adapter.B.weight.data.normal_()
-    x = torch.randn(3, 64)
-    stock = model(x)
-    with model.disable_adapter():
-        base = model(x)
-    use_kernel(adapters, gates=True)
-    torch.testing.assert_close(model(x), stock)
-    for adapter in adapters:
-        adapter.gate.data.zero_()
-    torch.testing.assert_close(model(x), base)
-    for adapter in adapters:
-        adapter.gate.data.fill_(0.5)
-    half = model(x)
-    half.sum().backward()
-    assert all(adapter.gate.grad.abs() > 0 for adapter in adapters)
-    for adapter in adapters:
-        surgery.fold(adapter)
-        assert type(adapter.layer) is kind
-    torch.testing.assert_close(model(x), half)
-    assert len(WeightLoRA(keep=1, after=2).attach(model).adapters) == 2
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torchao_trains_and_merges_with_its_gate():
+def torchao() -> Any:
     quantization = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    net = two(lambda: nn.Linear(64, 64))
     quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
-    model = get_peft_model(net, LoraConfig(r=4, target_modules=["0", "2"]))
-    adapters = list_adapters(model)
-    for adapter in adapters:
-        assert isinstance(adapter.layer, TorchaoLoraLinear)
+    model: Any = get_peft_model(net, CONFIG)
+    for adapter in list_adapters(model):
         adapter.layer.get_apply_tensor_subclass = quantization.Int8WeightOnlyConfig
+    return model
+
+
+def around(kind: type[nn.Module]) -> Callable[[], Any]:
+    """PEFT's layer around a base that stands for a quantised one, which needs a GPU."""
+
+    def make() -> Any:
+        model: Any = get_peft_model(two(lambda: nn.Linear(64, 64)), CONFIG)
+        inner: nn.Module = model.base_model.model
+        for name in ("0", "2"):
+            base = inner.get_submodule(name).base_layer
+            inner.set_submodule(name, kind(base, "default", config=CONFIG, r=4, lora_alpha=8))
+        return model
+
+    return make
+
+
+class Quantised(NamedTuple):
+    """A model with LoRA on quantised layers.
+
+    Attributes:
+        layer: the name of PEFT's class.
+        by_kernel: our kernel computes it.
+        exact: to this much, since adapters' inputs are quantised in every pass.
+    """
+
+    make: Callable[[], Any]
+    layer: str
+    by_kernel: bool = True
+    exact: float = 1e-5
+
+
+LAYERS = {
+    "bitsandbytes, 8 bits": Quantised(eight_bit, "Linear8bitLt", exact=2e-2),
+    "bitsandbytes, 4 bits": Quantised(four_bit, "Linear4bit"),
+    "hqq": Quantised(hqq, "HqqLoraLinear"),
+    "torchao": Quantised(torchao, "TorchaoLoraLinear"),
+    "AQLM": Quantised(around(AqlmLoraLinear), "AqlmLoraLinear", by_kernel=False),
+    "AWQ": Quantised(around(AwqLoraLinear), "AwqLoraLinear", by_kernel=False),
+    "TransformerEngine": Quantised(around(TeLinear), "TeLinear", by_kernel=False),
+}
+
+
+def trained(kind: Quantised) -> tuple[Any, Callable[[], Tensor]]:
+    """The model with B not 0, and what computes its output."""
+    model = kind.make()
+    for adapter in list_adapters(model, linear=False):
         adapter.B.weight.data.normal_()
     x = torch.randn(3, 64)
-    stock = model(x)
-    add_gates(model)
-    torch.testing.assert_close(model(x), stock)
+    return model, lambda: model(x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_quantised_layer_takes_a_gate_and_gives_it_back(name):
+    kind = LAYERS[name]
+    model, run = trained(kind)
+    with model.disable_adapter():
+        base = run()
+    assert len(list_adapters(model)) == (2 if kind.by_kernel else 0)
+    adapters = check_gates(model, run, atol=1e-5)
+    gated = run()
     for adapter in adapters:
-        adapter.gate.data.fill_(0.5)
-    half = model(x)
-    half.sum().backward()
-    assert all(adapter.gate.grad.abs() > 0 for adapter in adapters)
+        surgery.fold(adapter)
+        assert type(adapter.layer).__name__ == kind.layer
+    torch.testing.assert_close(run(), gated, atol=kind.exact, rtol=1e-3)
+    assert len(WeightLoRA(keep=1, after=2).attach(model).adapters) == 2
+    surgery.disconnect(model, adapters)
+    torch.testing.assert_close(run(), base)
+
+
+def test_torchao_merges_with_its_gate():
+    model, run = trained(LAYERS["torchao"])
+    stock = run().detach()
+    check_gates(model, run, atol=1e-5)
+    gated = run()
     model.merge_adapter()
-    difference = (model(x) - half).abs().max()  # of quantising again
-    assert difference < 0.05 * (half - stock).abs().max()
+    difference = (run() - gated).abs().max()  # of quantising again
+    assert difference < 0.05 * (gated - stock).abs().max()

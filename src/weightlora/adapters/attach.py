@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # What an adapter on a parameter of several experts is: one for them all, or one for each of them.
 Experts = Literal["together", "each"]
-EXPERTS: tuple[str, ...] = get_args(Experts)
+EXPERTS: tuple[Experts, ...] = get_args(Experts)
 
 
 @dataclass(frozen=True, eq=False)

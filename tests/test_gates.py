@@ -101,7 +101,7 @@ def operations_of_selecting(layers: int, **options: Any) -> int:
 
 @pytest.mark.parametrize("options", [{"keep": 0.5}, {"keep": "50%", "gate_optimizer": "stogradmp"}, {"keep": "3 kB"}])
 def test_the_operations_of_a_step_do_not_grow_with_the_number_of_adapters(options):
-    assert operations_of_selecting(2, **options) == operations_of_selecting(8, **options) < 40
+    assert operations_of_selecting(2, **options) == operations_of_selecting(8, **options) <= 40
 
 
 def test_a_model_that_is_moved_to_another_dtype_goes_on(tmp_path):

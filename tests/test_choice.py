@@ -90,6 +90,13 @@ def test_a_method_that_chooses_nothing_is_refused(folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
+def test_a_choice_that_no_config_can_say_is_refused_before_the_run(folder: Path) -> None:
+    method = {"name": "weightlora", "keep": 3, "after": 4, "experts": "each"}
+    with pytest.raises(ConfigError, match=r"`experts: each` .* no `LoraConfig` can name; leave it out"):
+        choose(parse_recipe(recipe(folder, method=method)))
+    assert not (folder / "run").exists()
+
+
 def test_nothing_is_said_before_the_cut() -> None:
     method, model = WeightLoRA(keep=3, after=4), bert()
     train(model, method, 3)

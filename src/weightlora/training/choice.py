@@ -86,10 +86,15 @@ def choose(
 
 
 def check_chooses(recipe: Recipe) -> None:
-    """Raise ConfigError unless the recipe's method chooses modules or ranks."""
+    """Raise ConfigError unless the recipe's method chooses modules or ranks, which a `LoraConfig` can say."""
     if not getattr(methods.get_method(recipe.method.name).callback, "chooses", False):
         able = [info.name for info in methods.list_methods() if getattr(info.callback, "chooses", False)]
         raise ConfigError(f"Method {recipe.method.name!r} chooses no modules or ranks; these do: {', '.join(able)}.")
+    if recipe.method.options.get("experts") == "each":
+        raise ConfigError(
+            "`experts: each` chooses some experts of a parameter, which no `LoraConfig` can name; leave it out to "
+            "choose whole parameters, or train in one run without FSDP and DeepSpeed."
+        )
 
 
 def _choose(

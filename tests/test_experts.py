@@ -146,6 +146,7 @@ def test_experts_are_chosen_among_cut_and_saved(name, method, tmp_path):
     left = list_adapters(model, linear=False)
     assert {a.name for a in left} == set(made.kept) and any(isinstance(a, ExpertAdapter) for a in left)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert {name for a in list_attached(model) for name in a.names} == set(made.kept)
     cut = next(e for e in made.events if e["event"] == "cut")
     assert trained == sum(a.parameters for a in left) == cut["parameters_after"]
     assert trained == sum(a.parameters for a in list_attached(model))

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from weightlora.adapters import ordinary, seam
+from weightlora.adapters import experts, ordinary, seam
 from weightlora.adapters.attach import name_of
 from weightlora.adapters.host import active_adapter, base_of, find_host
 
@@ -37,6 +37,13 @@ class Attached:
     def module(self) -> str:
         """The module it is on, also where it is on one of its parameters."""
         return self.name.removesuffix(f".{getattr(self.layer, 'parameter_name', '')}")
+
+    @property
+    def names(self) -> list[str]:
+        """What a choice calls it: its name, or those of its experts where each is chosen by itself."""
+        if not self.is_lora or not experts.is_split(self.layer, self.key):
+            return [self.name]
+        return [f"{self.name}[{i}]" for i in experts.left(self.layer, self.key)]
 
     @property
     def r(self) -> int:

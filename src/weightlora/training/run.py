@@ -218,7 +218,7 @@ def _run(
             "head": plan.head,
         },
         "adapters": {
-            "attached": [adapter.name for adapter in plan.adapters] if choice is None else choice.attached,
+            "attached": [name for a in plan.adapters for name in a.names] if choice is None else choice.attached,
             "kept": _kept(job, plan),
         },
         "rows": plan.rows,

@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weightlora_plus": {"keep": 3, "after": 5},
     "rlora": {"keep": 3, "after": 0},
     "fixed": {"keep": 3},
+    "halving": {"keep": 3, "sets": 3, "after": 6},
     "lora_drop": {"keep": 1, "sample": 0.5, "epochs": 1},
     "flexora": {"keep": 1, "after": 5, "val_batches": 2},
     "sparse_adapter": {"warmup": 2, "score_steps": 2},

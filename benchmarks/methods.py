@@ -71,6 +71,7 @@ ENTRIES: dict[str, Entry] = {
     "weightlora_plus": Entry("weightlora_plus", {"keep": 5}),
     "rlora": Entry("rlora", {"keep": 5, "after": 0}),
     "fixed": Entry("fixed", {"keep": 5}),
+    "halving": Entry("halving", {"keep": 5}),
     "lora_drop": Entry("lora_drop"),
     "lora_drop_r3": Entry("lora_drop", {"keep": 1}, {"r": 3, "lora_alpha": 12}),
     "melora": Entry("melora", {"minis": 4}, {"r": 1, "lora_alpha": 4}),

@@ -26,6 +26,8 @@ from weightlora import (
     DynamicLoRA,
     Fixed,
     Flexora,
+    Halving,
+    HeadFirst,
     IncreLoRA,
     LoRADrop,
     Method,
@@ -55,6 +57,7 @@ METHODS = {
     "evidence": (lambda: WeightLoRA(keep=3, after=6, score="gauss_newton"), False),
     "rlora": (lambda: RLoRA(keep=3, after=6), False),
     "fixed": (lambda: Fixed(keep=3, init_after=4), False),
+    "halving": (lambda: Halving(keep=3, sets=3, after=6), False),
     "adalora": (lambda: AdaLoRA(tfinal=6), False),
     "flexora": (lambda: Flexora(keep=1, after=6, val_rows=16, val_batches=2), False),
 }
@@ -102,6 +105,7 @@ def main(folder: Path, batch_size: int) -> None:
     loop_wrapped_later(folder, WeightLoRA(keep=3, after=6), batch_size)
     reuse(folder, batch_size)
     drop(folder, batch_size)
+    head_first(folder, batch_size)
     if "RANK" in os.environ:
         costs(folder, int(os.environ["RANK"]))
     for name, shape in SHAPES.items():
@@ -206,6 +210,17 @@ def drop(folder: Path, batch_size: int) -> None:
     trainer.train()
     facts = {"kept": method.kept, "importance": method.engine.importance}
     write(folder, "lora_drop", trainer.args.process_index, model, facts, trainer.args.world_size)
+
+
+def head_first(folder: Path, batch_size: int) -> None:
+    """Every process fits the same head to the same rows, then all train."""
+    first, method, model = HeadFirst(rows=32), WeightLoRA(keep=3, after=4), model_without_dropout()
+    made = sgd_trainer(folder / "head_first", first, method, model=model, batch_size=batch_size, max_steps=6)
+    made.args.per_device_eval_batch_size = 8
+    made.train()
+    assert first.found is not None
+    facts = {"kept": method.kept, "loss": first.found["loss_after"]}
+    write(folder, "head_first", made.args.process_index, model, facts, made.args.world_size)
 
 
 def train(folder: Path, name: str, method: Method, batch_size: int, find_unused: bool, **lora: Any) -> None:

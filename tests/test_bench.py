@@ -20,9 +20,9 @@ from tiny_text import questions, save_tiny_bert, write_jsonl
 from typer.testing import CliRunner
 
 from weightlora import durable
-from weightlora.bench.runner import Outcome, read_results, run_suite
+from weightlora.bench.runner import Outcome, read_results, run_suite, write_report
 from weightlora.bench.suite import Group, Suite, TuneSpec, groups, load_suite, parse_suite, recipe, runs, trial
-from weightlora.bench.table import difference, markdown, scores_table, summarise
+from weightlora.bench.table import curves_table, difference, markdown, scores_table, summarise
 from weightlora.bench.tuning import Search
 from weightlora.bench.workers import Job, Workers
 from weightlora.cli import app
@@ -95,6 +95,67 @@ def test_operations_are_those_of_the_steps_and_counting_changes_nothing(folder: 
     assert other.result is not None
     ratio = other.result["costs"]["operations"] / outcome.result["costs"]["operations"]
     assert ratio == pytest.approx(2, rel=0.1)  # rows differ in length
+
+
+def test_what_is_done_beside_the_steps_is_counted_once(folder: Path) -> None:
+    """Phase 1 of LoRA-drop by its steps, a head that is fitted first, and the look that a choice takes at a batch."""
+    drop = {"name": "lora_drop", "keep": 1, "sample": 1.0}
+    methods = {
+        "lora": "lora",
+        "gated": {"method": {"name": "weightlora", "keep": 3, "after": 3}},
+        "head-first": {"method": "lora", "head_first": {"passes": 2}},
+        **{f"drop-{steps}": {"method": {**drop, "steps": steps}} for steps in (2, 6)},
+    }
+    base = {**raw(folder)["base"], "lora": {"r": 4, "lora_dropout": 0.0}}
+    made = run_suite(parse_suite(raw(folder, base=base, methods=methods, seeds=[0])))
+    costs = {o.cell.group.method: o.result["costs"] for o in made if o.result is not None}
+    assert len(costs) == 5
+    beside = {name: cost["operations_beside_steps"] for name, cost in costs.items()}
+    steps = {name: cost["operations"] - beside[name] for name, cost in costs.items()}
+    assert beside["lora"] == 0 and steps["head-first"] == steps["lora"]
+    assert steps["gated"] == pytest.approx(steps["lora"], rel=0.1)  # the look was no part of every step
+    # a pass forward through all 30 rows, of the 32 that 4 steps go both ways
+    assert 0.2 * steps["lora"] < beside["head-first"] < 0.6 * steps["lora"]
+    assert 0.2 * steps["lora"] / 4 < beside["gated"] < 0.6 * steps["lora"] / 4
+    assert beside["drop-6"] - beside["drop-2"] == pytest.approx(steps["lora"], rel=0.1)
+
+
+def test_a_curve_says_when_a_loss_is_reached_and_changes_no_training(folder: Path) -> None:
+    methods = {"lora": "lora", "kept": {"method": {"name": "weightlora", "keep": 3, "after": 2}}}
+    asked = {"methods": methods, "seeds": [0], "keep_weights": True}
+    plain = run_suite(parse_suite(raw(folder, **asked, output_dir=str(folder / "plain"))))
+    suite = parse_suite(raw(folder, **asked, curve=4))
+    made = run_suite(suite)
+    for one, other in zip(plain, made, strict=True):
+        assert one.result is not None and other.result is not None
+        weights = [
+            (folder / out / one.cell.folder / "adapter/adapter_model.safetensors").read_bytes()
+            for out in ("plain", "out")
+        ]
+        assert weights[0] == weights[1] and without_times(one.result) == without_times(other.result)
+        assert one.result["costs"]["operations"] == other.result["costs"]["operations"]
+        points = other.result["curve"]
+        assert [p["step"] for p in points] == [0, 1, 2, 3, 4]
+        assert [p["operations"] for p in points] == sorted({p["operations"] for p in points})
+        assert points[0]["operations"] == 0
+        assert points[-1] == {
+            "step": 4,
+            "operations": other.result["costs"]["operations"],
+            **other.result["metrics"]["after"],
+        }
+    header, cells = curves_table(suite, summarise(suite, read_results(suite)))
+    assert header[2:] == ["25%", "50%", "75%", "100%", "lora's loss at"]
+    final = f"{made[0].result['metrics']['after']['loss']:.3f}"  # type: ignore[index]
+    assert [row[1] for row in cells] == ["lora", "kept"] and cells[0][-2] == final
+    text = (folder / "out/table.md").read_text()
+    assert "loss at a share of | lora's cost | 25%" in text
+    write_report(suite)
+    page = (folder / "out/report.html").read_text()
+    assert "Held-out loss against cost" in page and "lora&#39;s final loss" in page
+    with pytest.raises(ConfigError, match="`curve` needs a `reference`"):
+        parse_suite(raw(folder, curve=4, reference=None))
+    with pytest.raises(ConfigError, match="was made without `curve`, and the suite now says 4"):
+        run_suite(parse_suite(raw(folder, **asked, curve=4, output_dir=str(folder / "plain"))))
 
 
 def test_equal_operations_lets_every_method_spend_what_the_reference_does(folder: Path) -> None:

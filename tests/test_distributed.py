@@ -40,7 +40,18 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "method",
-    ["weightlora", "weightlora_plus", "evidence", "rlora", "adalora", "flexora", "lora_drop", "plain", "wrapped_later"],
+    [
+        "weightlora",
+        "weightlora_plus",
+        "evidence",
+        "rlora",
+        "halving",
+        "adalora",
+        "flexora",
+        "lora_drop",
+        "plain",
+        "wrapped_later",
+    ],
 )
 def test_two_processes_agree_with_one(method, runs):
     first, second, alone = agreeing(method, runs)
@@ -61,6 +72,12 @@ def test_a_loop_with_accelerate_is_the_plain_one(runs):
 def test_scores_are_those_of_the_first_process(runs):
     first, second, alone = agreeing("lora_drop", runs)
     assert first["importance"] == second["importance"] == pytest.approx(alone["importance"], rel=1e-3)
+
+
+def test_the_head_is_fitted_to_the_same_rows_everywhere(runs):
+    first, second, alone = agreeing("head_first", runs)
+    assert first["kept"] == second["kept"] == alone["kept"]
+    assert first["loss"] == second["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("method", "kept"), [("sparse_adapter", 9), ("tied_lora", 9), ("s2_lora", 8)])

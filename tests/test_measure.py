@@ -148,3 +148,21 @@ def test_nothing_of_the_graph_outlives_the_count():
     assert counted > 0
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing) is measure._Saved]
+
+
+def test_work_beside_steps_is_told_to_who_listens_once():
+    a, b = torch.ones(2, 3), torch.ones(3, 5)
+    heard: list[int] = []
+    with measure.beside_steps():
+        _ = a @ b
+        assert not measure.is_beside_steps()
+    with measure.hearing(heard.append):
+        _ = a @ b
+        with measure.beside_steps():
+            _ = a @ b
+            with measure.beside_steps():
+                _ = a @ b
+            assert measure.is_beside_steps()
+        with pytest.raises(ZeroDivisionError), measure.beside_steps():
+            raise ZeroDivisionError
+    assert heard == [2 * 2 * (2 * 3 * 5)] and not measure.is_beside_steps()

@@ -123,6 +123,11 @@ TABLE = {
         None, options={"keep": 3, "after": 6}, budget=lambda left, s: len(left) == 3 and {a.r for a in left} == {2}
     ),
     "fixed": Row(None, options={"keep": 3}, budget=lambda left, s: len(left) == 3 and {a.r for a in left} == {2}),
+    "halving": Row(
+        None,
+        options={"keep": 3, "sets": 3, "after": 6},
+        budget=lambda left, s: len(left) == 3 and {a.r for a in left} == {2},
+    ),
     "lora_drop": Row(lambda s: shared_count(s, 1) + s.head, options={"keep": 1, "sample": 0.5}),
     "melora": Row(lora_count, options={"minis": 4}),
     "tied_lora": Row(lambda s: 2 * shared_width(s) + sum(2 + b for _, b in s.modules.values()) + s.head, lora={"r": 2}),

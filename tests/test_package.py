@@ -42,6 +42,7 @@ LAYERS = [
     "settings",
     "options",
     "paired",
+    "against_cost",
     "progress",
     "durable",
     "errors",
@@ -138,7 +139,7 @@ def test_methods_are_listed_built_and_named_when_misspelt():
     ours = ["weightlora", "weightlora_plus", "rlora"]
     shapes = ["melora", "sparse_adapter", "tied_lora", "s2_lora", "nora"]
     ranks = ["sora", "dynamic_lora", "increlora", "alora"]
-    others = ["fixed", "lora_drop", *shapes, "flexora", "flexlora", *ranks]
+    others = ["fixed", "halving", "lora_drop", *shapes, "flexora", "flexlora", *ranks]
     assert [m.name for m in methods.list_methods()] == [*baselines, "adalora", *ours, *others]
     for info in methods.list_methods():
         assert all((info.title, info.paper, info.scores, info.action, info.parameters, info.source))

@@ -28,6 +28,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fixed": {"keep": 3, "where": "random", "init_after": 7},
     "fixed cut later": {"keep": 3, "after": 8, "init_after": 6},
     "fixed as it starts": {"keep": 3, "init": None},
+    "halving": {"keep": 2, "sets": 4, "after": 10},
+    "halving with one comparison": {"keep": 2, "sets": 2, "after": 9, "where": "random"},
     "adalora": {"target_r": 2},
     "flexora": {"keep": 2, "after": 8, "val_batches": 3},
     "flexora without restart": {"keep": 2, "after": 8, "val_batches": 3, "restart": False},

@@ -73,6 +73,8 @@ GOOD = [
     {"model": {"name": "x", "dtype": "bfloat16"}, "grow_batch": {"factor": 4, "effective": True}, "fit": "16 GB"},
     {"training": {"lr_scheduler_type": "linear", "learning_rate": 5e-4, "report_to": ["none"], "eval_strategy": "no"}},
     {"lora": {"target_modules": "self-attention", "r": 4, "init_lora_weights": True, "rank_pattern": {"q": 2}}},
+    {"lora": {"r": "61440 parameters"}},
+    {"head_first": {"rows": 100}},
 ]
 BAD = [
     {"metod": "lora"},
@@ -86,6 +88,8 @@ BAD = [
     {"training": {"seed": 3}},
     {"lora": {"rank": 8}},
     {"lora": {"r": 0}},
+    {"lora": {"r": "16 MB"}},
+    {"head_first": {"rows": 0}},
     {"lora": [8]},
     {"data": {"trian": "a.jsonl"}},
     {"data": {"train": "a.jsonl", "max_length": 0}},

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -112,6 +113,46 @@ def attention_backward_flops(out: Sequence[int], query: Sequence[int], key: Sequ
     from torch.utils.flop_counter import sdpa_backward_flop_count
 
     return sdpa_backward_flop_count(out, query, key, value)
+
+
+_listeners: list[Callable[[int], None]] = []
+_beside = False
+
+
+@contextmanager
+def hearing(listener: Callable[[int], None]) -> Iterator[None]:
+    """Inside, `listener` is told the operations of everything that runs within `beside_steps`, each as it ends."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextmanager
+def beside_steps() -> Iterator[None]:
+    """Put around what a run computes beside its training steps, so that whoever counts its operations hears of it.
+
+    Scoring modules, fitting a head or looking at a batch is work that no training step shows. Such work inside other
+    such work counts once. Where nobody listens nothing is counted.
+    """
+    global _beside
+    if _beside or not _listeners:
+        yield
+        return
+    _beside = True
+    try:
+        with flop_counter() as counter:
+            yield
+    finally:
+        _beside = False
+    for tell in _listeners:
+        tell(counter.get_total_flops())
+
+
+def is_beside_steps() -> bool:
+    """Whether somebody is told of what runs now."""
+    return _beside
 
 
 def trainable_parameters(model: nn.Module) -> int:

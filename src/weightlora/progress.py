@@ -2,6 +2,7 @@
 
 A run keeps them in `progress.jsonl`, in lines like those of `events.jsonl`, as it goes:
 
+    head    the head was fitted first           what `HeadFirst.found` holds
     begin   training begins, or goes on           steps of the run
     now     a look at it, every few seconds    what `Now` holds
     log     what the Trainer logged            values: loss, learning rate, scores
@@ -19,6 +20,7 @@ from typing import Any
 
 PROGRESS_FILE = "progress.jsonl"
 FINISHED = "finished"  # the reason of an ordinary end
+_BESIDE = {"scoring": "scoring", "head": "fitting the head"}
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Now:
     """A run at one moment. What is not known is None.
 
     Attributes:
-        phase: "scouting" while a choice lies ahead, "kept" after it, "training" where a method makes none, and
-            "scoring" while rows are evaluated, `batches` of `batches_in_all`.
+        phase: "scouting" while a choice lies ahead, "kept" after it, "training" where a method makes none,
+            "scoring" while rows are evaluated and "head" while it is fitted first, `batches` of `batches_in_all`.
         step: optimizer steps done. steps: of the run.
         cut_at: the step of the next cut.
         attached: adapters at the start. kept: those there now.
@@ -81,8 +83,8 @@ class Now:
     @property
     def in_words(self) -> str:
         """The phase, as "scouting 36 adapters, cut after step 21" or "kept 5 of 36 adapters"."""
-        if self.phase == "scoring":
-            return "scoring"
+        if self.phase in _BESIDE:
+            return _BESIDE[self.phase]
         if self.phase == "scouting":
             cut = f", cut after step {self.cut_at}" if self.cut_at is not None else ""
             left = f"{self.kept} of {self.attached}" if self.kept < self.attached else str(self.attached)
@@ -92,12 +94,17 @@ class Now:
         return f"training {self.attached} adapters" if self.attached else "training"
 
     @property
+    def is_beside_steps(self) -> bool:
+        """Whether it computes something that is counted in `batches`, not in steps."""
+        return self.phase in _BESIDE
+
+    @property
     def facts(self) -> list[str]:
         """Loss, pace, time left and what is saved, each in a few words, as far as they are known."""
         found = []
-        if self.phase == "scoring" and self.batches is not None:
+        if self.is_beside_steps and self.batches is not None:
             of = f" of {self.batches_in_all:,}" if self.batches_in_all else ""
-            found.append(f"batch {self.batches:,}{of}")
+            found.append(f"{'pass' if self.phase == 'head' else 'batch'} {self.batches:,}{of}")
         if self.loss is not None:
             found.append(f"loss {self.loss:.4g}")
         if self.step_s is not None:

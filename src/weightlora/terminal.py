@@ -21,7 +21,7 @@ from rich.text import Text
 from weightlora.bench import runner
 from weightlora.bench.runner import Outcome, run_suite
 from weightlora.bench.suite import Suite, groups
-from weightlora.bench.table import chosen_table, differences_table, scores_table, summarise
+from weightlora.bench.table import all_tables, summarise
 from weightlora.durable import CHOICE_FILE, PROBE_FILE
 from weightlora.errors import ConfigError
 from weightlora.progress import Now
@@ -85,7 +85,7 @@ class Status:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
             self._redirect_logging()
-        done, of = (now.batches or 0, now.batches_in_all) if now.phase == "scoring" else (now.step, now.steps)
+        done, of = (now.batches or 0, now.batches_in_all) if now.is_beside_steps else (now.step, now.steps)
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True, overflow="ellipsis", ratio=3)
         bar.add_column(ratio=2, min_width=8)
@@ -148,7 +148,7 @@ def show_suite(suite: Suite, report: str = "") -> None:
     rows = summarise(suite, found)
     if not rows:
         raise ConfigError(f"There are no finished runs in {suite.output_dir!r}; start the suite without --table.")
-    for header, cells in (scores_table(suite, rows), differences_table(suite, rows), chosen_table(suite, rows)):
+    for header, cells in all_tables(suite, rows):
         if cells:
             _print_table(header, cells)
     print(f"Runs       {len(found)} of {len(groups(suite)) * len(suite.seeds)}")

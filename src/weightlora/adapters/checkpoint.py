@@ -60,7 +60,7 @@ def check_arguments(folder: Path, facts: Mapping[str, Any], arguments: Mapping[s
     Raises:
         ConfigError: they differ in something the checkpoint was made by.
     """
-    decided = any(event["event"] != "attach" for event in facts["events"])
+    decided = any(event["event"] not in ("attach", "head_first") for event in facts["events"])
     for name, asked in arguments.items():
         was = facts["arguments"].get(name, asked)
         if name == "seed" or was == asked:  # the seed of the checkpoint goes on

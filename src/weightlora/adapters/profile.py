@@ -127,7 +127,7 @@ def take_both(
 def _taken(record: _Record, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Record:
     model = record.model
     devices = sorted({p.device.index for p in model.parameters() if p.device.type not in ("cpu", "meta")})
-    with torch.random.fork_rng(devices), torch.enable_grad(), record.taken():
+    with torch.random.fork_rng(devices), torch.enable_grad(), measure.beside_steps(), record.taken():
         output: Any = model.forward(*args, **kwargs)
     torch.clear_autocast_cache()  # the casts in it belong to this pass
     record.read_graph(_roots(output))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class Meter(TrainerCallback):
 
     Operations are counted in the first step of every epoch and after every change of what trains, and hold for the
     steps that follow by the number of their tokens. Counting is slow, so these steps are timed apart. A model that is
-    compiled is not counted.
+    compiled is not counted. What a run computes beside its steps, such as the scoring of modules, is counted whole
+    while `hearing` is entered around all of it.
     """
 
     def __init__(self) -> None:
@@ -26,23 +28,34 @@ class Meter(TrainerCallback):
         self.slow: list[float] = []  # steps that were counted
         self.saved_bytes = 0
         self.operations = 0.0
+        self.beside = 0.0  # the part of them that no step did
+        self._in_step = 0.0  # what was done beside a step while it was counted
         self._tokens = 0
         self._rate = 0.0  # operations for a token
         self._counter: Any = None
         self._known: tuple[int, int] | None = None  # epoch and trained parameters of the last count
         self._hook: Any = None
 
+    def hearing(self) -> AbstractContextManager[None]:
+        """Inside, count what is done beside steps; put it around the whole run, which may score before it trains."""
+        return measure.hearing(self._hear)
+
+    def _hear(self, operations: int) -> None:
+        self.beside += operations
+        self.operations += operations
+        self._in_step += operations
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.torch_compile:
             self._hook = kwargs["model"].register_forward_pre_hook(self._count_tokens, with_kwargs=True)
 
     def _count_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not measure.is_beside_steps():
             first = measure.first_tensor((args, kwargs))
             self._tokens += 0 if first is None else first.numel()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tokens = 0
+        self._tokens, self._in_step = 0, 0.0
         now = int(state.epoch or 0), measure.trainable_parameters(kwargs["model"])
         if now != self._known and not args.torch_compile:
             self._known = now
@@ -54,7 +67,7 @@ class Meter(TrainerCallback):
         (self.seconds if self._counter is None else self.slow).append(time.perf_counter() - self._started)
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self._rate = self._counter.get_total_flops() / max(1, self._tokens)
+            self._rate = (self._counter.get_total_flops() - self._in_step) / max(1, self._tokens)
             self._counter = None
         self.operations += self._rate * self._tokens
 
@@ -70,7 +83,7 @@ class Meter(TrainerCallback):
     def costs(self) -> dict[str, float]:
         """Median over the first half of the steps, median over the second (after every cut), saved bytes, operations.
 
-        Operations are those of the training steps, before and after the cut.
+        Operations are those of all training steps, before and after the cut, and of what was done beside them.
         """
         timed = self.seconds or self.slow
         half = len(timed) // 2
@@ -79,4 +92,5 @@ class Meter(TrainerCallback):
             "step_s": statistics.median(timed[half:]),
             "saved_bytes": self.saved_bytes,
             "operations": self.operations,
+            "operations_beside_steps": self.beside,
         }

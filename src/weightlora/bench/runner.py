@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from weightlora import durable
-from weightlora.bench.execute import check_same, describe, execute, result
+from weightlora.bench.execute import check_curve, check_same, describe, execute, result
 from weightlora.bench.suite import LENGTH, Cell, Group, Patch, Suite, groups, pilots, place, recipe, runs, trial
 from weightlora.bench.table import markdown, summarise
 from weightlora.bench.tuning import Search
@@ -92,6 +92,7 @@ def check(suite: Suite) -> None:
     for cell, found in read_results(suite):
         varying = {*(suite.tune.grid if suite.tune else ()), *([LENGTH] if suite.equal else ())}
         check_same(place(folder, cell), found["recipe"], cell.recipe, varying)
+        check_curve(place(folder, cell), found, suite.curve)
     for group, point in itertools.product(groups(suite), suite.tune.points() if suite.tune else ()):
         place(folder, trial(suite, group, point))
     there = list(dict.fromkeys(cell.group for cell in runs(suite, {}) if result(place(folder, cell)) is None))
@@ -185,13 +186,18 @@ def _executor(suite: Suite, folder: Path, processes: int) -> Iterator[Run]:
     """Yields a function that makes the runs of a list and gives each outcome as it arrives."""
 
     def jobs(cells: Sequence[Cell]) -> list[Job]:
-        return [Job(place(folder, cell), cell.recipe, suite.keep_weights) for cell in cells]
+        return [Job(place(folder, cell), cell.recipe, suite.keep_weights, _curve(suite, cell)) for cell in cells]
 
     if processes == 0:
         yield lambda cells: (_here(cell, job) for cell, job in zip(cells, jobs(cells), strict=True))
         return
     with Workers(processes, folder) as workers:
         yield lambda cells: (_outcome(cells[i], ended) for i, ended in workers.run(jobs(cells)))
+
+
+def _curve(suite: Suite, cell: Cell) -> int | None:
+    """Only of the reported runs."""
+    return suite.curve if cell.folder.startswith("runs/") else None
 
 
 def _here(cell: Cell, job: Job) -> Outcome:
@@ -240,15 +246,23 @@ def _lengths(suite: Suite, chosen: dict[Group, Patch], run: Run, report: Report 
     """With `equal: operations`, the steps in which each group but the reference spends what that does."""
     if suite.equal is None:
         return {}
-    cells, cost = pilots(suite, chosen), {}
+    cells, found = pilots(suite, chosen), {}
+    pilot: dict[Group, dict[str, Any]] = {}
     for number, outcome in enumerate(run(cells), start=1):
         if outcome.result is not None:
-            cost[outcome.cell.group] = outcome.result["costs"]["operations"], outcome.result["metrics"]["steps"]
+            pilot[outcome.cell.group] = outcome.result
         if report is not None:
             report(outcome, number, len(cells))
-    found = {}
-    for group, (own, steps) in cost.items():
-        wanted = cost.get(Group(group.task, group.setting, str(suite.reference)))
-        if group.method != suite.reference and wanted is not None and own and wanted[0]:
-            found[group] = max(1, round(steps * wanted[0] / own))
+    for group, made in pilot.items():
+        wanted = pilot.get(Group(group.task, group.setting, str(suite.reference)))
+        if group.method != suite.reference and wanted is not None:
+            length = _length(made, wanted["costs"]["operations"])
+            found |= {} if length is None else {group: length}
     return found
+
+
+def _length(pilot: dict[str, Any], wanted: float) -> int | None:
+    """The steps after which a run has spent so many operations; what it does beside steps it does at any length."""
+    beside = pilot["costs"].get("operations_beside_steps", 0.0)
+    steps, in_steps = pilot["metrics"]["steps"], pilot["costs"]["operations"] - beside
+    return max(1, round(steps * (wanted - beside) / in_steps)) if in_steps and wanted else None

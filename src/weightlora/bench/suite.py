@@ -6,6 +6,7 @@
     seeds: [0, 1, 2]
     tune: {grid: {training.learning_rate: [5e-4, 2e-3]}, validation: 0.2}
     equal: operations                       # every method trains until it has cost what the reference does
+    curve: 10                               # held-out loss against cost, at ten parts of every run
     output_dir: runs/mine
 
 Every entry of an axis is part of a recipe, written as a nested mapping or with dotted keys; a bare name is short for
@@ -82,7 +83,8 @@ class Suite(Section):
     `data` is a folder that holds one folder for each task, such as `FOLDER/cola` for `glue/cola`; without it tasks take
     their data from the hub or from their entry. Differences are from the method `reference`. With `equal: operations`
     every method first trains once as long as the reference, and then so many steps that its whole training costs the
-    same operations.
+    same operations. With `curve` every run is evaluated at so many equal parts of it as well, which says what its loss
+    is at shares of the reference's cost, and at which share it reaches the reference's final loss.
     """
 
     what: ClassVar[str] = "suite"
@@ -98,6 +100,7 @@ class Suite(Section):
     reference: str | None = None
     tune: TuneSpec | None = None
     equal: Literal["operations"] | None = None
+    curve: int | None = Field(None, ge=2, le=100)
     keep_weights: bool = False
     output_dir: str
 
@@ -126,6 +129,8 @@ class Suite(Section):
             )
         if self.equal is not None and self.reference is None:
             raise ValueError("`equal` needs a `reference`, the method whose cost the others get")
+        if self.curve is not None and self.reference is None:
+            raise ValueError("`curve` needs a `reference`, the method whose cost the others are compared with")
         return self
 
 

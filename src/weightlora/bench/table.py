@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from weightlora.against_cost import AgainstCost, against, read
 from weightlora.bench.suite import Cell, Suite
 from weightlora.paired import Difference, difference
 from weightlora.tasks import get_task
 
 Result = Mapping[str, Any]
+
+MOST_SHARES = 10  # columns of the table of curves
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Row:
         saved: bytes a step keeps for backward at the end, as such a ratio.
         operations: of the whole training, as such a ratio.
         points: {task: the tuned point}.
+        curves: {task: losses at shares of the reference's cost}, of the runs that have curves.
     """
 
     setting: str
@@ -43,6 +47,7 @@ class Row:
     saved: float | None
     operations: float | None
     points: Mapping[str, Mapping[str, Any]]
+    curves: Mapping[str, AgainstCost]
 
     @property
     def average(self) -> float | None:
@@ -61,7 +66,7 @@ def summarise(suite: Suite, found: Sequence[tuple[Cell, Result]]) -> list[Row]:
         for method in suite.methods:
             own = _of(by_key, setting, method)
             if own:
-                rows.append(_row(suite, setting, method, own, reference if method != suite.reference else {}))
+                rows.append(_row(suite, setting, method, own, reference))
     return rows
 
 
@@ -77,6 +82,8 @@ def _row(
     own: Mapping[tuple[str, int], Result],
     reference: Mapping[tuple[str, int], Result],
 ) -> Row:
+    curves = _curves(suite, own, reference)
+    reference = reference if method != suite.reference else {}
     scores = {task: [score(own[task, seed]) for seed in suite.seeds if (task, seed) in own] for task in suite.tasks}
     pairs = {
         task: [
@@ -95,7 +102,23 @@ def _row(
         saved=_ratio("saved_bytes", own, reference),
         operations=_ratio("operations", own, reference),
         points={task: _point(suite, result) for (task, _), result in own.items()},
+        curves=curves,
     )
+
+
+def _curves(
+    suite: Suite, own: Mapping[tuple[str, int], Result], reference: Mapping[tuple[str, int], Result]
+) -> dict[str, AgainstCost]:
+    parts = min(suite.curve or 0, MOST_SHARES)
+    shares = [round(i / parts, 4) for i in range(1, parts + 1)] if parts else []
+    found = {}
+    for task in suite.tasks if parts else ():
+        keys = [(task, seed) for seed in suite.seeds if (task, seed) in own.keys() & reference.keys()]
+        pairs = [(read(own[key].get("curve")), read(reference[key].get("curve"))) for key in keys]
+        curves = against(pairs, shares)
+        if curves is not None:
+            found[task] = curves
+    return found
 
 
 def score(result: Result) -> float:
@@ -180,11 +203,33 @@ def chosen_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[lis
     return [", ".join(named), *suite.tasks], cells if named else []
 
 
+def curves_table(suite: Suite, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: held-out loss at shares of the reference's cost, and the share at which its loss is reached."""
+    shares = list(dict.fromkeys(share for row in rows for curve in row.curves.values() for share in curve.losses))
+    header = ["loss at a share of", f"{suite.reference}'s cost", *(f"{share:.0%}" for share in shares)]
+    cells = [
+        [
+            task,
+            f"{row.setting} {row.method}".strip(),
+            *(_with_spread(curve.losses[share], len(curve.reached)) for share in shares),
+            curve.reached_in_words,
+        ]
+        for task in suite.tasks
+        for row in rows
+        if (curve := row.curves.get(task)) is not None
+    ]
+    return [*header, f"{suite.reference}'s loss at"], cells
+
+
 def markdown(suite: Suite, rows: Sequence[Row]) -> str:
-    """All three tables as a page."""
-    shown = (scores_table(suite, rows), differences_table(suite, rows), chosen_table(suite, rows))
-    tables = [_markdown(header, cells) for header, cells in shown if cells]
+    """All tables as a page."""
+    tables = [_markdown(header, cells) for header, cells in all_tables(suite, rows) if cells]
     return "\n\n".join([*([f"# {suite.title}"] if suite.title else []), *tables]) + "\n"
+
+
+def all_tables(suite: Suite, rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and cells of each; those without cells have nothing to say."""
+    return [table(suite, rows) for table in (scores_table, differences_table, curves_table, chosen_table)]
 
 
 def _markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -25,6 +25,7 @@ class Job(NamedTuple):
     folder: Path
     recipe: dict[str, Any]
     keep_weights: bool
+    curve: int | None = None
 
 
 class Workers:
@@ -101,7 +102,7 @@ class _Worker:
         assert stdin is not None and stdout is not None
         line = b""
         try:
-            stdin.write(json.dumps([str(job.folder), job.recipe, job.keep_weights]).encode() + b"\n")
+            stdin.write(json.dumps([str(job.folder), *job[1:]]).encode() + b"\n")
             line = stdout.readline()
         except BrokenPipeError:
             pass
@@ -136,9 +137,9 @@ def _serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
     waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(jobs, waiting), daemon=True).start()
     while True:
-        folder, recipe, keep_weights = json.loads(waiting.get())
+        folder, *others = json.loads(waiting.get())
         try:
-            answer = execute(Path(folder), recipe, keep_weights)
+            answer = execute(Path(folder), *others)
         except Exception as error:
             logging.getLogger("weightlora").exception("%s", folder)
             answer = {"error": describe(error)}

@@ -12,6 +12,7 @@ from weightlora.methods import milora as _milora  # noqa: F401
 from weightlora.methods import adalora as _adalora  # noqa: F401
 from weightlora.methods import weightlora as _weightlora  # noqa: F401  weightlora, weightlora_plus, rlora
 from weightlora.methods import fixed as _fixed  # noqa: F401
+from weightlora.methods import halving as _halving  # noqa: F401
 from weightlora.methods import lora_drop as _lora_drop  # noqa: F401
 from weightlora.methods import melora as _melora  # noqa: F401
 from weightlora.methods import sparse_adapter as _sparse_adapter  # noqa: F401
@@ -43,6 +44,8 @@ from weightlora.methods.base import Method, SelectionMethod
 from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.fixed import Fixed
 from weightlora.methods.flexora import Flexora
+from weightlora.methods.halving import Halving
+from weightlora.methods.head_first import HeadFirst
 from weightlora.methods.increlora import IncreLoRA
 from weightlora.methods.lora_drop.method import LoRADrop
 from weightlora.methods.nora import NoRA
@@ -60,6 +63,8 @@ __all__ = [
     "DynamicLoRA",
     "Fixed",
     "Flexora",
+    "Halving",
+    "HeadFirst",
     "IncreLoRA",
     "LoRADrop",
     "Method",

@@ -12,7 +12,7 @@ import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,10 @@ class Progress(TrainerCallback):
     def _start_over(self) -> None:
         self._training = False
         self._phase_of_scoring: tuple[int, int | None] | None = None
+        self._fitting: tuple[int, int] | None = None
         self._first: deque[float] = deque(maxlen=_FIRST)
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._in_steps = 0.0
+        self._in_steps = self._step_began = 0.0
         self._steps_after, self._seconds_after = 0, 0.0
         self._share: float | None = None  # of the operations of a step with all adapters
         self._shares_seen, self._steps_seen = 0.0, 0
@@ -151,6 +152,8 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._state = state
+        if self._phase_of_scoring is None:
+            self._scoring_began = time.perf_counter()
         done = self._phase_of_scoring[0] + 1 if self._phase_of_scoring else 1
         try:
             of = len(kwargs["eval_dataloader"])
@@ -169,6 +172,8 @@ class Progress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
+        if self._phase_of_scoring is not None and self._training:
+            self._step_began += time.perf_counter() - self._scoring_began  # a callback may evaluate within a step
         self._phase_of_scoring = None
         self._scores = {k: float(v) for k, v in (metrics or {}).items() if _is_score(k, v)}
         if self._training:
@@ -186,6 +191,25 @@ class Progress(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self.ended(FINISHED)
+
+    # -- before the first step ---------------------------------------------------------------------------------------
+
+    def fitting_head(self, args: TrainingArguments, state: TrainerState, model: nn.Module, done: int, of: int) -> None:
+        """`HeadFirst` is at work: on so many of its batches, then of its passes."""
+        if not state.is_world_process_zero:
+            return
+        if self._fitting is None:
+            self._model, self._state = model, state
+            self._open(Path(str(args.output_dir)) / PROGRESS_FILE, state)
+            self._written = -float("inf")
+        self._fitting = done, of
+        self._tell()
+
+    def fitted_head(self, state: TrainerState, found: Mapping[str, Any]) -> None:
+        """It is done; `found` is what it says."""
+        self._fitting = None
+        if state.is_world_process_zero:
+            self._write("head", **found)
 
     def ended(self, why: str) -> None:
         """Training is over; only the first reason counts."""
@@ -226,14 +250,14 @@ class Progress(TrainerCallback):
             gates = _last_gates(engine.events.events) if cut_at is not None else []
         phase = "scouting" if cut_at is not None else "kept" if kept < attached else "training"
         costs, names = self._step_costs, self._kept_names()
-        scoring = self._phase_of_scoring
+        scoring = self._fitting or self._phase_of_scoring
         first = statistics.median(list(self._first)[1:]) if len(self._first) > _ENOUGH else None
         saved = None
         if first is not None and self._steps_after:
             saved = self._steps_after * first - self._seconds_after
         pace = statistics.fmean(self._recent) if self._recent else None
         return Now(
-            phase="scoring" if scoring else phase,
+            phase="head" if self._fitting else "scoring" if scoring else phase,
             step=state.global_step,
             steps=max(0, state.max_steps),
             cut_at=cut_at,
@@ -334,8 +358,8 @@ class Progress(TrainerCallback):
     def _tell(self, *, force: bool = False) -> None:
         moment = time.perf_counter()
         every = SHOWN_EVERY if self.show is not None else float("inf")
-        if self._training:
-            elapsed = moment - self._began
+        if self._training or self._fitting:
+            elapsed = moment - self._began if self._training else 0.0
             rarely = max(WRITTEN_EVERY, min(WRITTEN_AT_LEAST_EVERY, elapsed / LOOKS))
             if force or moment - self._written >= rarely:
                 self._written = moment

@@ -159,12 +159,7 @@ def refuse_sharding(trainer: Trainer | None) -> None:
         return
     if trainer.args.n_gpu > 1:  # then it wraps the model so
         admission.refuse_data_parallel(trainer.args.n_gpu)
-    engines = {
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
-        "`distributed_config`": getattr(trainer, "is_distributed_loading_by_transformers", False),
-    }
-    engine = next((name for name, owns in engines.items() if owns), None)
+    engine = sharded_by(trainer)
     if engine is None:
         _check_wrapped(trainer)
         return
@@ -174,6 +169,16 @@ def refuse_sharding(trainer: Trainer | None) -> None:
         "`get_peft_model(fresh_model, config)` and no method. `weightlora train` does both in one command, and "
         "`weightlora select` the first part."
     )
+
+
+def sharded_by(trainer: Trainer) -> str | None:
+    """What owns the model's parameters in place of the model: FSDP, DeepSpeed, or None."""
+    engines = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        "`distributed_config`": getattr(trainer, "is_distributed_loading_by_transformers", False),
+    }
+    return next((name for name, owns in engines.items() if owns), None)
 
 
 def _check_wrapped(trainer: Trainer) -> None:

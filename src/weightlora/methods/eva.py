@@ -14,6 +14,7 @@ import torch
 from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
 from torch import Tensor, nn
 
+from weightlora import measure
 from weightlora.adapters import structure
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import Attach, MethodInfo, register
@@ -46,12 +47,13 @@ def _prepare(
     config = EvaConfig(rho=rho, tau=tau, whiten=whiten, use_label_mask=False)
     peft = _attach(model, lora, eva_config=config)
     r: int = peft.peft_config["default"].r  # type: ignore[attr-defined]
-    initialize_lora_eva_weights(
-        peft,
-        inputs,
-        prepare_layer_inputs_fn=_Rows(math.ceil(r * rho), len(inputs)),
-        show_progress_bar=False,
-    )
+    with measure.beside_steps():
+        initialize_lora_eva_weights(
+            peft,
+            inputs,
+            prepare_layer_inputs_fn=_Rows(math.ceil(r * rho), len(inputs)),
+            show_progress_bar=False,
+        )
     peft.peft_config["default"].init_lora_weights = True  # type: ignore[attr-defined]
     peft.peft_config["default"].eva_config = None  # type: ignore[attr-defined]
     structure.sync_config(peft, "default")

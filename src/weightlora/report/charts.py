@@ -71,13 +71,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines(Chart):
-    """Curves over steps, with a mark at each of `cuts`; `dots` shows the single points."""
+    """Curves over steps, or over another `x`, with a mark at each of `cuts`; `dots` shows the single points.
+
+    `target` is a value of y with its name, drawn across. `place` is what a single x is called.
+    """
 
     y: str
     lines: list[Line]
     cuts: list[int] = field(default_factory=list)
     x: str = "optimizer step"
     dots: bool = False
+    target: tuple[str, float] | None = None
+    place: str = "step"
 
     def table(self) -> Table:
         """A line for each curve, at up to twelve of its steps."""
@@ -88,7 +93,9 @@ class Lines(Chart):
         for line in self.lines:
             known = dict(line.points)
             body.append([line.name, *(digits(known.get(step)) for step in steps)])
-        return [self.y, *(f"step {step}" for step in steps)], body
+        if self.target is not None:
+            body.append([self.target[0], *(digits(self.target[1]) for _ in steps)])
+        return [self.y, *(f"{self.place} {step:g}" for step in steps)], body
 
 
 @dataclass(frozen=True)

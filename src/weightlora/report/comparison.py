@@ -8,14 +8,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from weightlora import against_cost
 from weightlora.durable import METRICS_FILE, RESULT_FILE
 from weightlora.errors import ConfigError, did_you_mean
 from weightlora.paired import CONFIDENCE, difference
-from weightlora.report.charts import Cell, Chart, HeatMap, Point, Points, Spread, Spreads, Table, heat_map
+from weightlora.report.charts import Cell, Chart, HeatMap, Line, Lines, Point, Points, Spread, Spreads, Table, heat_map
 from weightlora.report.evidence import choice, digits
 from weightlora.report.reading import Run, at, number
 
 MOST_RUNS_IN_A_MATRIX = 48
+_PARTS = 20  # of the reference's cost, at which lines of several runs are averaged
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ def compare(runs: Sequence[Run], reference: str | None = None) -> Comparison:
         notes.append(
             f"No run has the same task, rows and seed as one of {against}, so there are no paired differences."
         )
-    if against and len(names) > 1:
-        notes.append("Operations are not compared: no file of a run counts them.")
+    if against and len(names) > 1 and not any(run.costs.get("operations") for run in runs):
+        notes.append("Operations are not compared: no file of these runs counts them.")
     sections = [
         ("Scores", scores),
-        ("Score against cost", _costs(runs, names, tasks)),
+        ("Score against cost", [*_curves(runs, names, tasks, against), *_costs(runs, names, tasks)]),
         ("Do they choose the same?", _agreement(runs, notes)),
     ]
     return Comparison(
@@ -148,6 +150,7 @@ _COSTS: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
     ("trained parameters without the head", METRICS_FILE, trained),
     ("seconds of training", METRICS_FILE, seconds),
     ("seconds of a step at the end", RESULT_FILE, lambda run: number(run.costs.get("step_s"))),
+    ("operations of the whole training", RESULT_FILE, lambda run: number(run.costs.get("operations"))),
     ("bytes kept for backward at the end", RESULT_FILE, lambda run: number(run.costs.get("saved_bytes"))),
 )
 
@@ -181,6 +184,48 @@ def _costs(runs: Sequence[Run], names: Sequence[str], tasks: Sequence[str]) -> l
                 list(names),
                 points + means,
                 best,
+            )
+        )
+    return charts
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str], tasks: Sequence[str], reference: str) -> list[Chart]:
+    """Loss against cost, a line for each group, with the reference's final loss across."""
+    charts: list[Chart] = []
+    for t, task in enumerate(tasks):
+        own = [run for run in runs if run.task == task and run.curve]
+        there = {_case(run): run.curve for run in own if run.group == reference}
+        if not there:
+            continue
+        found = {}
+        for group in names:
+            pairs = [(r.curve, there[_case(r)]) for r in own if r.group == group and _case(r) in there]
+            most = max((curve[-1][0] / other[-1][0] for curve, other in pairs if other[-1][0] > 0), default=0.0)
+            shares = [round(i / _PARTS, 4) for i in range(round(_PARTS * most) + 1)]
+            if (line := against_cost.against(pairs, shares)) is not None:
+                found[group] = line
+        lines = [
+            Line(f"{group}, mean of {len(line.reached)}", points, label=group)
+            for group, line in found.items()
+            if (points := [(s, statistics.fmean(v)) for s, v in line.losses.items() if len(v) == len(line.reached)])
+        ]
+        final = statistics.fmean(curve[-1][1] for curve in there.values())
+        said = ", ".join(f"{group} {line.reached_in_words}" for group, line in found.items() if group != reference)
+        text = (
+            f"Selection and scoring are part of the cost. {reference}'s final loss is reached at: {said}."
+            if said
+            else ""
+        )
+        charts.append(
+            Lines(
+                f"against-{t}",
+                f"Held-out loss against cost: {task}",
+                f"{text} Dashed: {reference}'s final loss. Straight between the points that were measured.".strip(),
+                "held-out loss",
+                lines[::-1],
+                x=f"operations, as a share of {reference}'s whole training",
+                target=(f"{reference}'s final loss", final),
+                place="share",
             )
         )
     return charts

@@ -113,7 +113,9 @@ def _lines(chart: Lines, axes: Any, figure: Any) -> None:
         axes.plot([x for x, _ in line.points], [y for _, y in line.points], **style)
     for cut in chart.cuts:
         axes.axvline(cut, color="black", linestyle="--", linewidth=0.9)
-    axes.set_xlabel(chart.x)
+    if chart.target is not None:
+        axes.axhline(chart.target[1], color="black", linestyle="--", linewidth=0.9)
+    axes.set_xlabel(readable(chart.x))
     axes.set_ylabel(readable(chart.y))
     if 0 < len(strong) <= 12:  # the best comes last in `lines`, so that it lies on top
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weightlora import durable
+from weightlora import against_cost, durable
+from weightlora.against_cost import Curve
 from weightlora.durable import METRICS_FILE, RECIPE_FILE, RESULT_FILE, SUITE_FILE, read_mapping
 from weightlora.errors import ConfigError, short
 from weightlora.progress import PROGRESS_FILE, Now
@@ -39,6 +40,7 @@ class Run:
         group: runs of one group differ in their seed, and perhaps their task, only.
         adapters: in module order. events: with omega by name.
         metrics, recipe, costs: contents of metrics.json, recipe.yaml and of `costs` in result.json; empty if missing.
+        curve: held-out loss against the operations spent, where a suite asked for it.
         log: what the Trainer logged, up to step `logged`, as `log_from` has it: progress.jsonl or a checkpoint.
         now: how it went when that was last written down. ended: why training is over, "" if nobody said so.
         quiet: seconds since the last word, when it was read.
@@ -58,6 +60,7 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     logged: int = 0
     log_from: str = ""
+    curve: Curve = field(default_factory=list)
     now: Now | None = None
     ended: str = ""
     quiet: float = 0.0
@@ -173,6 +176,7 @@ def read_run(place: Place, *, live: bool = False) -> Run:
     result = _mapping(run, RESULT_FILE, json.loads)
     run.metrics = _mapping(run, METRICS_FILE, json.loads) or _a_mapping(result.get("metrics"))
     run.costs = _a_mapping(result.get("costs"))
+    run.curve = against_cost.read(result.get("curve"))
     run.events = _events(run, live)
     run.adapters = _adapters(run)
     _read_log(run)

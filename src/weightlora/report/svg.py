@@ -266,7 +266,7 @@ def _lines(chart: Lines) -> tuple[int, int, list[Markup]]:
     words = [cut_short(line.label or line.name, 26) for line in strong] if named else []
     axes = _Axes(
         [x for x, _ in points],
-        [y for _, y in points],
+        [*(y for _, y in points), *([chart.target[1]] if chart.target else [])],
         left=0,
         right=24 + round(6.3 * max(map(len, words), default=0)),
         width=_WIDE if named and words else _WIDTH,
@@ -278,9 +278,13 @@ def _lines(chart: Lines) -> tuple[int, int, list[Markup]]:
         if axes.x_range[0] <= cut <= axes.x_range[1]:
             marks.append(_line(axes.x(cut), top, axes.x(cut), bottom, "cut"))
             marks.append(_text(axes.x(cut), top - 5, "cut", "a"))
+    if chart.target is not None:
+        name, value = chart.target
+        mark = _line(axes.box[0], axes.y(value), right, axes.y(value), "cut")
+        marks.append(_mark(f"{readable(name)}: {digits(value)}", mark))
     number = {line.name: i for i, line in enumerate(reversed(strong))}
     for line in chart.lines:
-        marks.append(_curve(line, axes, number.get(line.name), chart.dots))
+        marks.append(_curve(line, axes, number.get(line.name), chart.dots, chart.place))
     if named:
         ends = [(axes.y(line.points[-1][1]), line) for line in strong if line.points]
         for y, (at, line) in zip(_apart([y for y, _ in ends], 13, top + 4, bottom), ends, strict=True):
@@ -291,13 +295,13 @@ def _lines(chart: Lines) -> tuple[int, int, list[Markup]]:
     return (_WIDE if named and words else _WIDTH), _HEIGHT, marks
 
 
-def _curve(line: Line, axes: _Axes, number: int | None, dots: bool) -> Markup:
+def _curve(line: Line, axes: _Axes, number: int | None, dots: bool, place: str) -> Markup:
     points = [(axes.x(x), axes.y(y)) for x, y in line.points]
     path = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points)
     kind = "weak" if number is None else f"s{number % COLOURS} d{number // COLOURS % 3}"
     first, last = line.points[0], line.points[-1]
     highest = max(y for _, y in line.points)
-    words = f"{readable(line.name)}: {digits(first[1])} at step {short(first[0])}, {digits(last[1])} at step "
+    words = f"{readable(line.name)}: {digits(first[1])} at {place} {short(first[0])}, {digits(last[1])} at {place} "
     words += f"{short(last[0])}, at most {digits(highest)}"
     drawn = Markup('<path d="{}" class="line {}"/>').format(path, kind)
     over = "" if number is None and len(points) > 400 else Markup('<path d="{}" class="hit"/>').format(path)
@@ -305,7 +309,7 @@ def _curve(line: Line, axes: _Axes, number: int | None, dots: bool) -> Markup:
     if not dots or len(points) > 120:
         return _mark(words, body)
     single = [
-        _mark(f"{readable(line.name)}, step {short(x)}: {digits(y)}",
+        _mark(f"{readable(line.name)}, {place} {short(x)}: {digits(y)}",
               Markup('<circle cx="{}" cy="{}" r="3" class="f{}"/>').format(_n(px), _n(py), (number or 0) % COLOURS))
         for (x, y), (px, py) in zip(line.points, points, strict=True)
     ]  # fmt: skip

@@ -260,6 +260,17 @@ def _costs(run: Run) -> list[Fact]:
         facts.append(
             Fact("mean of a step", f"{seconds / steps:.3f} s", "", f"{METRICS_FILE}: training / {steps:g} steps")
         )
+    for fitted in run.of("head_first")[-1:]:
+        losses = [number(fitted.get(key)) for key in ("loss_before", "loss_after")]
+        if None not in losses:
+            rows = number(fitted.get("rows"))
+            of = f" on {rows:,.0f} rows" if rows is not None else ""
+            add(
+                "the head, fitted first",
+                fitted.get("seconds"),
+                "{:,.2f} s" + of + ", loss {:.4g} → {:.4g}".format(*losses),
+                EVENTS_FILE,
+            )
     add("median step, first half", run.costs.get("first_half_step_s"), "{:.4f} s", RESULT_FILE)
     add("median step, second half", run.costs.get("step_s"), "{:.4f} s", RESULT_FILE)
     saved = number(run.costs.get("saved_bytes"))

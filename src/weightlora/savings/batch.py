@@ -26,7 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 from weightlora import optim, options
 from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError
-from weightlora.measure import saved_bytes
+from weightlora.measure import beside_steps, saved_bytes
 from weightlora.methods._trainer import calling_trainer, refuse_rows_that_belong_together
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,8 @@ class GrowBatch(TrainerCallback):
 
     def _bytes_per_token(self, model: Any, inputs: Mapping[str, Any]) -> float:
         """Bytes a forward pass keeps for backward, per entry of the largest input."""
-        kept = saved_bytes(lambda: self._loss(model, inputs, None), exclude=find_host(model))
+        with beside_steps():
+            kept = saved_bytes(lambda: self._loss(model, inputs, None), exclude=find_host(model))
         return kept / max(value.numel() for value in inputs.values() if torch.is_tensor(value))
 
     def _loss_adds_up(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> bool:
@@ -236,7 +237,7 @@ class GrowBatch(TrainerCallback):
         """
         if num_items_in_batch is None:
             return False
-        with torch.no_grad():
+        with beside_steps(), torch.no_grad():
             first, second = (self._loss(model, inputs, num_items_in_batch * scale) for scale in (1, 2))
         takes = self._trainer.model_accepts_loss_kwargs or self._trainer.compute_loss_func is not None
         return bool(takes and torch.allclose(first, second))

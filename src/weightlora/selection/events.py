@@ -2,12 +2,15 @@
 
     attach   which adapters there are             method, adapters: {name: {r, parameters}}; where some are not on
                                                linear layers and so not chosen among: others: {name: kind}
+    head_first  the task head was fitted       rows, passes, seconds, loss_before, loss_after
     gates    omega while it is trained            gates: {name: value}; in the file a list, in module order
     evidence  what WeightLoRA(score=...) saw  rule, steps, scores: {rule: {name: value}}, effective_rank, curve:
                                               coverage of the best 1, 2, ... adapters; with keep="auto" auto:
                                               {coverage, coverage_at_random, matters, operations, reason}
     cut      what was kept and why                kept, dropped, scores, parameters_before, parameters_after;
                                                where `keep` is a cost: predicted, shares of memory and time
+    sets     what Halving compares              sets: [[name, ...], ...], by number
+    rung     sets were compared                 losses: {number: loss}, kept: [number, ...], batches
     expand   new ranks of the survivors           ranks: {name: r}
     importance  what LoRA-drop compares       importance: {name: I}, energy: {name: g}, rows,
                                               types: {type: {modules, importance, kept}}, in module order

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean, short
 from weightlora.methods import MethodInfo
+from weightlora.training import ranks
 from weightlora.training.recipe import LORA_DEFAULTS
 
 logger = logging.getLogger(__name__)
@@ -111,12 +112,18 @@ def _warn_of_slow_bf16() -> None:
 def lora_values(values: Mapping[str, Any], info: MethodInfo) -> dict[str, Any]:
     """The `lora` section for one method: checked, and without the defaults that the method does not use.
 
-    Changed keys that it does not use stay, so that `methods.prepare` can say that it ignores them.
+    Changed keys that it does not use stay, so that `methods.prepare` can say that it ignores them. A rank that is a
+    number of parameters stays a text, for `ranks.of_parameters`.
     """
-    checked = check_fields("lora", values, LoraConfig)
+    words = values.get("r") if ranks.asked_for(values.get("r")) is not None else None
+    checked = check_fields("lora", values if words is None else {**values, "r": LORA_DEFAULTS["r"]}, LoraConfig)
     if not 0 <= checked.get("lora_dropout", 0) < 1:
         raise ConfigError(f"`lora.lora_dropout` is {checked['lora_dropout']}; it must be at least 0 and below 1.")
     _built("lora", LoraConfig, checked)
+    if words is not None:
+        if checked.get("rank_pattern") or checked.get("alpha_pattern"):
+            raise ConfigError(f"`lora.r` of {words!r} sets every rank; leave `rank_pattern` and `alpha_pattern` out.")
+        checked["r"] = words
     return {k: v for k, v in checked.items() if info.takes(k) or k not in LORA_DEFAULTS or v != LORA_DEFAULTS[k]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from weightlora.training.plan import Job
 def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Trainer, Encoded]:
     """The Trainer with the method as its callback, and the rows that score it."""
     acting: list[TrainerCallback] = [] if job.method is None else [job.method]
-    own = [*acting, *job.after, OnNan(job.recipe.on_nan)]
+    own = [*job.first, *acting, *job.after, OnNan(job.recipe.on_nan)]
     validation = job.encode(job.splits.validation)
     try:
         trainer = job.head.trainer(job.model.config)(
@@ -76,6 +76,11 @@ def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True, file: Path
         found = trainer.evaluate(rows.features)
     finally:
         trainer.compute_metrics = usual
+    return evaluated(found)
+
+
+def evaluated(found: Mapping[str, float]) -> dict[str, float]:
+    """Loss and metrics of what `Trainer.evaluate` returns, without its timings."""
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {key.removeprefix("eval_"): value for key, value in found.items() if key.startswith("eval_")}
     return {name: value for name, value in named.items() if name not in timings}

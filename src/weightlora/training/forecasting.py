@@ -23,6 +23,7 @@ from weightlora.training.heads import HEADS
 from weightlora.training.model import check_lora, check_source, load_config
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
+from weightlora.training.ranks import of_parameters
 from weightlora.training.recipe import Recipe
 
 _HALF = ("bf16", "fp16")
@@ -94,6 +95,8 @@ def setting_of(recipe: Recipe, *, device: Device | None = None, rows: int | None
     check_lora(model, lora)
     if kind.is_new:
         lora["modules_to_save"] = lora.get("modules_to_save") or head_modules(model)
+    if info.takes("r"):
+        lora = of_parameters(model, lora)
     return Setting(
         model,
         {**lora, "task_type": kind.task_type(config)},

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from weightlora.dropout import LoRADropout
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError
 from weightlora.measure import trainable_parameters
-from weightlora.methods import Method
+from weightlora.methods import HeadFirst, Method
 from weightlora.methods.stock import head_modules
 from weightlora.savings import GrowBatch, ReusePrefix
 from weightlora.tasks import Task, get_task
@@ -45,6 +45,7 @@ from weightlora.training.model import (
 )
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
+from weightlora.training.ranks import of_parameters
 from weightlora.training.recipe import DropoutSpec, GenerationSpec, GrowSpec, Recipe, SourceSpec
 from weightlora.training.sharding import engine_of, load_whole
 
@@ -63,6 +64,7 @@ class Job:
     method: Method | None  # the actions during training; None for stock LoRA and most others
     arguments: TrainingArguments
     after: list[TrainerCallback]  # the actions after the cut
+    first: list[TrainerCallback] = field(default_factory=list)  # what comes before the method
     fitted: Fitted | None = None  # what `fit` has chosen
 
     @property
@@ -131,7 +133,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool, choice: LoraConfig 
         method = None
     lora = lora_values(recipe.lora, methods.get_method(recipe.method.name))
     _arguments(recipe, task, progress)  # checked as far as possible without the model
-    after = [*_after_the_cut(recipe), *_factor_dropout(recipe)]
+    first, after = _head_first(recipe, task), [*_after_the_cut(recipe), *_factor_dropout(recipe)]
     if engine_of(recipe) == "DeepSpeed":
         load_whole()
     check_source(recipe.model)
@@ -151,7 +153,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool, choice: LoraConfig 
         lora["target_modules"] = resolve(model, lora["target_modules"])
     check_lora(model, lora)
     arguments = _arguments(recipe, task, progress, HEADS[task.head].arguments(model.config))
-    job = Job(recipe, task, splits, tokenizer, model, method, arguments, after, chosen)
+    job = Job(recipe, task, splits, tokenizer, model, method, arguments, after, first, chosen)
     return replace(job, model=_ready(job, lora) if choice is None else _with_choice(model, choice))
 
 
@@ -205,6 +207,28 @@ def _check_writing(recipe: Recipe, model: Any) -> None:
     check_lengths(recipe.generation, model, data.max_length, data.max_target_length, position_limit(model))
 
 
+def _head_first(recipe: Recipe, task: Task) -> list[TrainerCallback]:
+    """The callback of `head_first`.
+
+    Raises:
+        ConfigError: the task has no new head, or FSDP or DeepSpeed hold the weights.
+    """
+    if not recipe.head_first:
+        return []
+    if not HEADS[task.head].is_new:
+        raise ConfigError(
+            f"`head_first` fits the new head of a task, and {task.name!r} is learnt with the model's own; leave it out."
+        )
+    if (engine := engine_of(recipe)) is not None:
+        raise ConfigError(
+            f"`head_first` changes whole weights before the first step, and {engine} holds them in pieces; leave it "
+            "out."
+        )
+    if recipe.head_first is True:
+        return [HeadFirst()]
+    return [HeadFirst(recipe.head_first.rows, passes=recipe.head_first.passes)]
+
+
 def _after_the_cut(recipe: Recipe) -> list[TrainerCallback]:
     """The callbacks of `reuse_prefix` and `grow_batch`."""
     reuse, grow = recipe.reuse_prefix, recipe.grow_batch
@@ -239,6 +263,8 @@ def _ready(job: Job, lora: dict[str, Any]) -> nn.Module:
         lora["task_type"] = job.head.task_type(job.model.config)
         if job.head.is_new:
             lora["modules_to_save"] = lora.get("modules_to_save") or head_modules(job.model)
+        if info.takes("r"):
+            lora = of_parameters(job.model, lora)
     batches = _some_batches(job) if info.needs_data else None
     model = methods.prepare(spec.name, job.model, lora, batches=batches, **spec.options)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -179,6 +179,13 @@ class GrowSpec(Section):
     rate: Literal["same", "sqrt", "linear"] = "same"
 
 
+class HeadSpec(Section):
+    """How a new task head is fitted first, see `HeadFirst`: on so many rows, in so many passes over what was kept."""
+
+    rows: int = Field(default=2048, gt=0)
+    passes: int = Field(default=50, gt=0)
+
+
 class DropoutSpec(Section):
     """Rows and columns of the factors that are dropped, see `LoRADropout`."""
 
@@ -189,8 +196,9 @@ class DropoutSpec(Section):
 class Recipe(Section):
     """Everything a run needs. `lora` and `training` hold fields of `LoraConfig` and `TrainingArguments`.
 
-    `metric` is the score that counts, in place of the task's own: it is shown, a suite tunes by it, and with
-    `load_best_model_at_end` it says which checkpoint is the best.
+    `head_first` fits a new task head to the frozen model's features before the first step (true, or how); it did not
+    help in our study. `metric` is the score that counts, in place of the task's own: it is shown, a suite tunes by it,
+    and with `load_best_model_at_end` it says which checkpoint is the best.
     After the cut, `reuse_prefix` runs frozen blocks once per example (true, or the type of the kept output) and
     `grow_batch` merges accumulated micro-batches (true, or how many), with `effective: true` optimizer steps too. `fit`
     is a memory to stay below, such as "16 GB", by the choice of micro-batch, accumulation and checkpointing. `on_nan`
@@ -211,6 +219,7 @@ class Recipe(Section):
     lora: dict[str, Any] = Field(LORA_DEFAULTS, validate_default=True)
     training: dict[str, Any] = Field(TRAINING_DEFAULTS, validate_default=True)
     generation: GenerationSpec = GenerationSpec()
+    head_first: bool | HeadSpec = False
     reuse_prefix: bool | Literal["float32", "bfloat16"] = False
     grow_batch: bool | int | GrowSpec = False
     factor_dropout: float | DropoutSpec | None = None

@@ -52,6 +52,8 @@ def recipe_schema() -> dict[str, Any]:
             "properties": _fields(name, cls, arguments),
             "additionalProperties": False,
         }
+    rank = properties["lora"]["properties"]
+    rank["r"] = {"anyOf": [rank["r"], {"type": "string", "pattern": "param"}]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "weightlora recipe",

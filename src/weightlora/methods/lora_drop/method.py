@@ -34,7 +34,7 @@ from weightlora.adapters.blocks import evaluating
 from weightlora.adapters.distributed import from_first
 from weightlora.adapters.host import active_adapter
 from weightlora.errors import CheckpointError, ConfigError, DivergedError
-from weightlora.measure import saved_bytes
+from weightlora.measure import beside_steps, saved_bytes
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods._trainer import calling_trainer
 from weightlora.methods.base import Method
@@ -297,7 +297,7 @@ class OutputSelection(Engine):
         start = {p: p.detach().clone() for p in trained}
         mode, steps = self.model.training, self.options.steps or self.options.epochs * sample.steps
         try:
-            with seeded(self.seed, self.model):
+            with seeded(self.seed, self.model), beside_steps():
                 self.bytes_before = self._try(sample, training.loss)
                 first, last = training.fit(self.model, sample, steps)
                 energies = self._energies(sample.batches(), training.loss)
@@ -321,7 +321,8 @@ class OutputSelection(Engine):
             raise ConfigError(
                 "the adapters for inference were chosen already; attach to a fresh model to choose again."
             )
-        energies = from_first(self._energies(sample.batches(), loss), [])
+        with beside_steps():
+            energies = from_first(self._energies(sample.batches(), loss), [])
         kept = self._choose(energies)
         self._record(energies, kept, len(sample.rows))
         self._cut(kept, {}, None)

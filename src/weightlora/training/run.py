@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ PREDICTIONS_FILE = "predictions.jsonl"
 _LIBRARIES = ("weightlora", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What `run` was asked for beside a recipe, and when."""
+
+    progress: bool
+    score_first: bool
+    on_ready: Callable[[Plan], None] | None
+    on_progress: Callable[[Now | None], None] | None
+    callbacks: Sequence[TrainerCallback]
+    started: float = field(default_factory=time.perf_counter)
+
+
 def run(
     recipe: Recipe,
     *,
@@ -80,10 +93,10 @@ def run(
         CheckpointError: a checkpoint could not be written; those before it are whole.
         Stopped: a signal has ended the run, after a checkpoint.
     """
-    started = time.perf_counter()
+    asked = _Asked(progress, score_first, on_ready, on_progress, callbacks)
     while True:
         try:
-            return _whole(recipe, started, resume, progress, score_first, on_ready, on_progress, callbacks)
+            return _whole(recipe, resume, asked)
         except TooLargeError as error:
             if recipe.fit is None or not error.settings or processes() > 1:
                 raise
@@ -93,35 +106,25 @@ def run(
         sharding.free_memory()
 
 
-def _whole(recipe: Recipe, started: float, resume: bool, *others: Any) -> dict[str, Any]:
-    """A run in one phase or two; `others` as `_run` takes them."""
-    progress, score_first, on_ready, on_progress, _ = others
-    rest = (started, resume, *others)
+def _whole(recipe: Recipe, resume: bool, asked: _Asked) -> dict[str, Any]:
+    """A run in one phase or two."""
     check_choice(recipe)
     engine = engine_of(recipe)
     if engine is not None:
         sharding.check_method(recipe, engine)
     if engine is None or recipe.choice is not None or methods.get_method(recipe.method.name).callback is None:
         choice = None if recipe.choice is None else read_choice(recipe.choice)
-        job = prepare(recipe, resume=resume, progress=progress, choice=choice and choice.config)
+        job = prepare(recipe, resume=resume, progress=asked.progress, choice=choice and choice.config)
         with alone(Path(recipe.output_dir)):
-            return _run(job, choice, *rest)
+            return _run(job, choice, resume, asked)
     check_output_dir(recipe.output_dir, resume)
     with alone(Path(recipe.output_dir)):
-        choice = _choice_first(recipe, engine, resume, progress, on_ready, on_progress, score_first)
-        job = prepare(recipe, resume=True, progress=progress, choice=choice.config)
-        return _run(job, choice, *rest)
+        choice = _choice_first(recipe, engine, resume, asked)
+        job = prepare(recipe, resume=True, progress=asked.progress, choice=choice.config)
+        return _run(job, choice, resume, asked)
 
 
-def _choice_first(
-    recipe: Recipe,
-    engine: str,
-    resume: bool,
-    progress: bool,
-    on_ready: Callable[[Plan], None] | None,
-    on_progress: Callable[[Now | None], None] | None,
-    score_first: bool,
-) -> Chosen:
+def _choice_first(recipe: Recipe, engine: str, resume: bool, asked: _Asked) -> Chosen:
     """What the method chooses without the engine that shards; in `output_dir`/choice, where a resumed run finds it."""
     output_dir = Path(recipe.output_dir)
     folder = output_dir / CHOICE_DIR
@@ -136,13 +139,18 @@ def _choice_first(
         if is_first():
             durable.check_writable(output_dir, needed=plan.bytes_written)
             save_recipe(recipe, output_dir / RECIPE_FILE)
-        if on_ready is not None:
-            on_ready(plan)
+        if asked.on_ready is not None:
+            asked.on_ready(plan)
 
     logger.info("%s owns the parameters it has taken, so the choice comes first, without it", engine)
     scouting = recipe.model_copy(update={"output_dir": str(folder)})
-    following: dict[str, Any] = {"progress": progress, "on_ready": ready, "on_progress": on_progress}
-    choose(scouting, score_first=score_first or recipe.metric is not None, **following)
+    choose(
+        scouting,
+        score_first=asked.score_first or recipe.metric is not None,
+        progress=asked.progress,
+        on_ready=ready,
+        on_progress=asked.on_progress,
+    )
     sharding.free_memory()
     wait_for_all()
     if is_first():
@@ -159,34 +167,24 @@ def check_choice(recipe: Recipe) -> None:
     read_choice(recipe.choice)
 
 
-def _run(
-    job: Job,
-    choice: Chosen | None,
-    started: float,
-    resume: bool,
-    progress: bool,
-    score_first: bool,
-    on_ready: Callable[[Plan], None] | None,
-    on_progress: Callable[[Now | None], None] | None,
-    callbacks: Sequence[TrainerCallback],
-) -> dict[str, Any]:
+def _run(job: Job, choice: Chosen | None, resume: bool, asked: _Asked) -> dict[str, Any]:
     recipe, output_dir = job.recipe, Path(job.recipe.output_dir)
     checkpoint = start_from(recipe.output_dir) if resume else None
     if checkpoint is not None:
         check_same_run(recipe, output_dir)
     stopping = StopOnSignal()
-    following = Progress(costs=True, show=None if job.arguments.disable_tqdm else on_progress)
-    trainer, validation = build_trainer(job, progress, [*callbacks, following, stopping])
+    following = Progress(costs=True, show=None if job.arguments.disable_tqdm else asked.on_progress)
+    trainer, validation = build_trainer(job, asked.progress, [*asked.callbacks, following, stopping])
     test = job.encode(job.splits.test) if job.splits.test is not None else None
     plan = make_plan(job)
     if is_first():
         durable.check_writable(output_dir, needed=plan.bytes_written)
-    if on_ready is not None:
-        on_ready(plan)
+    if asked.on_ready is not None:
+        asked.on_ready(plan)
     before = choice.before if choice is not None else None
     if before is None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         # those take a model only together with its optimizer, when training starts
-        if score_first or recipe.metric is not None or job.arguments.metric_for_best_model is not None:
+        if asked.score_first or recipe.metric is not None or job.arguments.metric_for_best_model is not None:
             before = evaluate(trainer, validation, scored=job.scores_during_training)
     if before is not None:
         _check_metrics(job, before, validation)
@@ -223,7 +221,7 @@ def _run(
         },
         "rows": plan.rows,
         "steps": trainer.state.global_step,
-        "seconds": {"training": round(seconds, 2), "total": round(time.perf_counter() - started, 2)},
+        "seconds": {"training": round(seconds, 2), "total": round(time.perf_counter() - asked.started, 2)},
         "versions": {name: _version(name) for name in _LIBRARIES},
     }
     weights = sharding.whole_weights(trainer, job.model)

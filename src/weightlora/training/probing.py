@@ -54,8 +54,8 @@ class Probe:
         k = len(self.set)
         if not self.matters:
             return (
-                "Which modules carry the adapters hardly matters here. Spread a tenth of them, `method: fixed`; if that "
-                f"falls short, {k}: `method: {{name: fixed, modules: all, keep: {k}}}`."
+                "Which modules carry the adapters hardly matters here. Spread a tenth of them, `method: fixed`; if "
+                f"that falls short, {k}: `method: {{name: fixed, modules: all, keep: {k}}}`."
             )
         chosen = f"`method: {{name: weightlora, score: coverage, keep: {k}}}`"
         spread = f"`method: {{name: fixed, modules: all, keep: {k}}}`"

@@ -77,7 +77,7 @@ class WeightLoRA(SelectionMethod):
     ) -> None:
         options.one_of("mode", mode, ("default", "paper"))
         self.score, self.keep = parse(score, keep)
-        self.experts = options.one_of("experts", experts, EXPERTS)
+        self.experts: Experts = options.one_of("experts", experts, EXPERTS)
         self.when = After(after, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
         self.compat = compat
@@ -180,7 +180,7 @@ class RLoRA(SelectionMethod):
         share_dropout: bool = False,
     ) -> None:
         self.keep = budgets.parse(keep)
-        self.experts = options.one_of("experts", experts, EXPERTS)
+        self.experts: Experts = options.one_of("experts", experts, EXPERTS)
         self.when = After(after)
         super().__init__(seed=seed, share_dropout=share_dropout)
 

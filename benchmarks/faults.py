@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,14 @@ def trainer(name: str, *callbacks: Callable[[], Any]) -> Row:
 
 
 def export(*options: str) -> Row:
-    """`weightlora export` of a finished run."""
+    """`weightlora export` of a finished run; of an adapter without a head where its readers would refuse one."""
 
     def first(folder: Path) -> None:
         row = command("weightlora_plus")
         row.first(folder)
-        in_a_process(lambda: row.start(folder, False))
+        work = partial(save_headless, folder / "run") if "--portable" in options else partial(row.start, folder, False)
+        if in_a_process(work):
+            raise SystemExit(f"there is nothing for `export {' '.join(options)}` to write")
 
     def start(folder: Path, again: bool) -> None:
         call("export", folder / "run", folder / "out", *options)
@@ -156,6 +159,20 @@ def export(*options: str) -> Row:
         return load_file(file), sorted(path.name for path in (folder / "out").iterdir())
 
     return Row(" ".join(["export", *options]), "export", start, end, first)
+
+
+def save_headless(folder: Path) -> None:
+    """A LoRA of two ranks on the encoder alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    lora = LoraConfig(r=4, target_modules=["query", "value"], rank_pattern={"query": 2})
+    model = get_peft_model(AutoModel.from_pretrained(SHARED / "model"), lora)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
 
 
 def bench(jobs: int) -> Row:

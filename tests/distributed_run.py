@@ -44,19 +44,20 @@ from weightlora import (
     methods,
     prepare,
 )
+from weightlora.adapters import distributed
 from weightlora.adapters.distributed import wait_for_all
 from weightlora.training import stopping
 from weightlora.training.recipe import Recipe, parse_recipe
 from weightlora.training.run import run
 from weightlora.training.stopping import Stopped
 
-# name: (method, DDP's find_unused_parameters)
-METHODS = {
-    "weightlora": (lambda: WeightLoRA(keep=3, after=6), True),
+# name: (method, `ddp_find_unused_parameters`: None is the Trainer's default, which is on)
+METHODS: dict[str, tuple[Any, bool | None]] = {
+    "weightlora": (lambda: WeightLoRA(keep=3, after=6), None),
     "weightlora_plus": (lambda: WeightLoRAPlus(keep=3, after=6, rounds=2), False),
     "evidence": (lambda: WeightLoRA(keep=3, after=6, score="gauss_newton"), False),
-    "rlora": (lambda: RLoRA(keep=3, after=6), False),
-    "fixed": (lambda: Fixed(keep=3, init_after=4), False),
+    "rlora": (lambda: RLoRA(keep=3, after=6), True),
+    "fixed": (lambda: Fixed(keep=3, init_after=4), None),
     "halving": (lambda: Halving(keep=3, sets=3, after=6), False),
     "adalora": (lambda: AdaLoRA(tfinal=6), False),
     "flexora": (lambda: Flexora(keep=1, after=6, val_rows=16, val_batches=2), False),
@@ -97,6 +98,7 @@ REST: dict[str, dict[str, Any]] = {
 
 
 def main(folder: Path, batch_size: int) -> None:
+    distributed.ENOUGH = 4  # so that a run of few steps finds out
     for name, (method, find_unused) in METHODS.items():
         train(folder, name, method(), batch_size, find_unused)
     for name, (method, r) in RANKS.items():
@@ -110,6 +112,7 @@ def main(folder: Path, batch_size: int) -> None:
         costs(folder, int(os.environ["RANK"]))
     for name, shape in SHAPES.items():
         train(folder, name, shape(), batch_size, False)
+    missing(folder, WeightLoRA(keep=3, after=6), batch_size)
     accelerate_loop(folder, WeightLoRAPlus(keep=3, after=6), batch_size)
     for name, options in REST.items():
         train_rest(folder, name, batch_size, **options)
@@ -223,15 +226,33 @@ def head_first(folder: Path, batch_size: int) -> None:
     write(folder, "head_first", made.args.process_index, model, facts, made.args.world_size)
 
 
-def train(folder: Path, name: str, method: Method, batch_size: int, find_unused: bool, **lora: Any) -> None:
+def train(folder: Path, name: str, method: Method, batch_size: int, find_unused: bool | None, **lora: Any) -> None:
     model = model_without_dropout(name, **lora) if name not in ("tied_lora", "s2_lora") else shared(name)
     trainer = sgd_trainer(
         folder / name, method, model=model, batch_size=batch_size, ddp_find_unused_parameters=find_unused
     )
     trainer.train()
-    facts = {"kept": method.kept, "ranks": {a.name: a.r for a in list_adapters(model)}}
+    facts = {"kept": method.kept, "ranks": {a.name: a.r for a in list_adapters(model)}, "looks": looks(trainer)}
     facts["scores"] = [e["scores"] for e in method.events if name == "alora" and "scores" in e]
     write(folder, name, trainer.args.process_index, model, facts, trainer.args.world_size)
+
+
+def looks(trainer: Trainer) -> bool | None:
+    """Whether DDP still looks for parameters that a pass does not reach; None without DDP."""
+    return getattr(trainer.model_wrapped, "find_unused_parameters", None)
+
+
+def missing(folder: Path, method: Method, batch_size: int) -> None:
+    """A part of the head that the first process never reaches."""
+    model: Any = model_without_dropout()
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    head.rarely = torch.nn.Parameter(torch.zeros(2))
+    if os.environ.get("RANK") != "0":
+        head.register_forward_hook(lambda module, _, out: out + module.rarely)
+    trainer = sgd_trainer(folder / "missing", method, model=model, batch_size=batch_size, max_steps=8)
+    trainer.train()
+    rank = trainer.args.process_index
+    (folder / f"missing-{rank}.json").write_text(json.dumps({"kept": len(method.kept), "looks": looks(trainer)}))
 
 
 def shared(name: str) -> PeftModel:
@@ -292,25 +313,29 @@ def command(folder: Path, batch_size: int) -> None:
 
 
 class Send(TrainerCallback):
-    """A signal for this process alone."""
+    """A signal for this process alone, in the step after this one."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 4:
-            signal.raise_signal(signal.SIGTERM)
+        if state.global_step == self.step:
+            signal.raise_signal(self.number)
 
 
 def stopped(folder: Path) -> None:
-    """One process is asked to stop; all save in the same step, and go on from there."""
-    rank, saves = int(os.environ["RANK"]), {"max_steps": 10, "save_strategy": "steps", "save_steps": 100}
+    """One process is told to stop, and later both by Ctrl-C, as torchrun hands it on; all save in the same step."""
+    rank, saves = int(os.environ["RANK"]), {"max_steps": 12, "save_strategy": "steps", "save_steps": 100}
     stopping._ASKED_EVERY = 2
     run(text_recipe(folder / "straight", 8, **saves))
     facts: list[Any] = []
-    try:
-        run(text_recipe(folder / "stopped", 8, **saves), callbacks=[Send()] if rank == 1 else [])
-    except Stopped as ended:
-        facts = [ended.signal, ended.step, sorted(path.name for path in (folder / "stopped").glob("checkpoint-*"))]
-        facts.append(str(last_checkpoint(folder / "stopped")))
-    wait_for_all()
+    for sends in (Send(signal.SIGTERM, 3) if rank == 1 else TrainerCallback(), Send(signal.SIGINT, 7)):
+        try:
+            run(text_recipe(folder / "stopped", 8, **saves), callbacks=[sends], resume=bool(facts))
+        except Stopped as ended:
+            made = sorted(path.name for path in (folder / "stopped").glob("checkpoint-*"))
+            facts.append([ended.signal, ended.step, made, str(last_checkpoint(folder / "stopped"))])
+        wait_for_all()
     run(text_recipe(folder / "stopped", 8, **saves), resume=True)
     (folder / f"stopped-{rank}.json").write_text(json.dumps(facts))
 

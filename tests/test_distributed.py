@@ -59,6 +59,18 @@ def test_two_processes_agree_with_one(method, runs):
     assert len(alone["kept"]) == 3 or method == "adalora"  # which cuts ranks
 
 
+@pytest.mark.parametrize(("method", "looks"), [("weightlora", False), ("fixed", False), ("rlora", True)])
+def test_ddp_stops_looking_for_what_a_pass_misses_unless_told_to(method, looks, runs):
+    """Where the Trainer's default is on: at a cut, or after steps that missed nothing; what was asked for stays."""
+    assert [facts["looks"] for facts in agreeing(method, runs)] == [looks, looks, None]
+
+
+def test_ddp_goes_on_looking_where_one_process_misses_a_parameter(runs):
+    """Without it the next step would fail, or wait for ever."""
+    for rank in (0, 1):
+        assert json.loads((runs / f"two/missing-{rank}.json").read_text()) == {"kept": 3, "looks": True}
+
+
 def test_a_loop_with_accelerate_is_the_plain_one(runs):
     """Under accumulation and loss scaling; a step that overflows is skipped and not counted."""
     first, second, alone = agreeing("accelerate", runs)
@@ -121,11 +133,14 @@ def test_the_command_trains_all_processes_together(runs):
     assert first["after"]["accuracy"] == alone["after"]["accuracy"]
 
 
-def test_a_signal_to_one_process_ends_all_with_one_checkpoint(runs):
+def test_a_signal_to_one_process_or_ctrl_c_to_all_ends_all_with_one_checkpoint(runs):
     first, second = (json.loads((runs / f"two/stopped-{rank}.json").read_text()) for rank in (0, 1))
-    number, step, made, last = first
-    assert first == second and number == signal.SIGTERM and 5 <= step <= 7
-    assert made == [f"checkpoint-{step}"] and Path(last).name == made[0]
+    assert first == second and [stop[0] for stop in first] == [signal.SIGTERM, signal.SIGINT]
+    steps = [stop[1] for stop in first]
+    assert 4 <= steps[0] <= 6 and 8 <= steps[1] <= 10
+    names = [f"checkpoint-{step}" for step in steps]
+    assert [set(stop[2]) for stop in first] == [{names[0]}, set(names)]
+    assert [Path(stop[3]).name for stop in first] == names
     straight, resumed = (
         load_file(runs / f"two/{name}/adapter/adapter_model.safetensors") for name in ("straight", "stopped")
     )

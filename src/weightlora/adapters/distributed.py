@@ -3,11 +3,110 @@
 from __future__ import annotations
 
 import os
+import weakref
+from collections import Counter
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+ENOUGH = 16  # backward passes, or steps, in which all was reached, so that it will be
+
+
+class Wrapper:
+    """The DDP wrapper of a model, whoever makes it and whenever: found, and rebuilt when the model has changed."""
+
+    def __init__(self) -> None:
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None  # weak: a model that is copied copies this too
+        self._looking: Any = None
+        self._steps: int | None = None  # since the structure is final; None where nothing is to be found out
+        self._reached: Counter[str] = Counter()  # passes, by the parameter they reach in this process
+        self._counting: list[Any] = []
+
+    @property
+    def ddp(self) -> DistributedDataParallel | None:
+        """The wrapper, if there is one."""
+        return None if self._ddp is None else self._ddp()
+
+    def take(self, ddp: DistributedDataParallel) -> None:
+        """Here it is."""
+        self._ddp = weakref.ref(ddp)
+
+    def look(self, host: nn.Module) -> None:
+        """Find a wrapper that is made later, once it runs the model."""
+        self._looking = host.register_forward_pre_hook(self._find)
+
+    def _find(self, *_: Any) -> None:
+        if self._ddp is None and not torch.compiler.is_compiling():
+            running = getattr(DistributedDataParallel, "_active_ddp_module", None)
+            if isinstance(running, DistributedDataParallel):
+                self.take(running)
+        if next(iter(self._reached.values()), 0) >= ENOUGH:
+            self._stop_counting()  # between two passes, so that all were counted in the same ones
+
+    def stop_looking(self) -> None:
+        """The model will not change any more."""
+        if self._looking is not None:
+            self._looking.remove()
+            self._looking = None
+
+    def rebuild(self) -> None:
+        """Fit the wrapper, if there is one, to the changed model; every process must call it."""
+        if (ddp := self.ddp) is not None:
+            if self._steps is not None and self._reaches_all(ddp.module):
+                self._steps, ddp.find_unused_parameters = None, False
+            rewrap(ddp)
+
+    # -- whether DDP has to look for parameters that a pass does not reach ---------------------------------------
+
+    def find_out(self) -> None:
+        """Switch `find_unused_parameters` off once the structure is final, if nothing needs it.
+
+        With it DDP walks the graph in every step. Adapters that take part in every pass need no looking for; those on
+        a mixture's experts, which a batch may miss, do.
+        """
+        self._stop_counting()
+        if (ddp := self.ddp) is not None and ddp.find_unused_parameters:
+            self._steps, self._reached = 0, Counter()
+            self._counting = [
+                p.register_post_accumulate_grad_hook(partial(self._count, name))
+                for name, p in ddp.module.named_parameters()
+                if p.requires_grad
+            ]
+
+    def step_is_over(self) -> None:
+        """Call it after each step with the final structure, on every process: `rebuild` may not come any more."""
+        if self._steps is not None:
+            self._steps += 1
+            if self._steps >= ENOUGH:
+                ddp = self.ddp
+                if ddp is not None and self._reaches_all(ddp.module):
+                    ddp.find_unused_parameters = False
+                    rewrap(ddp)
+                self._steps = None
+                self._stop_counting()
+
+    def _count(self, name: str, _: Tensor) -> None:
+        """In this process: DDP fills in the gradients of others past these hooks."""
+        self._reached[name] += 1
+
+    def _stop_counting(self) -> None:
+        for hook in self._counting:
+            hook.remove()
+        self._counting = []
+
+    def _reaches_all(self, module: nn.Module) -> bool:
+        """Whether every pass has reached all that is trained now, in every process."""
+        most = max(self._reached.values(), default=0)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        missed = most == 0 or any(self._reached[name] < most for name in trained)
+        found = torch.tensor(float(missed), device=next(iter(trained.values())).device)
+        average(found)
+        return not found.item()
 
 
 def rewrap(ddp: DistributedDataParallel) -> None:

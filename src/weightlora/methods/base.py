@@ -23,7 +23,6 @@ scheduler omega's rate follows that of A and B.
 from __future__ import annotations
 
 import logging
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from weightlora import durable, optim, options
 from weightlora.adapters import admission, checkpoint, structure, surgery
 from weightlora.adapters.attach import Adapter
-from weightlora.adapters.distributed import rewrap, wait_for_all
+from weightlora.adapters.distributed import Wrapper, wait_for_all
 from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, UnsupportedError
 from weightlora.methods._progress import follow
@@ -80,9 +79,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
     def __init__(self, *, seed: int | None = None) -> None:
         self.seed = seed
         self._engine: E | None = None
-        self._ddp: weakref.ref[DistributedDataParallel] | None = None  # weak: a model that is copied copies us too
+        self._wrapper = Wrapper()
         self._hooks: list[Any] = []
-        self._looking: Any = None  # the hook that looks for a DDP wrapper
         self._planned: tuple[int, ...] = ()
         self._last: int | None = None  # step of the run
         self._resumed = False
@@ -137,11 +135,11 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._engine.arguments = self.arguments
         self._resumed, self._reported = False, 0
         if isinstance(model, DistributedDataParallel):
-            self._ddp = weakref.ref(model)
-            self._rewrap()  # it was made before this changed the model
-        self._stop_looking()
+            self._wrapper.take(model)
+            self._wrapper.rebuild()  # it was made before this changed the model
+        self._wrapper.stop_looking()
         if not self.engine.done:
-            self._looking = host.register_forward_pre_hook(self._look_for_ddp)
+            self._wrapper.look(host)
         write_and_read_state(host, self)
         self._finish_if_done()
         return self
@@ -168,7 +166,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             ddp: a wrapper that was made after `attach`, to be rebuilt at a cut.
         """
         if ddp is not None:
-            self._ddp = weakref.ref(ddp)
+            self._wrapper.take(ddp)
         self.unbind()
         if self.engine.done and not self.acts_after_cut:
             return
@@ -221,7 +219,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Call after `optimizer.step()`; returns whether adapters were cut."""
         cut = optim.is_at_boundary(optimizer) and not self._is_over and self.engine.step(optimizer)
         if cut:
-            self._rewrap()
+            self._wrapper.rebuild()
             self._finish_if_done()
         return cut
 
@@ -248,32 +246,16 @@ class Method(TrainerCallback, ABC, Generic[E]):
                 self._planned[-1],
                 step,
             )
-        self._rewrap()
+        self._wrapper.rebuild()
         self._finish_if_done()
-
-    def _look_for_ddp(self, *_: Any) -> None:
-        """Find a DDP wrapper made after `attach`, once it runs the model."""
-        if self._ddp is None and not torch.compiler.is_compiling():
-            running = getattr(DistributedDataParallel, "_active_ddp_module", None)
-            if isinstance(running, DistributedDataParallel):
-                self._ddp = weakref.ref(running)
-
-    def _stop_looking(self) -> None:
-        if self._looking is not None:
-            self._looking.remove()
-            self._looking = None
 
     def _finish_if_done(self) -> None:
         """Clean up after the last cut, whether it was made in a step, in `attach`, or in a checkpoint."""
         if self.engine.done:
-            self._stop_looking()
+            self._wrapper.stop_looking()
             if not self.acts_after_cut:
                 self.unbind()
             surgery.release_inputs(self.engine.model)
-
-    def _rewrap(self) -> None:
-        if self._ddp is not None and (ddp := self._ddp()) is not None:
-            rewrap(ddp)
 
     def state_dict(self) -> dict[str, Any]:
         """The method's own state as JSON data; `save_state` writes it with the exact weights."""
@@ -345,11 +327,15 @@ class Method(TrainerCallback, ABC, Generic[E]):
             self._reported = len(self.engine.events.events)
         wrapped = getattr(trainer, "model_wrapped", None)
         self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
+        if args.ddp_find_unused_parameters is None:  # the Trainer has switched it on for want of knowing better
+            self._wrapper.find_out()
         self._finish_if_done()  # the Trainer has switched checkpointing on since
         if not self.engine.done:
             logger.info("%s: adapters are cut after step %s", type(self).__name__, cuts)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.engine.done:
+            self._wrapper.step_is_over()
         new = self.engine.events.events[self._reported :]
         self._reported += len(new)
         if any(e["event"] == "cut" for e in new):

@@ -198,15 +198,15 @@ class LoRADrop(Method["OutputSelection"]):
 
     def _prune(self, sample: Sample, loss: Loss) -> None:
         self.engine.prune(sample, loss)
-        self._rewrap()
+        self._wrapper.rebuild()
         self._finish_if_done()
 
     def _run(self, sample: Sample, training: Training, optimizer: torch.optim.Optimizer | None) -> None:
-        ddp = None if self._ddp is None else self._ddp()
+        ddp = self._wrapper.ddp
         if ddp is not None and self.share:
             sharing.check_checkpointing(ddp)
         self.engine.evaluate(sample, training, optimizer)
-        self._rewrap()
+        self._wrapper.rebuild()
         self._finish_if_done()
 
     def on_train_begin(

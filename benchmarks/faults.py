@@ -65,7 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nora": {"outer_r": 16},
     "tied_lora": {"train": "ABv"},
 }
-ENDS = 120  # seconds after which a run hangs
+ENDS = 600  # seconds after which a run hangs, on a machine with a lot to do
 
 
 @dataclass

@@ -237,6 +237,19 @@ def test_parquet_that_is_cut_off_or_empty() -> None:
     assert "Data folder 'folder' holds a split that has no rows" in refusal("folder")
 
 
+def test_a_home_or_a_disk_is_no_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` would look at every file below it, for minutes."""
+    monkeypatch.setattr("weightlora.tasks.files.MOST_ENTRIES", 5)
+    Path("home/deep").mkdir(parents=True)
+    write_jsonl(Path("home/deep/rows.jsonl"), questions())
+    assert load("home").names  # searched, as long as it is small
+    for number in range(4):
+        Path(f"home/note-{number}").touch()
+    assert "Data folder 'home' holds more than 5 files and folders" in refusal("home")
+    write_jsonl(Path("home/train.jsonl"), questions())
+    assert load("home").names  # named after the split, so nothing is searched
+
+
 def test_an_empty_split() -> None:
     from datasets import Dataset, DatasetDict
 

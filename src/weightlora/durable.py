@@ -38,6 +38,7 @@ OURS = ".weightlora-"  # what is only there while a process is at work
 LOCK_FILE = f"{OURS}lock"
 _CHECKPOINT = "checkpoint-"
 _LAST_OF_THE_TRAINER = "trainer_state.json"  # the last file that transformers writes into a checkpoint
+_WEIGHTS = ("adapter_model.", "model.", "model-", "pytorch_model", "zero_pp_rank", "mp_rank")
 _ZIPPED = (".pt", ".pth", ".bin")  # what `torch.save` writes is a zip archive, whose index comes last
 
 
@@ -195,7 +196,13 @@ def _unreadable(folder: Path, to_resume: bool) -> str | None:
                     tensors.keys()
             except (SafetensorError, OSError):
                 return f"{file.name} cannot be read"
-    return None
+    return None if _has_weights(folder) else "its weights are missing"
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a Trainer would load weights from here: files, those of adapters by name, or pieces of FSDP or ZeRO."""
+    files = [*folder.iterdir(), *(file for inside in folder.iterdir() if inside.is_dir() for file in inside.iterdir())]
+    return any(file.name.startswith(_WEIGHTS) for file in files)
 
 
 def _hash(file: Path) -> str:

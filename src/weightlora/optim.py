@@ -8,6 +8,7 @@ Two words to keep apart: *thresholding* sets a gate to 0, and it may come back; 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
@@ -259,8 +260,7 @@ def narrow_param(
     """
     optimizer = host(optimizer)
     state = optimizer.state.pop(old, None)
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
+    _replace(optimizer, old, new)
     tensors = {k: v for k, v in (state or {}).items() if torch.is_tensor(v) and v.dim() > 0}
     if state and all(v.shape == old.shape for v in tensors.values()):
         entries = {k: v.flatten()[index] if dim is None else v.index_select(dim, index) for k, v in tensors.items()}
@@ -269,6 +269,30 @@ def narrow_param(
             entries[key].narrow(dim or 0, len(index) - fresh, fresh).zero_()
     else:
         _start_afresh(optimizer, new)
+
+
+# {optimizer: {id of a parameter: (group, place in it)}}, so that narrowing thousands of parameters takes one walk. No
+# parameter is held; what is found here is looked at before it is believed.
+_PLACES: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
+
+
+def _replace(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in another's place, if that has one."""
+    if (at := _place(optimizer, old)) is not None:
+        group, place = at
+        optimizer.param_groups[group]["params"][place] = new
+        del _PLACES[optimizer][id(old)]
+        _PLACES[optimizer][id(new)] = at
+
+
+def _place(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[int, int] | None:
+    held: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
+    group, place = _PLACES.get(optimizer, {}).get(id(parameter), (0, len(held[0])))
+    if group < len(held) and place < len(held[group]) and held[group][place] is parameter:
+        return group, place
+    places = {id(p): (group, place) for group, params in enumerate(held) for place, p in enumerate(params)}
+    _PLACES[optimizer] = places
+    return places.get(id(parameter))
 
 
 # How state follows when a parameter is multiplied by c: it is divided by c to this power. Gradients come to 1/c of
@@ -330,5 +354,6 @@ def _start_afresh(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
     """Forget a parameter's state; Adagrad makes it only once, when it is built."""
     optimizer.state.pop(parameter, None)
     if isinstance(optimizer, torch.optim.Adagrad):
-        start = group_of(optimizer, parameter)["initial_accumulator_value"]
+        group, _ = _place(optimizer, parameter) or (0, 0)
+        start = optimizer.param_groups[group]["initial_accumulator_value"]
         optimizer.state[parameter] = {"step": torch.tensor(0.0), "sum": torch.full_like(parameter.detach(), start)}

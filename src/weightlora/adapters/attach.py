@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -251,6 +251,14 @@ def list_others(host: Any, key: str) -> list[OtherAdapter]:
     return [a for a in list_adapters(host, key, linear=False) if isinstance(a, OtherAdapter)]
 
 
+def ends_of(name: str) -> Iterator[str]:
+    """`a.b.c` as c, b.c, a.b.c: the names under which PEFT would match the module."""
+    end = len(name)
+    while (end := name.rfind(".", 0, end)) >= 0:
+        yield name[end + 1 :]
+    yield name
+
+
 def name_of(path: str, layer: Any) -> str:
     """What to call the adapter of the layer at `path`: a parameter by its full name, which no wrapper changes."""
     parameter = getattr(layer, "parameter_name", None)
@@ -403,10 +411,9 @@ def _check_every_target_matches(
     """
     if targets is None or isinstance(targets, str):
         return
-    for target in sorted(targets):
-        if any(f".{module}." in f".{target}." for module in whole):
-            continue
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+    matched = {end for name in names for end in ends_of(name)}
+    for target in sorted(set(targets) - matched):
+        if not any(f".{module}." in f".{target}." for module in whole):
             raise ConfigError(
                 f"target module {target!r} matches nothing in the model, while the other names match "
                 f"{len(names)} modules; correct it or take it out of `target_modules`."

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import LoraConfig
 from torch import nn
 
 from weightlora.adapters import experts, ordinary
-from weightlora.adapters.attach import ExpertAdapter, list_adapters
+from weightlora.adapters.attach import ExpertAdapter, ends_of, list_adapters
 from weightlora.adapters.host import base_of, find_host
 from weightlora.adapters.surgery import alpha_for
 from weightlora.errors import CheckpointError, UnsupportedError
@@ -21,6 +21,9 @@ from weightlora.errors import CheckpointError, UnsupportedError
 # From this many names on PEFT replaces a list of target modules by suffixes it finds itself, which can match
 # modules that were dropped; a regular expression is taken as it is.
 LONGEST_LIST = 19
+MOST_PATTERNS = 200  # well below the 512 regular expressions that Python keeps compiled
+
+T = TypeVar("T")
 
 
 def sync_config(model: nn.Module, adapter_name: str, *, as_list: bool = False) -> None:
@@ -42,11 +45,11 @@ def sync_config(model: nn.Module, adapter_name: str, *, as_list: bool = False) -
     config.target_modules = targets if as_list else target_modules(targets, names)
     config.target_parameters = parameters or None
     config.layers_to_transform = config.layers_pattern = None
-    also = sorted(other for other in names.difference(targets) if other.endswith(_suffixes(targets)))
-    config.exclude_modules = exactly(also) if as_list and also else None
+    also = sorted(_ending_in(targets, names.difference(targets))) if as_list else []
+    config.exclude_modules = exactly(also) if also else None
     (config.r, config.lora_alpha), _ = Counter(forms.values()).most_common(1)[0]
-    config.rank_pattern = {anchored(n): r for n, (r, _) in forms.items() if r != config.r}
-    config.alpha_pattern = {anchored(n): alpha for n, (_, alpha) in forms.items() if alpha != config.lora_alpha}
+    config.rank_pattern = patterns({n: r for n, (r, _) in forms.items() if r != config.r})
+    config.alpha_pattern = patterns({n: alpha for n, (_, alpha) in forms.items() if alpha != config.lora_alpha})
 
 
 def fresh_config(model: nn.Module, adapter_name: str) -> LoraConfig:
@@ -72,8 +75,7 @@ def fresh_config(model: nn.Module, adapter_name: str) -> LoraConfig:
 
 def target_modules(names: Sequence[str], others: Iterable[str]) -> list[str] | str:
     """The `target_modules` that match `names` and nothing else among `others`: a list where that is safe."""
-    ambiguous = any(other.endswith(_suffixes(names)) for other in others)
-    if len(names) <= LONGEST_LIST and not ambiguous:
+    if len(names) <= LONGEST_LIST and not any(_ending_in(names, others)):
         return list(names)
     return exactly(names)
 
@@ -83,8 +85,24 @@ def exactly(names: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _suffixes(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f".{name}" for name in names)
+def _ending_in(names: Iterable[str], others: Iterable[str]) -> Iterator[str]:
+    """Those of `others` that a list of `names` means too: they are longer and end in one."""
+    wanted = set(names)
+    return (other for other in others if any(end in wanted and end != other for end in ends_of(other)))
+
+
+def patterns(values: Mapping[str, T]) -> dict[str, T]:
+    """Values by module in the form of `rank_pattern` and `alpha_pattern`.
+
+    PEFT tries every key at every module. Of very many it would compile each anew each time, so that loading a few
+    thousand takes hours; then all modules of one value have one key.
+    """
+    if len(values) <= MOST_PATTERNS:
+        return {anchored(name): value for name, value in values.items()}
+    groups: dict[T, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return {f"^(?:{exactly(names)})": value for value, names in groups.items()}
 
 
 def anchored(name: str) -> str:

@@ -27,10 +27,12 @@ def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Paramet
     base = base_of(find_host(model))
     removed: list[nn.Parameter] = []
     for adapter in adapters:
-        path = adapter.name if seam.is_linear(adapter.layer) else paths(base, adapter.key)[adapter.target]
         removed += [*adapter.weights, *([adapter.gate] if adapter.gate is not None else [])]
         if isinstance(adapter, ExpertAdapter) and experts.drop(adapter.layer, adapter.key, adapter.expert):
             continue
+        # A parameter's wrapper moves as those around it go; other layers stand where their names say.
+        moves = hasattr(adapter.layer, "parameter_name")
+        path = paths(base, adapter.key)[adapter.target] if moves else adapter.name
         seam.remove_adapter(adapter.layer, adapter.key)
         if not adapter.layer.lora_A and not adapter.layer.lora_embedding_A:
             parent, _, child = path.rpartition(".")

@@ -222,7 +222,7 @@ class RankEngine(Engine):
         for adapter, mask in zip(self.adapters, live, strict=True):
             if mask.any() and not mask.all():
                 reindex(adapter, mask.nonzero().flatten(), optimizer)
-        self.adapters = [a for a in self.adapters if a not in gone]
+        self.adapters = [a for a, mask in zip(self.adapters, live, strict=True) if mask.any()]
         self.list_gates()
         structure.sync_config(self.model, self.key)
         self.dropped += [a.name for a in gone]

@@ -231,16 +231,17 @@ def _narrow(group: list[Adapter], kept: list[Tensor], optimizer: torch.optim.Opt
     A: Any = group[0].A
     B: Any = group[0].B
     matrices = [_part(old, union, dim, optimizer) for old, dim in ((A.matrix, 0), (B.matrix, 1))]
+    gone = [] if len(union) else matrices
     for adapter, ranks in zip(group, kept, strict=True):
         factor: Any = adapter.B
         e = _part(factor.e, torch.searchsorted(factor.index, ranks), 0, optimizer)
         index = torch.searchsorted(union, ranks)
         if len(ranks):
             computed.install(adapter, SharedA(matrices[0], index), SharedB(matrices[1], index.clone(), e))
-        elif optimizer is not None:
-            optim.drop_params(optimizer, [e])
-    if not len(union) and optimizer is not None:
-        optim.drop_params(optimizer, matrices)
+        else:
+            gone = [*gone, e]
+    if optimizer is not None:
+        optim.drop_params(optimizer, gone)
 
 
 def _part(old: nn.Parameter, index: Tensor, dim: int, optimizer: torch.optim.Optimizer | None) -> nn.Parameter:

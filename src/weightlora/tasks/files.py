@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
     ".parquet": ("parquet", {}),
 }
+MOST_ENTRIES = 10_000  # of a folder that is searched for rows
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ def _open_folder(path: Path, source: Source) -> Dataset:
     for file in files:
         if file.suffix.lower() in (".json", ".jsonl"):
             _check_text(file, Source(str(file)))
+    if not saved and not files and _is_huge(path):
+        raise ConfigError(
+            f"Data folder {source.path!r} holds more than {MOST_ENTRIES:,} files and folders, of which none is named "
+            "after a split; name the file with the rows, or the folder that holds nothing else."
+        )
     try:
         if files:
             builder, options = _BUILDERS[files[0].suffix.lower()]
@@ -141,6 +148,16 @@ def _open_folder(path: Path, source: Source) -> Dataset:
             raise ConfigError(f"Data folder {source.path!r} holds a split that has no rows; leave it out.") from None
         raise ConfigError(f"Data folder {source.path!r} cannot be read: {_cause(error)}") from error
     return _pick_split(loaded, source)
+
+
+def _is_huge(folder: Path) -> bool:
+    """Whether this is no data set but somebody's home or disk, in which `datasets` would look at every file."""
+    seen = 0
+    for _, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > MOST_ENTRIES:
+            return True
+    return False
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:

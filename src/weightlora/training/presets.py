@@ -10,13 +10,13 @@ PEFT's own `all-linear` is all linear modules but the head, hence also the poole
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from weightlora.adapters.attach import ends_of
 from weightlora.adapters.blocks import find_stacks
 from weightlora.errors import ConfigError, did_you_mean
 
@@ -132,10 +132,5 @@ def _projections(model: nn.Module, preset: str) -> list[str]:
 def _suffixes(model: nn.Module, chosen: list[str]) -> list[str]:
     """For each module the shortest end of its name that no module but the chosen ones has."""
     others = {name for name, _ in model.named_modules()} - set(chosen)
-    taken = {end for name in others for end in _ends_of(name)}
-    return sorted({next(end for end in _ends_of(name) if end not in taken) for name in chosen})
-
-
-def _ends_of(name: str) -> list[str]:
-    """`a.b.c` as c, b.c, a.b.c."""
-    return [name[dot.end() :] for dot in reversed([*re.finditer(r"\.", name)])] + [name]
+    taken = {end for name in others for end in ends_of(name)}
+    return sorted({next(end for end in ends_of(name) if end not in taken) for name in chosen})

@@ -34,7 +34,7 @@ def as_lora(model: PeftModel) -> PeftModel:
         base,
         LoraConfig(
             r=1,
-            rank_pattern={structure.anchored(name): len(A) for name, (A, _) in factors.items()},
+            rank_pattern=structure.patterns({name: len(A) for name, (A, _) in factors.items()}),
             target_modules=structure.target_modules(list(factors), others),
             lora_dropout=config.lora_dropout,
             fan_in_fan_out=config.fan_in_fan_out,

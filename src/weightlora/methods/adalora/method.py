@@ -248,16 +248,17 @@ class RankAllocation(Engine):
 
     def _remove(self, pattern: dict[str, list[bool]], optimizer: torch.optim.Optimizer | None) -> None:
         """Shrink every module to its row of `pattern`, and record that in the config in PEFT's own way."""
-        base = base_of(self.model)
+        base, gone = base_of(self.model), []
         for adapter in self.adapters:
             kept = torch.tensor(pattern[adapter.name]).nonzero().flatten()
             if len(kept):
                 _narrow(adapter, kept, optimizer)
                 continue
-            if optimizer is not None:
-                optim.drop_params(optimizer, _factors(adapter).values())
+            gone += _factors(adapter).values()
             parent, _, child = adapter.name.rpartition(".")
             setattr(base.get_submodule(parent), child, adapter.layer.base_layer)
+        if optimizer is not None:
+            optim.drop_params(optimizer, gone)
         self.adapters = list_attached(self.model, self.key)
         names = [a.name for a in self.adapters]
         others = {n for n, _ in base.named_modules() if ".base_layer" not in n and ".lora_" not in n}

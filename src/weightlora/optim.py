@@ -213,9 +213,9 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Make a live optimizer hold what a model trains: it forgets everything else, and new ones join its first group."""
     wanted = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
     groups = host(optimizer).param_groups
-    held = [p for group in groups for p in group["params"]]
-    drop_params(optimizer, [p for p in held if id(p) not in wanted])
-    new = [named for i, named in wanted.items() if i not in set(map(id, held))]
+    held = {id(p): p for group in groups for p in group["params"]}
+    drop_params(optimizer, [p for i, p in held.items() if i not in wanted])
+    new = [named for i, named in wanted.items() if i not in held]
     groups[0]["params"] += [p for _, p in new]
     if "param_names" in groups[0]:
         groups[0]["param_names"] += [name for name, _ in new]

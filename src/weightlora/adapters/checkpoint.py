@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def load_adapter(host: Any, folder: Path, adapter_name: str) -> None:
         raise CheckpointError(f"the adapter in {folder} has {unexpected[0]}, which this model does not; start anew.")
 
 
-def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int], dropped: Sequence[str] = ()) -> None:
+def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int], dropped: Iterable[str] = ()) -> None:
     """Drop and resize adapters of a freshly attached model until they have `ranks`, {module: r}.
 
     Args:
@@ -116,6 +116,7 @@ def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int
     Raises:
         CheckpointError: the model has no adapter on one of these modules; nothing was changed.
     """
+    dropped = set(dropped)
     attached = attach.list_adapters(model, adapter_name, linear=False)
     others = [a for a in attached if isinstance(a, OtherAdapter)]
     adapters = [a for a in attached if not isinstance(a, OtherAdapter)]

@@ -136,7 +136,8 @@ def _built(setting: Setting, r: int, names: Sequence[str]) -> nn.Module:
     if t.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     model = methods.prepare("lora", base, copy.deepcopy({**setting.lora, "r": r}))
-    surgery.disconnect(model, [adapter for adapter in list_adapters(model) if adapter.name not in set(names)])
+    kept = set(names)
+    surgery.disconnect(model, [adapter for adapter in list_adapters(model) if adapter.name not in kept])
     attach.use_kernel(list_adapters(model), gates=False)
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -248,9 +249,10 @@ def heat_map(
     if size > 1:
         notes.append(f"{len(layers)} layers are shown in {len(rows)} rows")
     row_of = {layer: i // size for i, layer in enumerate(layers)}
+    column_of = {column: i for i, column in enumerate(columns)}
     members: dict[tuple[int, int], list[str]] = {}
     for name, (stack, number, rest) in zip(values, spots, strict=True):
-        members.setdefault((row_of[stack, number], columns.index(groups[rest])), []).append(name)
+        members.setdefault((row_of[stack, number], column_of[groups[rest]]), []).append(name)
     cells = []
     for (row, column), names in sorted(members.items()):
         known = [value for name in names if (value := values[name]) is not None]
@@ -302,13 +304,13 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 def _shortest_tails(names: Sequence[str]) -> list[str]:
     """query for attention.self.query, where no other ends like that."""
-    found = []
-    for name in names:
+
+    def tails(name: str) -> list[str]:
         parts = name.split(".")
-        tails = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
-        alone = (t for t in tails if not any(o != name and f".{o}".endswith(f".{t}") for o in names))
-        found.append(next(alone, name))
-    return found
+        return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+    times = Counter(tail for name in set(names) for tail in tails(name))
+    return [next((tail for tail in tails(name) if times[tail] == 1), name) for name in names]
 
 
 def curves(

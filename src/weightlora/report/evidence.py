@@ -343,10 +343,11 @@ def _types(run: Run) -> dict[str, tuple[int, str]]:
             continue
         total, values = 0.0, event["importance"]  # type: ignore[index]
         order = sorted(modules, key=lambda n: -(number(values.get(n)) or 0))
+        places = {name: place for place, name in reversed([*enumerate(order, start=1)])}
         for name in kept:
             value = number(values.get(name)) or 0
             total += value
-            place = order.index(name) + 1 if name in order else 0
+            place = places.get(name, 0)
             text = f"importance {digits(value)}, place {place} of {len(modules)} {kind} modules"
             threshold = number(event.get("threshold"))  # type: ignore[union-attr]
             if threshold is not None:

@@ -5,6 +5,7 @@ At equal parameters an even spread over the depth is hard to beat (docs/study.md
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +96,9 @@ class Placement:
     def _spread(self, adapters: Sequence[Adapter], found: list[int]) -> list[int]:
         """As many as the budget has room for, at equal distances: the middles of equal parts."""
         limit, n = self.keep.resolve(adapters), len(found)
-        for count in range(n, 0, -1):
+        cheapest = itertools.accumulate(sorted(limit.costs[i] for i in found))
+        most = sum(total <= limit.limit for total in cheapest)  # more than these fit in no pattern
+        for count in range(most, 0, -1):
             chosen = [found[(2 * i + 1) * n // (2 * count)] for i in range(count)]
             if sum(limit.costs[i] for i in chosen) <= limit.limit:
                 return chosen

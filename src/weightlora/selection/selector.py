@@ -350,7 +350,8 @@ class Selector(Engine):
         }
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        attached = [i for i, a in enumerate(self.adapters) if a.name not in set(self.dropped)]
+        dropped = set(self.dropped)
+        attached = [i for i, a in enumerate(self.adapters) if a.name not in dropped]
         self._limits = [limit.among(attached) for limit in self._limits]
         self._limits[-1].load_state_dict(facts["costs"])
         self.adapters = attach.list_adapters(self.model, self.key, linear=self.linear)

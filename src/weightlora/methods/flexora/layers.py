@@ -241,7 +241,8 @@ class LayerSearch(Engine):
         values = dict(zip(self.layers, self.a.tolist(), strict=True))
         dropped = [a for name, inside in self.layers.items() if name not in chosen for a in inside]
         kept = [a for name in chosen for a in self.layers[name]]
-        outside = [a for a in self.adapters if a not in kept and a not in dropped]
+        inside_layers = {*kept, *dropped}
+        outside = [a for a in self.adapters if a not in inside_layers]
         before = sum(a.parameters for a in self.adapters)
         self.kept, self.dropped = [a.name for a in (*kept, *outside)], [a.name for a in dropped]
         scores: dict[str, float | None] = {a.name: None for a in outside}

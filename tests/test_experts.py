@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from test_others import CASES, Case, go_on, outputs, randomise, train
+from test_others import CASES, HEADS, SIZE, Case, go_on, outputs, randomise, train
 from torch import Tensor, nn
 
 from weightlora import ConfigError, Fixed, RLoRA, UnsupportedError, WeightLoRA, WeightLoRAPlus, list_adapters
@@ -125,6 +126,21 @@ def test_a_model_may_be_cast_and_its_gates_keep_what_they_have_learnt(dtype):
     before = [a.gate.clone() for a in adapters]
     assert outputs(model.to(dtype), case).dtype == dtype == adapters[0].weights[0].dtype
     torch.testing.assert_close([a.gate for a in adapters], before, rtol=0, atol=0)
+
+
+RECIPE = """
+model: model
+task: instruction-tuning
+data: {train: train.jsonl, validation: 0.25, max_length: 64}
+method: {name: weightlora, keep: 5, after: 2, experts: each, largest: magnitude}
+lora:
+  r: 4
+  lora_dropout: 0.0
+  target_modules: [q_proj, v_proj]
+  target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]
+training: {max_steps: 3, per_device_train_batch_size: 8, learning_rate: 0.01}
+output_dir: run
+"""
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
@@ -283,3 +299,26 @@ def test_a_trainer_resumes_it_and_its_checkpoints_are_stock(tmp_path: Path):
     torch.testing.assert_close(outputs(base, case), outputs(one.model.eval(), case), rtol=0, atol=1e-5)
     saved = load_file(tmp_path / "one/checkpoint-6/adapter_model.safetensors")
     assert all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in saved)
+
+
+def test_a_recipe_trains_exports_and_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any):
+    from tiny_chat import WORDS, save_tiny_llama
+    from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    vocabulary = AutoConfig.from_pretrained(save_tiny_llama(tmp_path / "model")).vocab_size
+    sizes = {**SIZE, **HEADS, "vocab_size": vocabulary, "moe_intermediate_size": 32, "head_dim": 16}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)).save_pretrained("model")
+    rows = [{"instruction": f"{a} or {b}", "output": a} for a in WORDS for b in WORDS]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    code, said, error = command("train", "recipe.yaml")
+    assert code == 0 and "weightlora on 20 adapters" in said, error
+    found = json.loads((tmp_path / "run/metrics.json").read_text())["adapters"]
+    assert set(found["kept"]) < set(found["attached"]) and len(found["kept"]) == 5 and len(found["attached"]) == 20
+    assert command("export", "run", "out")[0] == command("report", "run")[0] == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in found["attached"])
+    code, _, error = command("select", "recipe.yaml", "output_dir=chosen")
+    assert code == 2 and "`experts: each` chooses some experts" in error

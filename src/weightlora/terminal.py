@@ -164,7 +164,7 @@ def show_plan(plan: Plan) -> None:
         _print_table(*_adapter_rows(plan.adapters))
     labels = f", {len(plan.names)} classes" if plan.names else ""
     rows = ", ".join(f"{count:,} {name}" for name, count in plan.rows.items())
-    print(f"Method     {recipe.method.name} on {sum(len(a.names) for a in plan.adapters)} adapters")
+    print(f"Method     {recipe.method.name} on {len(plan.attached)} adapters")
     print(f"Data       {rows} rows{labels}")
     print(f"Trainable  {_trainable(plan)}")
     print(f"Steps      {plan.steps:,} ({plan.steps_per_epoch:,} an epoch)")

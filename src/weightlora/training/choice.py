@@ -149,7 +149,7 @@ def scouted(
         if on_ready is not None:
             on_ready(plan)
         facts = {
-            "attached": [name for adapter in plan.adapters for name in adapter.names],
+            "attached": plan.attached,
             "trainable": plan.trainable,
             "head": plan.head,
             "before": evaluate(trainer, validation, scored=job.scores_during_training) if score_first else None,

@@ -107,6 +107,7 @@ class Plan:
 
     recipe: Recipe
     adapters: list[Any]
+    attached: list[str]  # what a choice calls them
     trainable: int
     head: int
     total: int
@@ -299,11 +300,13 @@ def make_plan(job: Job) -> Plan:
     cuts = job.method.plan(total_steps=steps, steps_per_epoch=per_epoch) if job.method is not None else ()
     splits = job.splits
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    adapters = list_attached(job.model) if job.has_adapters else []
     base = base_of(job.model)
     heads = [base.get_submodule(name) for name in head_modules(base)]
     return Plan(
         recipe=job.recipe,
-        adapters=list_attached(job.model) if job.has_adapters else [],
+        adapters=adapters,
+        attached=[name for adapter in adapters for name in adapter.names],
         trainable=trainable_parameters(job.model),
         head=sum(trainable_parameters(head) for head in heads),
         total=_count_all(job.model),

@@ -216,7 +216,7 @@ def _run(job: Job, choice: Chosen | None, resume: bool, asked: _Asked) -> dict[s
             "head": plan.head,
         },
         "adapters": {
-            "attached": [name for a in plan.adapters for name in a.names] if choice is None else choice.attached,
+            "attached": plan.attached if choice is None else choice.attached,
             "kept": _kept(job, plan),
         },
         "rows": plan.rows,
@@ -275,7 +275,7 @@ def _save(job: Job, output_dir: Path, metrics: dict[str, Any], weights: dict[str
 
 
 def _kept(job: Job, plan: Plan) -> list[str]:
-    return list(job.method.kept) if job.method is not None else [adapter.name for adapter in plan.adapters]
+    return list(job.method.kept) if job.method is not None else plan.attached
 
 
 def _version(name: str) -> str | None:

@@ -280,7 +280,7 @@ def train_rest(folder: Path, name: str, batch_size: int, **options: Any) -> None
         *([] if method is None else [method]),
         model=model,
         batch_size=batch_size,
-        max_steps=6,
+        max_steps=3,
         learning_rate=0.05,
     )
     trainer.train()

@@ -22,6 +22,7 @@ SOURCE = Path(weightlora.__file__).parent
 # Imports point down this list; a layer may use what stands below it.
 LAYERS = [
     "cli",
+    "commands",
     "terminal",
     "federated",
     "integrations",

@@ -3,17 +3,20 @@
 Nothing heavy is imported before a command runs, so that `--help` stays quick.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from weightlora.errors import ConfigError, WeightLoRAError, short
 
 try:
     import typer
+
+    from weightlora.commands.figure import figure
+    from weightlora.commands.listing import listing
+    from weightlora.commands.shared import AsInTrain, Recipe, fail, interruptible, is_first, log_to_stderr
 except ModuleNotFoundError as missing:
     raise SystemExit(f"The command needs the package {missing.name!r}: pip install 'weightlora[train]'") from None
 
@@ -36,8 +39,6 @@ _EXTRA = {
 }
 # transformers imports these wherever they are installed, which takes seconds; an estimate needs none of them.
 _UNNEEDED = ("datasets", "hqq", "pandas", "scipy", "sklearn", "trl")
-_MOST_SHOWN = 2000  # characters of a message
-_SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,20 +62,8 @@ app = typer.Typer(
     weightlora --install-completion             complete commands and options with the tab key
     """,
 )
-listing = typer.Typer(no_args_is_help=True, help="Show what a recipe can name: methods or tasks.")
 app.add_typer(listing, name="list")
-figure = typer.Typer(no_args_is_help=True, help="Draw a figure of the papers for a model and task of your own.")
 app.add_typer(figure, name="figure")
-
-_Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
-_Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
-]
-_AsInTrain = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, as in train.", show_default=False),
-]
 
 
 def main() -> None:
@@ -82,43 +71,17 @@ def main() -> None:
     try:
         app()
     except WeightLoRAError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
         from weightlora import durable
 
-        _fail(f"{short(error.filename)}: {durable.reason(error)}." if error.filename else str(error))
+        fail(f"{short(error.filename)}: {durable.reason(error)}." if error.filename else str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = _EXTRA.get(package)
         if extra is None:
             raise
-        _fail(f"This needs the package {package!r}, which is not installed: pip install 'weightlora[{extra}]'")
-
-
-def _fail(message: str, code: int = 2) -> None:
-    if len(message) > _MOST_SHOWN:  # a value of theirs may be of any length
-        message = f"{message[: _MOST_SHOWN // 2]} ... {message[-_MOST_SHOWN // 2 :]}"
-    if _is_first():
-        print(f"weightlora: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _is_first() -> bool:
-    """Whether this process speaks: the first, or the only one, of those that `torchrun` has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _interruptible(then: str) -> Iterator[None]:
-    """Ctrl-C is one line and exit code 130, SIGTERM after a checkpoint 143."""
-    from weightlora.training.stopping import Stopped
-
-    try:
-        yield
-    except Stopped as stopped:
-        _fail(f"{stopped}; its checkpoint is whole, and {then}", 128 + stopped.signal)
-    except KeyboardInterrupt:
-        _fail(f"stopped at once; {then}", 130)
+        fail(f"This needs the package {package!r}, which is not installed: pip install 'weightlora[{extra}]'")
 
 
 @contextmanager
@@ -163,7 +126,7 @@ def _options(
 
 @app.command()
 def train(
-    recipe: _Recipe,
+    recipe: Recipe,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -198,225 +161,29 @@ def train(
     from weightlora.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    _log_to_stderr()
+    log_to_stderr()
     from weightlora import terminal
     from weightlora.training.run import dry_run as check
     from weightlora.training.run import run
 
-    show_plan = terminal.show_plan if _is_first() else None
-    with _interruptible("--resume goes on from the newest whole checkpoint"), terminal.Status() as status:
+    show_plan = terminal.show_plan if is_first() else None
+    with interruptible("--resume goes on from the newest whole checkpoint"), terminal.Status() as status:
         if dry_run:
             plan = check(loaded, resume=resume)
         else:
-            on_progress = status if _is_first() else None
-            metrics = run(loaded, resume=resume, progress=_is_first(), on_ready=show_plan, on_progress=on_progress)
-    if dry_run and _is_first():
+            on_progress = status if is_first() else None
+            metrics = run(loaded, resume=resume, progress=is_first(), on_ready=show_plan, on_progress=on_progress)
+    if dry_run and is_first():
         terminal.show_plan(plan)
         print("Dry run: nothing was trained or written.")
-    elif _is_first():
+    elif is_first():
         terminal.show_result(metrics, loaded.output_dir)
-
-
-@figure.command("alignment")
-def alignment(
-    recipe: _Recipe,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
-    overrides: _Overrides = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds from the recipe's on.")] = 5,
-    one_by_one: Annotated[
-        bool, typer.Option("--one-by-one", help="Train each adapter alone, as the paper does: a run for each module.")
-    ] = False,
-    rows: Annotated[int, typer.Option(min=1, help="Training rows to take the gradient on.")] = 512,
-) -> None:
-    """Where would an adapter matter? WeightLoRA's Figure 2.
-
-    Trains LoRA and shows |<gradient of the loss in W, B A>| of every module, block by projection, mean over seeds. If
-    the recipe's method selects among adapters, it runs as well and what it keeps is starred. Interrupt and start it
-    again as you like: runs that are in OUT/alignment.jsonl are not made again.
-
-    \b
-    Example: weightlora figure alignment recipe.yaml figures/topics
-             weightlora figure alignment recipe.yaml figures/topics training.num_train_epochs=3 --one-by-one
-    """
-    from weightlora.training.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    _log_to_stderr()
-    from weightlora.figures.weightlora import ALIGNMENT_PICTURE, draw_alignment
-
-    with _interruptible("the same command goes on after the runs that are finished"):
-        draw_alignment(loaded, out, seeds=seeds, one_by_one=one_by_one, rows=rows)
-    print(f"Drawn in {out / ALIGNMENT_PICTURE}")
-
-
-@figure.command("memory")
-def memory_figure(
-    recipe: _Recipe,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
-    overrides: _Overrides = None,
-    ranks: Annotated[str, typer.Option(metavar="R,R,...", help="Ranks of the adapters.")] = "1,8,64",
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="A budget to draw, e.g. '16 GB'.", show_default=False),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="cpu|cuda", help="Where it will run. Default: as here.", show_default=False),
-    ] = None,
-    points: Annotated[int, typer.Option(min=1, help="Numbers of adapters to look at.")] = 20,
-    measured: Annotated[
-        int, typer.Option(min=0, help="As many of them measured too, on the CPU, with random weights.")
-    ] = 0,
-) -> None:
-    """How much memory do how many adapters take? WeightLoRA's Figure 3.
-
-    Weights, adapters with their gradients and optimizer state, and activations, against the number of adapters on the
-    first modules, on the last, and spread over the depth. Predicted from the model's config.json alone, whatever its
-    size; a model that fits here can be measured as well.
-
-    \b
-    Example: weightlora figure memory recipe.yaml figures/memory --memory "16 GB" --device cuda
-             weightlora figure memory small.yaml figures/small --ranks 8 --measured 4
-    """
-    from weightlora.training.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    if device not in (None, "cpu", "cuda"):
-        _fail(f"--device {device}: give cpu or cuda.")
-    _log_to_stderr()
-    from weightlora.figures.memory import MEMORY_PICTURE, draw_memory, fits
-    from weightlora.training.forecasting import size_in_bytes
-
-    found = draw_memory(
-        loaded,
-        out,
-        ranks=_numbers("--ranks", ranks, int),
-        memory=memory,
-        device=device,  # type: ignore[arg-type]
-        points=points,
-        measured=measured,
-    )
-    if memory is not None:
-        for (r, placement), kept in fits(found, size_in_bytes(memory, "--memory")).items():
-            count = "none fits" if kept is None else f"{kept} adapters fit"
-            print(f"{memory}, rank {r}, {placement}: {count}")
-    print(f"Drawn in {out / MEMORY_PICTURE}")
-
-
-@figure.command("outputs")
-def outputs_figure(
-    recipe: _Recipe,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and pictures.", show_default=False)],
-    overrides: _Overrides = None,
-    rows: Annotated[int, typer.Option(min=1, help="Training rows to measure on.")] = 512,
-    after_sharing: Annotated[
-        bool, typer.Option("--after-sharing", help="Train by LoRA-drop too, and lay its outputs over LoRA's.")
-    ] = False,
-) -> None:
-    """How much does each adapter put out, input by input? LoRA-drop's Figures 2 and 6 to 8, with --after-sharing 9, 10.
-
-    Trains LoRA and shows the distribution of ||s B A x||^2 over training rows, a plot for each block and a picture for
-    each projection. Interrupt and start it again as you like: runs in OUT/outputs.jsonl are not made again.
-
-    \b
-    Example: weightlora figure outputs configs/lora_drop/roberta_base/rte_lora_drop.yaml figures/rte
-             weightlora figure outputs recipe.yaml figures/shared --after-sharing method.sample=0.2
-    """
-    from weightlora.training.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    _log_to_stderr()
-    from weightlora.figures import draw_outputs
-
-    with _interruptible("the same command goes on after the runs that are finished"):
-        _, pictures = draw_outputs(loaded, out, rows=rows, after_sharing=after_sharing)
-    for picture in pictures:
-        print(f"Drawn in {picture}")
-
-
-@figure.command("importance")
-def importance_figure(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE... OUT [KEY=VALUE]...",
-            help="YAML recipes, a folder for numbers and picture, and entries to replace in all recipes.",
-            show_default=False,
-        ),
-    ],
-) -> None:
-    """Which modules matter for which task? LoRA-drop's Figures 4 and 11.
-
-    Runs phase 1 of LoRA-drop for each recipe and shows the importance of every module by its output, as a share of the
-    recipe's largest. Interrupt and start it again as you like, with more recipes too.
-
-    \b
-    Example: weightlora figure importance configs/lora_drop/roberta_base/*_lora_drop.yaml figures/glue
-             weightlora figure importance cola.yaml rte.yaml figures/two method.sample=0.2
-    """
-    from weightlora.training.recipe import load_recipe
-
-    overrides = [text for text in arguments if "=" in text and not Path(text).is_file()]
-    *recipes, out = [Path(text) for text in arguments if text not in overrides]
-    if not recipes or out.is_file():
-        _fail("give one or more recipes and then a folder: weightlora figure importance RECIPE... OUT")
-    if len({path.stem for path in recipes}) < len(recipes):
-        _fail("two of the recipes have one file name, by which the picture would name both; rename one.")
-    loaded = {path.stem: load_recipe(path, overrides) for path in recipes}
-    _log_to_stderr()
-    from weightlora.figures import draw_importance
-    from weightlora.figures.lora_drop import IMPORTANCE_PICTURE
-
-    with _interruptible("the same command goes on after the runs that are finished"):
-        draw_importance(loaded, out)
-    print(f"Drawn in {out / IMPORTANCE_PICTURE}")
-
-
-@figure.command("samples")
-def samples_figure(
-    recipe: _Recipe,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
-    overrides: _Overrides = None,
-    shares: Annotated[
-        str, typer.Option(metavar="S,S,...", help="Shares of the training data.")
-    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of each phase 1. Default: those of the recipe's own sample.", show_default=False),
-    ] = None,
-) -> None:
-    """Does the choice depend on how much data it is made by? LoRA-drop's Figures 5 and 12.
-
-    Runs phase 1 of LoRA-drop on samples of several sizes for the same number of steps and shows the importance of every
-    module. Interrupt and start it again as you like: shares in OUT/samples.jsonl are not run again.
-
-    \b
-    Example: weightlora figure samples configs/lora_drop/roberta_base/rte_lora_drop.yaml figures/rte
-             weightlora figure samples recipe.yaml figures/samples --shares 0.1,0.5,1 --steps 100
-    """
-    from weightlora.training.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    _log_to_stderr()
-    from weightlora.figures import draw_samples
-    from weightlora.figures.lora_drop import SAMPLES_PICTURE
-
-    with _interruptible("the same command goes on after the shares that are finished"):
-        draw_samples(loaded, out, shares=_numbers("--shares", shares, float), steps=steps)
-    print(f"Drawn in {out / SAMPLES_PICTURE}")
-
-
-def _numbers(option: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text}: give numbers with commas between them.") from None
 
 
 @app.command()
 def estimate(
-    recipe: _Recipe,
-    overrides: _AsInTrain = None,
+    recipe: Recipe,
+    overrides: AsInTrain = None,
     memory: Annotated[
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Say what fits it, e.g. '16 GB'.", show_default=False),
@@ -448,9 +215,9 @@ def estimate(
 
     loaded = load_recipe(recipe, overrides)
     if device not in (None, "cpu", "cuda"):
-        _fail(f"--device {device}: give cpu or cuda.")
+        fail(f"--device {device}: give cpu or cuda.")
     with _in_haste(quantised=loaded.model.quantization is not None):
-        _log_to_stderr()
+        log_to_stderr()
         from weightlora.training.forecasting import estimate_recipe
 
         found = estimate_recipe(loaded, memory=memory, device=device, rows=rows, against_peft=against_peft)  # type: ignore[arg-type]
@@ -466,8 +233,8 @@ def estimate(
 
 @app.command()
 def probe(
-    recipe: _Recipe,
-    overrides: _AsInTrain = None,
+    recipe: Recipe,
+    overrides: AsInTrain = None,
     steps: Annotated[
         int, typer.Option("--steps", min=2, help="Optimizer steps to look at, half of the run at most.")
     ] = 32,
@@ -491,21 +258,21 @@ def probe(
 
     loaded = load_recipe(recipe, overrides)
     loaded = loaded.model_copy(update={"output_dir": str(out) if out is not None else f"{loaded.output_dir}-probe"})
-    _log_to_stderr()
+    log_to_stderr()
     from weightlora import terminal
     from weightlora.training import probing
 
-    with _interruptible("the probe has to be made again"):
+    with interruptible("the probe has to be made again"):
         found = probing.probe(
-            loaded, steps=steps, progress=_is_first(), on_ready=terminal.show_plan if _is_first() else None
+            loaded, steps=steps, progress=is_first(), on_ready=terminal.show_plan if is_first() else None
         )
-    if _is_first():
+    if is_first():
         terminal.show_probe(found, loaded.output_dir)
 
 
 @app.command()
 def select(
-    recipe: _Recipe,
+    recipe: Recipe,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. method.keep=5.", show_default=False),
@@ -522,18 +289,18 @@ def select(
     from weightlora.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    _log_to_stderr()
+    log_to_stderr()
     from weightlora import terminal
     from weightlora.training.choice import choose
 
-    with _interruptible("the choice has to be made again"), terminal.Status() as status:
+    with interruptible("the choice has to be made again"), terminal.Status() as status:
         config = choose(
             loaded,
-            progress=_is_first(),
-            on_ready=terminal.show_plan if _is_first() else None,
-            on_progress=status if _is_first() else None,
+            progress=is_first(),
+            on_ready=terminal.show_plan if is_first() else None,
+            on_progress=status if is_first() else None,
         )
-    if _is_first():
+    if is_first():
         terminal.show_choice(config, loaded.output_dir)
 
 
@@ -589,7 +356,7 @@ def export(
         raise ConfigError("--public is for what is pushed; add --push-to-hub USER/NAME.")
     if same_shape and (push_to_hub or hub_base):
         raise ConfigError("--same-shape writes several adapters; push them one at a time, without it.")
-    _log_to_stderr()
+    log_to_stderr()
     from weightlora import export as export_run
     from weightlora import export_together
 
@@ -641,7 +408,7 @@ def bench(
     from weightlora.bench.suite import load_suite
 
     loaded = load_suite(suite, overrides)
-    _log_to_stderr("ERROR")  # the rest is in the suite's log.txt
+    log_to_stderr("ERROR")  # the rest is in the suite's log.txt
     from weightlora import terminal
     from weightlora.bench import runner
     from weightlora.bench.suite import groups
@@ -655,7 +422,7 @@ def bench(
         runner.check(loaded)
         print("Dry run: nothing was trained or written.")
         return
-    with _interruptible("the same command goes on"):
+    with interruptible("the same command goes on"):
         failed = [] if table else terminal.make_runs(loaded, jobs)
     terminal.show_suite(loaded, "" if table else runner.write_report(loaded))
     if failed:
@@ -762,64 +529,6 @@ def schema(
         return
     durable.write_whole(out, recipe_schema_text())
     print(f"Written to {out}; the first line of a recipe beside it:\n{LINE.format(out.name)}")
-
-
-@listing.command("methods")
-def list_methods() -> None:
-    """The methods a recipe can name, and their options.
-
-    \b
-    Example: method: {name: weightlora, keep: 5, after: 0.1}
-    """
-    from weightlora import methods
-
-    for info in methods.list_methods():
-        options = ", ".join(f"{name}={default!r}" for name, default in info.options.items())
-        facts = {"scores": info.scores, "then": info.action, "trains": info.parameters, "options": options}
-        _show_entry(info.name, info.title, {**facts, "paper": info.paper, "code": _SOURCES[info.source]})
-
-
-@listing.command("tasks")
-def list_tasks() -> None:
-    """The tasks a recipe can name, and how they are scored.
-
-    \b
-    Example: task: pair-classification
-    """
-    from weightlora import tasks
-
-    for task in tasks.list_tasks():
-        columns = ", ".join(role if usual else f"{role} if wanted" for role, usual in task.columns.items())
-        columns = "; ".join(", ".join(layout) for layout in getattr(task, "layouts", ())) or columns
-        data = task.benchmark and ":".join(filter(None, (task.benchmark.path, task.benchmark.name)))
-        _show_entry(task.name, task.title, {"columns": columns, "scored by": task.primary, "data": data or ""})
-
-
-def _log_to_stderr(level: str = "INFO") -> None:
-    """The library's own log lines from `level` on; what transformers says about a new head is expected and left out.
-
-    To be called before PEFT is imported: that imports bitsandbytes, which warns of kernels it would like to have.
-    """
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of one dependency about another
-    logging.basicConfig(format="%(message)s")
-    level = level if _is_first() else "ERROR"
-    logging.getLogger().handlers[0].setLevel(level)
-    logging.getLogger("weightlora").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _show_entry(name: str, title: str, facts: dict[str, str]) -> None:
-    print(f"{name}\n    {title}")
-    for fact, value in facts.items():
-        if value:
-            print(f"    {fact}: {value}")
 
 
 if __name__ == "__main__":

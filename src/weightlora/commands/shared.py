@@ -1,0 +1,71 @@
+"""What the commands share: arguments, how they end, what is logged."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MOST_SHOWN = 2000  # characters of a message
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
+]
+AsInTrain = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, as in train.", show_default=False),
+]
+
+
+def fail(message: str, code: int = 2) -> None:
+    """End with one message on stderr, from the first process only."""
+    if len(message) > _MOST_SHOWN:  # a value of theirs may be of any length
+        message = f"{message[: _MOST_SHOWN // 2]} ... {message[-_MOST_SHOWN // 2 :]}"
+    if is_first():
+        print(f"weightlora: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def is_first() -> bool:
+    """Whether this process speaks: the first, or the only one, of those that `torchrun` has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def interruptible(then: str) -> Iterator[None]:
+    """Ctrl-C is one line and exit code 130, SIGTERM after a checkpoint 143."""
+    from weightlora.training.stopping import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        fail(f"{stopped}; its checkpoint is whole, and {then}", 128 + stopped.signal)
+    except KeyboardInterrupt:
+        fail(f"stopped at once; {then}", 130)
+
+
+def log_to_stderr(level: str = "INFO") -> None:
+    """The library's own log lines from `level` on; what transformers says about a new head is expected and left out.
+
+    To be called before PEFT is imported: that imports bitsandbytes, which warns of kernels it would like to have.
+    """
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one dependency about another
+    logging.basicConfig(format="%(message)s")
+    level = level if is_first() else "ERROR"
+    logging.getLogger().handlers[0].setLevel(level)
+    logging.getLogger("weightlora").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

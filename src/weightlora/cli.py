@@ -89,6 +89,8 @@ def _in_haste(quantised: bool) -> Iterator[None]:
     """Inside, what is not needed is not found, unless it is imported already, and no garbage is looked for."""
     import gc
 
+    collects = gc.isenabled()
+    gc.disable()
     import torch
 
     unneeded = [*_UNNEEDED]
@@ -96,8 +98,6 @@ def _in_haste(quantised: bool) -> Iterator[None]:
     unneeded += [] if torch.cuda.is_available() else ["triton"]
     hidden = [name for name in unneeded if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    collects = gc.isenabled()
-    gc.disable()
     try:
         yield
     finally:

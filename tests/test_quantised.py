@@ -33,19 +33,25 @@ def eight_bit() -> Any:
     return get_peft_model(net, CONFIG)
 
 
-def four_bit() -> Any:
+def four_bit_layer() -> Any:
     bnb = pytest.importorskip("bitsandbytes")
-    net = two(lambda: bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)).to("cpu")
+    return bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+
+
+def four_bit() -> Any:
+    net = two(four_bit_layer).to("cpu")
     net.is_loaded_in_4bit = True
     return get_peft_model(net, CONFIG)
 
 
-def hqq() -> Any:
+def hqq_layer() -> Any:
     quantize = pytest.importorskip("hqq.core.quantize")
     options = quantize.BaseQuantizeConfig(nbits=4, group_size=16)
-    return get_peft_model(
-        two(lambda: quantize.HQQLinear(nn.Linear(64, 64), options, compute_dtype=torch.float32, device="cpu")), CONFIG
-    )
+    return quantize.HQQLinear(nn.Linear(64, 64), options, compute_dtype=torch.float32, device="cpu")
+
+
+def hqq() -> Any:
+    return get_peft_model(two(hqq_layer), CONFIG)
 
 
 def torchao() -> Any:

@@ -241,7 +241,7 @@ def test_steps_are_counted_as_the_trainer_counts(
         ({"lora": {"rnak": 8}}, "`lora.rnak` is not a key of that section"),
         ({"lora": {"lora_alhpa": 8}}, "did you mean 'lora_alpha'?"),
         ({"lora": {"r": 0}}, "`lora.r` is 0; it must be above 0"),
-        ({"lora": {"r": "big"}}, "`lora.r` is 'big': input should be a valid integer"),
+        ({"lora": {"r": "big"}}, "`lora.r` is 'big'; give a rank such as 8"),
         ({"lora": {"lora_dropout": 1.0}}, "`lora.lora_dropout` is 1.0"),
         ({"lora": {"task_type": "CAUSAL_LM"}}, "`lora.task_type` cannot be set: it follows from `task`"),
         ({"lora": {"bias": "some"}}, "`lora.bias` is 'some': input should be 'none', 'all' or 'lora_only'"),

@@ -15,7 +15,7 @@ import torch
 from helpers import batch, bert, make_trainer, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_counts import deberta_v3_base
-from test_quantised import four_bit, hqq
+from test_quantised import four_bit_layer, hqq_layer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -164,11 +164,11 @@ def test_the_optimizer_holds_what_is_trained_once(name):
 
 
 @pytest.mark.parametrize("name", ["melora", "tied_lora", "s2_lora"])
-@pytest.mark.parametrize("make", [four_bit, hqq])
+@pytest.mark.parametrize("make", [four_bit_layer, hqq_layer])
 def test_on_quantised_layers(make, name):
     torch.manual_seed(0)
     net = nn.Sequential(make(), nn.ReLU(), make())
-    net.is_loaded_in_4bit = make is four_bit  # type: ignore[assignment]
+    net.is_loaded_in_4bit = make is four_bit_layer  # type: ignore[assignment]
     model: Any = stirred(prepare(name, net.to("cpu"), {"r": 2, "target_modules": ["0", "2"]}))
     x = torch.randn(3, 64)
     adapter = list_adapters(model)[0]

@@ -198,12 +198,13 @@ class Progress(TrainerCallback):
         """`HeadFirst` is at work: on so many of its batches, then of its passes."""
         if not state.is_world_process_zero:
             return
-        if self._fitting is None:
+        begins = self._fitting is None
+        if begins:
             self._model, self._state = model, state
             self._open(Path(str(args.output_dir)) / PROGRESS_FILE, state)
             self._written = -float("inf")
         self._fitting = done, of
-        self._tell()
+        self._tell(force=begins)
 
     def fitted_head(self, state: TrainerState, found: Mapping[str, Any]) -> None:
         """It is done; `found` is what it says."""

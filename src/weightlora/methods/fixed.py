@@ -14,7 +14,7 @@ from weightlora.methods.base import SelectionMethod
 from weightlora.selection import budgets
 from weightlora.selection.actions import Disconnect
 from weightlora.selection.directions import DirectedSelector
-from weightlora.selection.placement import EVERYTHING, GROUPS, WHERE, Placement, Where
+from weightlora.selection.placement import EVERYTHING, WHERE, Placement, Where, read_modules
 from weightlora.selection.schedules import After
 from weightlora.selection.selector import Selector, Strategy
 
@@ -70,7 +70,7 @@ class Fixed(SelectionMethod):
                 f"`keep={self.keep}` depends on how deep adapters reach, and `where='spread'` reaches all the way; "
                 "give `where='last'`, or `keep` in adapters or parameters."
             )
-        self.where, self.modules = where, _modules(modules)
+        self.where, self.modules = where, read_modules(modules)
         self.when = After(after)
         super().__init__(seed=seed, share_dropout=share_dropout)
 
@@ -95,16 +95,6 @@ class Fixed(SelectionMethod):
             share_dropout=self.share_dropout,
             init_after=self.init_after,
         )
-
-
-def _modules(modules: Any) -> str | tuple[str, ...] | None:
-    """A group, or endings of names."""
-    if modules is None or modules in GROUPS:
-        return modules
-    endings = [modules] if isinstance(modules, str) else modules
-    if not isinstance(endings, Sequence) or not endings or not all(e and isinstance(e, str) for e in endings):
-        raise ConfigError(f"`modules={modules!r}` must be one of {GROUPS}, or names of modules such as ['v_proj'].")
-    return tuple(endings)
 
 
 register(

@@ -28,12 +28,11 @@ from weightlora.errors import ConfigError, DivergedError
 from weightlora.measure import beside_steps
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import Method
-from weightlora.methods.fixed import _modules
 from weightlora.selection import budgets
 from weightlora.selection.actions import Cut, Disconnect, Settle
 from weightlora.selection.engine import Engine
 from weightlora.selection.events import finite
-from weightlora.selection.placement import Placement
+from weightlora.selection.placement import Placement, read_modules
 from weightlora.selection.schedules import After
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class Halving(Method["SetSearch"]):
         if after == 0 or after is None:
             raise ConfigError(f"`after={after}` leaves no step to compare sets in; give optimizer steps or a share.")
         self.where = options.one_of("where", where, ("stratified", "random"))
-        self.modules = _modules(modules)
+        self.modules = read_modules(modules)
         self.score_batches = options.whole("score_batches", score_batches)
         self._batches: list[Mapping[str, Any]] = []
 

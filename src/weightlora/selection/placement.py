@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -114,6 +114,20 @@ def _in_turn(adapters: Sequence[Adapter], drawn: Sequence[int]) -> list[int]:
         turns[block] = turns.get(block, -1) + 1
         rounds.append(turns[block])
     return [drawn[place] for place in sorted(range(len(drawn)), key=rounds.__getitem__)]
+
+
+def read_modules(modules: Any) -> str | tuple[str, ...] | None:
+    """What a user writes for `modules`: a group, or endings of names.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if modules is None or modules in GROUPS:
+        return modules
+    endings = [modules] if isinstance(modules, str) else modules
+    if not isinstance(endings, Sequence) or not endings or not all(e and isinstance(e, str) for e in endings):
+        raise ConfigError(f"`modules={modules!r}` must be one of {GROUPS}, or names of modules such as ['v_proj'].")
+    return tuple(endings)
 
 
 EVERYTHING = Budget("share", 1.0)

@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,6 +252,16 @@ def test_runs_that_start_at_once_below_one_new_folder_do_not_meet(tmp_path):
     with ThreadPoolExecutor(len(places)) as pool:
         list(pool.map(durable.check_writable, places * 40))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_tried_to_write_is_removed_by_the_next(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, others = (tmp_path / f".weightlora-trial.0.{pid}" / "run" for pid in (gone.pid, os.getppid()))
+    for trial in (left, others):
+        trial.mkdir(parents=True)
+    durable.check_writable(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == [others.parent], "a process that lives is still at it"
 
 
 @pytest.mark.parametrize(("number", "says"), [(errno.EROFS, "the disk is read-only"), (errno.EACCES, "no permission")])

@@ -17,9 +17,9 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     with saving(str(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(folder)
+        _remove_orphans(folder.parent, folder.name)
         draft = folder.with_name(f"{OURS}{folder.name}.{os.getpid()}")
         draft.mkdir()
     old = draft.with_name(f"{draft.name}-old")
@@ -79,11 +79,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_orphans(folder: Path) -> None:
-    """Remove the drafts of a folder whose process is gone."""
-    for draft in folder.parent.glob(f"{OURS}{glob.escape(folder.name)}.*"):
+def _remove_orphans(parent: Path, name: str, *, besides: Container[str] = ()) -> None:
+    """Remove drafts of this name whose process is gone; those in `besides` are this process's own."""
+    for draft in parent.glob(f"{OURS}{glob.escape(name)}.*"):
         number = draft.suffix[1:].removesuffix("-old")
-        if number.isdigit() and not _is_alive(int(number)):
+        if number.isdigit() and draft.name not in besides and not _is_alive(int(number)):
             shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -261,6 +261,22 @@ def one_process(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+_TRIAL = "trial"
+_trials: set[str] = set()  # of this process, whose threads may try at once
+
+
+@contextlib.contextmanager
+def _trial_in(parent: Path) -> Iterator[Path]:
+    name = f"{OURS}{_TRIAL}.{uuid.uuid4().hex}.{os.getpid()}"
+    _trials.add(name)
+    try:
+        (parent / name).mkdir()
+        yield parent / name
+    finally:
+        shutil.rmtree(parent / name, ignore_errors=True)
+        _trials.discard(name)
+
+
 def check_writable(folder: Path, needed: int = 0) -> None:
     """Write a file where a folder is or would be, look at the room there, and leave nothing behind.
 
@@ -277,8 +293,9 @@ def check_writable(folder: Path, needed: int = 0) -> None:
         there = next(path for path in (place, *place.parents) if path.exists())
         if not there.is_dir():
             raise OSError(errno.EEXIST if there == place else errno.ENOTDIR, "")
-        with tempfile.TemporaryDirectory(prefix=OURS, dir=there) as draft:
-            trial = Path(draft, place.relative_to(there))
+        _remove_orphans(there, _TRIAL, besides=_trials)
+        with _trial_in(there) as draft:
+            trial = draft / place.relative_to(there)
             trial.mkdir(parents=True, exist_ok=True)
             (trial / "probe").touch()
         free = shutil.disk_usage(there).free

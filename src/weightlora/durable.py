@@ -262,6 +262,7 @@ def one_process(folder: Path, what: str) -> Iterator[None]:
 
 
 _TRIAL = "trial"
+_LEVELS = 6  # of folders in which trials that were left are looked for: a run's, in a suite's
 _trials: set[str] = set()  # of this process, whose threads may try at once
 
 
@@ -293,7 +294,8 @@ def check_writable(folder: Path, needed: int = 0) -> None:
         there = next(path for path in (place, *place.parents) if path.exists())
         if not there.is_dir():
             raise OSError(errno.EEXIST if there == place else errno.ENOTDIR, "")
-        _remove_orphans(there, _TRIAL, besides=_trials)
+        for parent in (there, *there.parents)[:_LEVELS]:  # another process may have made folders since
+            _remove_orphans(parent, _TRIAL, besides=_trials)
         with _trial_in(there) as draft:
             trial = draft / place.relative_to(there)
             trial.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,14 @@ def test_a_changed_byte_is_found(checkpoint, tmp_path):
     assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_an_archive_that_claims_to_span_disks_is_damaged(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-4"))
+    durable.unmark(folder)
+    locator = b"PK\x06\x07" + (1).to_bytes(4, "little") + bytes(8) + (2).to_bytes(4, "little")
+    (folder / "optimizer.pt").write_bytes(locator + b"PK\x05\x06" + bytes(18))
+    assert durable.flaw(folder) == "optimizer.pt cannot be read"
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', '{"files": {"a": 1}}', "\udcff"])
 def test_a_mark_that_cannot_be_read_is_no_mark(text, checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "checkpoint-4")

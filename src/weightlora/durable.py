@@ -188,7 +188,7 @@ def _unreadable(folder: Path, to_resume: bool) -> str | None:
     except (OSError, ValueError):
         return f"{state.name} cannot be read"
     for file in sorted(folder.iterdir()):
-        if file.suffix in _ZIPPED and not zipfile.is_zipfile(file):
+        if file.suffix in _ZIPPED and not _is_archive(file):
             return f"{file.name} cannot be read"
         if file.suffix == ".safetensors":
             try:
@@ -197,6 +197,13 @@ def _unreadable(folder: Path, to_resume: bool) -> str | None:
             except (SafetensorError, OSError):
                 return f"{file.name} cannot be read"
     return None if _has_weights(folder) else "its weights are missing"
+
+
+def _is_archive(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # raised for some kinds of damage
+        return False
 
 
 def _has_weights(folder: Path) -> bool:

@@ -38,12 +38,12 @@ def sync_config(model: nn.Module, adapter_name: str, *, as_list: bool = False) -
     host = find_host(model)
     adapters = list_adapters(host, adapter_name, linear=False)
     forms = {a.target: (a.r, alpha_for(a)) for a in adapters}
-    parameters = list(dict.fromkeys(a.target for a in adapters if hasattr(a.layer, "parameter_name")))
+    parameters = dict.fromkeys(a.target for a in adapters if hasattr(a.layer, "parameter_name"))
     targets = [name for name in forms if name not in parameters]
     config: Any = host.peft_config[adapter_name]
     names = {n for n, m in base_of(host).named_modules() if not _inside_adapter(n)}
     config.target_modules = targets if as_list else target_modules(targets, names)
-    config.target_parameters = parameters or None
+    config.target_parameters = list(parameters) or None
     config.layers_to_transform = config.layers_pattern = None
     also = sorted(_ending_in(targets, names.difference(targets))) if as_list else []
     config.exclude_modules = exactly(also) if also else None

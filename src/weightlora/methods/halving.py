@@ -355,8 +355,9 @@ class SetSearch(Engine):
     def _cut(self, optimizer: torch.optim.Optimizer | None) -> None:
         """The set that is left is in the model; the other adapters go."""
         kept = self._members(self.active)
-        dropped = [a for a in self.adapters if a not in kept]
-        scores = {a.name: self._score(a.name) for a in self.adapters}
+        names = set(self.sets[self.active])
+        dropped = [a for a in self.adapters if a.name not in names]
+        scores = self._scores()
         before = self.parameters
         self.kept, self.dropped = [a.name for a in kept], [a.name for a in dropped]
         self.record_cut(scores, dropped=self.dropped, before=before, after=sum(a.parameters for a in kept))
@@ -367,10 +368,12 @@ class SetSearch(Engine):
         structure.sync_config(self.model, self.key)
         logger.info("step %d: kept set %d of %d", self.global_step, self.active, len(self.sets))
 
-    def _score(self, name: str) -> float | None:
-        """Minus the last loss of the best set that has a module."""
-        losses = [self._last[i] for i, names in enumerate(self.sets) if name in names and i in self._last]
-        return -min(losses) if losses else None
+    def _scores(self) -> dict[str, float | None]:
+        """Minus the last loss of the best set that has a module; None where no set that was compared has it."""
+        scores: dict[str, float | None] = {a.name: None for a in self.adapters}
+        for number in sorted(self._last, key=self._last.__getitem__, reverse=True):  # the best one last
+            scores |= dict.fromkeys(self.sets[number], -self._last[number])
+        return scores
 
     def _finish(self) -> None:
         self.let_go()

@@ -210,6 +210,15 @@ def parse(keep: Any, *, auto: bool = False) -> Budget:
     )
 
 
+def amount(text: Any, unit: str) -> int | None:
+    """The number in a text such as "16 GB" or "61440 parameters"; None where it is not one of this unit."""
+    try:
+        found = parse(text)
+    except ConfigError:
+        return None
+    return int(found.limit) if found.unit == unit else None
+
+
 def _from_text(text: str) -> Budget:
     match = _WRITTEN.fullmatch(text)
     unit = {"": "adapters", "b": "bytes", "byte": "bytes", "params": "parameters"}

@@ -149,10 +149,7 @@ def size_in_bytes(text: Any, key: str) -> int:
     Raises:
         ConfigError: it is none.
     """
-    try:
-        size = budgets.parse(text)
-    except ConfigError:
-        size = None
-    if size is None or size.unit != "bytes":
+    size = budgets.amount(text, "bytes")
+    if size is None:
         raise ConfigError(f"`{key}` is {text!r}, no amount of memory; give one such as '16 GB' or '900 MiB'.")
-    return int(size.limit)
+    return size

@@ -30,13 +30,10 @@ def asked_for(r: Any) -> int | None:
     """
     if not isinstance(r, str):
         return None
-    try:
-        budget = budgets.parse(r)
-    except ConfigError:
-        budget = None
-    if budget is None or budget.unit != "parameters":
+    wanted = budgets.amount(r, "parameters")
+    if wanted is None:
         raise ConfigError(f"`lora.r` is {r!r}; give a rank such as 8, or what to spend on all: '61440 parameters'.")
-    return int(budget.limit)
+    return wanted
 
 
 def of_parameters(model: nn.Module, lora: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from weightlora import ConfigError, Fixed, WeightLoRA, estimate, list_adapters, measure
+from weightlora import ConfigError, Fixed, WeightLoRA, estimate, list_adapters, measure, methods
 from weightlora.adapters import attach, kernel, surgery
 from weightlora.forecast import model as models
 from weightlora.forecast.costs import Costs, optimizer_bytes, take_costs
+from weightlora.forecast.estimator import with_adapters
 from weightlora.forecast.model import Base
 
 ARCHITECTURES = ["bert", "roberta", "deberta-v2", "bart", "t5", "llama", "qwen", "gemma", "gpt2", "modernbert"]
@@ -222,14 +223,58 @@ def test_what_fits_a_memory_stays_below_it_and_what_is_next_does_not():
     assert estimate(config(), lora, memory_bytes=1000, **settings).room.choice is None
 
 
-def test_experts_are_said_to_carry_no_adapters():
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    moe = transformers.Qwen3MoeConfig(
-        **small, head_dim=16, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, vocab_size=100
-    )
-    found = estimate(moe, {**LORA, "task_type": "CAUSAL_LM"}, method="lora", **SMALL)
-    assert {k.name: k.count for k in found.modules} == dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj"], 2)
-    assert "experts (8 in each of 2 layers) carry no adapters" in found.notes[0] and "block-linear" in found.notes[1]
+def mixture(**changes: Any) -> Any:
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    own = {"head_dim": 32, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    return transformers.Qwen3MoeConfig(**{**small, **own, "vocab_size": 100, "eos_token_id": None, **changes})
+
+
+EXPERTS = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_on_experts_are_seen_as_what_they_keep(checkpointing):
+    settings = {"batch": 4, "length": 32}
+    found = estimate(mixture(), EXPERTS, method=WeightLoRA(keep=4), checkpointing=checkpointing, **settings)
+    meta, _ = with_adapters(mixture(), EXPERTS, "lora", None)
+    adapters = list_adapters(meta, linear=False)
+    attach.use_kernel(list_adapters(meta), gates=False)
+    costs = take_costs(Base(meta), adapters, "fp32", 4, 32, None, "cpu", None)
+    ids = torch.randint(0, 100, (4, 32))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    experts = [name for name in costs.names if ".experts." in name]
+    for kept in (costs.names, costs.names[1::3], costs.names[-3:], experts[-1:], costs.names[:4]):
+        model = methods.prepare("lora", transformers.Qwen3MoeForCausalLM(mixture()), EXPERTS).train()
+        if checkpointing:
+            model.config.use_cache = False
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        attach.use_kernel(list_adapters(model), gates=False)
+        surgery.disconnect(model, [a for a in list_adapters(model, linear=False) if a.name not in kept])
+        surgery.release_inputs(model)
+        step = costs.step(mask(costs, kept), checkpointing=checkpointing)
+        assert step.saved_bytes == pytest.approx(saved(model, batch), rel=0.09 if checkpointing else 0.01), kept
+        # Forward counts the update of experts whose adapters are gone: 2 rows of A for each of the 32 of a matrix.
+        flops = measure.flops(lambda m=model: m(**batch).loss.backward())
+        assert flops <= step.flops <= 1.11 * flops, kept
+        if kept == costs.names:
+            assert found.find().saved_bytes == step.saved_bytes
+            assert found.trainable["all"] == measure.trainable_parameters(model)
+    counted = {k.name: k.count for k in found.modules}
+    assert counted["gate_up_proj, 8 experts"] == counted["gate"] == counted["q_proj"] == 2 and found.kept["all"] == 14
+    assert "leave the experts" in found.notes[0] and "down_proj, gate_up_proj" in found.notes[1]
+    plain = estimate(mixture(), {**EXPERTS, "target_modules": ["q_proj"]}, method="lora", **settings)
+    assert len(plain.notes) == 1
+
+
+def test_what_experts_compute_is_counted():
+    model, tokens = transformers.Qwen3MoeForCausalLM(mixture()), 4 * 32
+    layer = model.model.layers[0].mlp.experts
+    x = torch.randn(tokens, 64, requires_grad=True)
+    chosen, weights = torch.randint(0, 8, (tokens, 2)), torch.rand(tokens, 2)
+    matrices = 64 * 64 + 64 * 32  # gate and up in one, and down
+    assert measure.flops(lambda: layer(x, chosen, weights)) == 2 * 2 * tokens * matrices
+    assert measure.flops(lambda: layer(x, chosen, weights).sum().backward()) == 3 * 2 * 2 * tokens * matrices
 
 
 @pytest.mark.parametrize(
@@ -240,6 +285,7 @@ def test_experts_are_said_to_carry_no_adapters():
         ({"batch": 0}, "`batch=0`"),
         ({"device": "tpu"}, "device"),
         ({"method": WeightLoRA(keep=99)}, "exceeds the 14"),
+        ({"method": WeightLoRA(experts="each")}, "leave `experts='each'` out"),
     ],
 )
 def test_what_cannot_be_estimated_is_said_in_one_line(arguments, said):

@@ -102,10 +102,26 @@ def flop_counter() -> FlopCounterMode:
     def backward(out: Sequence[int], *qkv: Any, **_: Any) -> int:
         return attention_backward_flops(out, *qkv[:3])
 
-    aten: Any = torch.ops.aten  # torch itself knows all attention kernels but the CPU's
-    attention = aten._scaled_dot_product_flash_attention_for_cpu
-    attention_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return FlopCounterMode(display=False, custom_mapping={attention: forward, attention_backward: backward})
+    # What torch itself does not know: the CPU's attention, and products of which every expert makes a part.
+    aten: Any = torch.ops.aten
+    formulas: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    for name in ("_grouped_mm", "_scaled_grouped_mm"):
+        if hasattr(aten, name):
+            formulas[getattr(aten, name)] = _grouped_flops
+    fallback: Any = torch.ops.transformers  # of transformers, where torch has none
+    if hasattr(fallback, "grouped_mm_fallback"):
+        formulas[fallback.grouped_mm_fallback] = _grouped_flops
+        formulas[fallback.grouped_mm_fallback_backward] = lambda x, weight, *_, **__: 2 * _grouped_flops(x, weight)
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _grouped_flops(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of products (m, k) (E, k, n), (E, m, k) (k, n) or (m, k) (k, n) that are split over the dimension without E."""
+    experts = first[0] if len(first) == len(second) == 3 else 1
+    return 2 * experts * first[-2] * first[-1] * second[-1]
 
 
 def attention_backward_flops(out: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:

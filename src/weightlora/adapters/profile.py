@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from weightlora import measure
 from weightlora.adapters import kernel, surgery
-from weightlora.adapters.attach import Adapter
+from weightlora.adapters.attach import Adapter, OtherAdapter
 
 # Operations of two operands, by the names of what they save: the gradient of one needs the other and not itself.
 _PRODUCTS = {
@@ -36,6 +36,7 @@ _PRODUCTS = {
     "BmmBackward0": ("self", "mat2"),
     "AddmmBackward0": ("mat1", "mat2"),
     "BaddbmmBackward0": ("batch1", "batch2"),
+    "GroupedMmBackward0": ("self", "mat2"),
 }
 _OPERANDS = {**_PRODUCTS, "MulBackward0": ("self", "other")}
 
@@ -51,7 +52,7 @@ class Part(NamedTuple):
         bytes: kept from forward to backward.
         flops: of one step, forward and backward.
         only: place of an adapter that has to be there as well, or None. To reach the adapters before it, a gradient
-            needs what dropped out of the input of this one.
+            needs what dropped out of the input of this one, or the weights to which this one added its update.
     """
 
     runs: tuple[int, ...]
@@ -198,8 +199,14 @@ class _Record:
         self.blocks = blocks
         self.block: int | None = None  # at work
         self.calls: list[_Call] = []  # of blocks
-        self.saved_in: dict[int | None, dict[StorageWeakRef, list[int]]] = {}  # {block: {storage: [bytes, adapters]}}
-        self.names = {id(a.A): a.name for a in adapters}
+        # {block: {storage: [bytes, adapters, one that has to be there too]}}
+        self.saved_in: dict[int | None, dict[StorageWeakRef, list[int]]] = {}
+        self.names = {id(a.A): a.name for a in adapters if not isinstance(a, OtherAdapter)}
+        self.others = [
+            a for a in adapters if isinstance(a, OtherAdapter)
+        ]  # PEFT's own operations, in the model's graph
+        self.leaves = {id(p): a.name for a in self.others for p in a.weights}
+        self.updating: set[int] = set()  # their bits
         self.bits: dict[str, int] = {}
         self.always = 1 << len(adapters)  # the bit of everything else that is trained
         self.reentrant = bool(surgery.reentrant_checkpointing(model))
@@ -212,11 +219,11 @@ class _Record:
         self.owned = {StorageWeakRef(t.untyped_storage()) for t in [*model.parameters(), *model.buffers()]}
         self.saved: list[_Saved] = []
         self.read: list[_Saved] = []
-        self.storages: dict[StorageWeakRef, list[int]] = {}  # {storage: [bytes, adapters]}
+        self.storages: dict[StorageWeakRef, list[int]] = {}  # the same of all blocks
         # Adapter, node of its input, bytes and FLOPs for the gradient of the input.
         self.for_input: list[tuple[int, Any, int, int]] = []
         self.foreign: list[tuple[Any, int]] = []  # node of a base layer and FLOPs of its input's gradient
-        self.costs: dict[tuple[int, int], list[int]] = {}  # {(adapters, one that has to be there too): [bytes, FLOPs]}
+        self.costs = _Sums(self.always)
 
     # -- the forward pass ----------------------------------------------------------------------------------------
 
@@ -229,10 +236,23 @@ class _Record:
             for module in self.model.modules():
                 if "_gradient_checkpointing_func" in vars(module):
                     stack.enter_context(_replaced(module, "_gradient_checkpointing_func", self._checkpoint))
+            for other in self.others:
+                starts = functools.partial(self._other_starts, other.name)
+                stack.callback(other.layer.register_forward_pre_hook(starts).remove)  # type: ignore[attr-defined]
             for block in self.blocks:
                 stack.callback(block.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(self._leave).remove)
             yield
+
+    def _starts(self, name: str) -> int:
+        """The bit of an adapter whose turn it is."""
+        bit = self.bits.setdefault(name, 1 << len(self.bits))
+        if self.segment is not None:
+            self.segment.after |= bit
+        return bit
+
+    def _other_starts(self, name: str, *_: Any) -> None:
+        self.updating.add(self._starts(name))
 
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self.block = len(self.calls)
@@ -261,7 +281,7 @@ class _Record:
         lora_B, _, *others = rest
         if id(lora_A) not in self.names:
             return add_update(base, x, lora_A, *rest)
-        bit = self.bits.setdefault(self.names[id(lora_A)], 1 << len(self.bits))
+        bit = self._starts(self.names[id(lora_A)])
         before, self.inside = self.counter.get_total_flops(), True
         own_x = x.detach().requires_grad_(x.requires_grad)
         own = add_update(base.detach(), own_x, lora_A, lora_B, None, *others)
@@ -269,11 +289,9 @@ class _Record:
         self._keep_own(own.grad_fn, x.grad_fn, bit)
         input_flops = 2 * x.numel() * lora_A.weight.shape[0] if x.requires_grad else 0
         # Backward has two products for each of forward's; checkpointing makes one more.
-        self._add(bit, flops=(3 if self.segment is None else 4) * forward - 2 * x.numel() * lora_A.weight.shape[0])
+        self.costs.add(bit, flops=(3 if self.segment is None else 4) * forward - 2 * x.numel() * lora_A.weight.shape[0])
         self.for_input.append((bit, x.grad_fn, 0, input_flops))
         self.adapter_flops += forward
-        if self.segment is not None:
-            self.segment.after |= bit
         if base.grad_fn is not None and _is_foreign(base.grad_fn):
             self.foreign.append((base.grad_fn, 2 * x.numel() * base.shape[-1]))
         mark = torch.zeros((), dtype=base.dtype, device=base.device, requires_grad=True)
@@ -283,7 +301,7 @@ class _Record:
     def _keep_own(self, root: Any, x: Any, bit: int) -> None:
         leads_to = self._leads_to([root], 0)
         for node, parameters in leads_to.items():
-            for saved, needed in self._read_saved(node, parameters, leads_to):
+            for saved, needed, _ in self._read_saved(node, parameters, leads_to):
                 if needed:
                     self._keep(saved, bit)
                 elif saved.storage not in self.owned:
@@ -302,36 +320,29 @@ class _Record:
 
     # -- what it costs -------------------------------------------------------------------------------------------
 
-    def _keep(self, saved: _Saved, adapters: int) -> None:
+    def _keep(self, saved: _Saved, adapters: int, only: int = 0) -> None:
         if adapters and saved.storage not in self.owned:
-            self.storages.setdefault(saved.storage, [saved.nbytes, 0])[1] |= adapters
+            self.storages.setdefault(saved.storage, [saved.nbytes, 0, only])[1] |= adapters
             within = self.saved_in.setdefault(saved.block, {}) if self.blocks else {}
-            within.setdefault(saved.storage, [saved.nbytes, 0])[1] |= adapters
-
-    def _add(self, adapters: int, *, size: int = 0, flops: int = 0, only: int = 0) -> None:
-        if adapters & self.always:
-            adapters, only = only or self.always, 0
-        if adapters:
-            cost = self.costs.setdefault((adapters, only), [0, 0])
-            cost[0], cost[1] = cost[0] + size, cost[1] + flops
+            within.setdefault(saved.storage, [saved.nbytes, 0, only])[1] |= adapters
 
     def read_graph(self, roots: Sequence[Any]) -> None:
         """Note what every node of the graph keeps, and what its gradients cost, with the adapters it leads to."""
-        self._add(self.always, flops=self._frozen_flops())
+        self.costs.add(self.always, flops=self._frozen_flops())
         inputs = 0 if self.segments else self.always
         leads_to = self._leads_to(roots, inputs)
         for node, adapters in leads_to.items():
             self._read_node(node, adapters, leads_to)
         for node, flops in self.foreign:
-            self._add(leads_to.get(node, 0), flops=flops)
+            self.costs.add(leads_to.get(node, 0), flops=flops)
         for segment in self.segments:
             there = functools.reduce(int.__or__, (leads_to.get(node, 0) for node in segment.outputs), 0)
-            self._add(there, flops=(segment.end if self.reentrant else segment.saved_at) - segment.start)
-            self._add(0 if self.reentrant else segment.after, flops=segment.end - segment.saved_at)
+            self.costs.add(there, flops=(segment.end if self.reentrant else segment.saved_at) - segment.start)
+            self.costs.add(0 if self.reentrant else segment.after, flops=segment.end - segment.saved_at)
         # PEFT may cast the input for the adapter alone, so its node need not be one of the model's.
         leads_to = self._leads_to([x for _, x, _, _ in self.for_input if x is not None], inputs, leads_to)
         for bit, x, size, flops in self.for_input:
-            self._add(inputs if x is None else leads_to.get(x, 0), size=size, flops=flops, only=bit)
+            self.costs.add(inputs if x is None else leads_to.get(x, 0), size=size, flops=flops, only=bit)
 
     def _leads_to(self, roots: Sequence[Any], inputs: int, found: Mapping[Any, int] | None = None) -> dict[Any, int]:
         """{node: the adapters that gradients reach through it}, children first, for `roots` and all below.
@@ -358,26 +369,31 @@ class _Record:
             return 0
         if id(leaf) in self.marks:
             return self.marks[id(leaf)][1]
+        if id(leaf) in self.leaves:
+            return self.bits[self.leaves[id(leaf)]]
         return self.always if isinstance(leaf, nn.Parameter) else inputs
 
     def _read_node(self, node: Any, adapters: int, leads_to: Mapping[Any, int]) -> None:
         shapes = {}
-        for saved, needed_by in self._read_saved(node, adapters, leads_to):
-            self._keep(saved, needed_by)
+        for saved, needed_by, only in self._read_saved(node, adapters, leads_to):
+            self._keep(saved, needed_by, only)
             shapes[saved.name] = saved.like.shape, needed_by
         if node.name() in _PRODUCTS:
             first, second = _PRODUCTS[node.name()]
             for name, inner in ((first, -1), (second, -2)):  # the dimension over which the product sums
                 if name in shapes:
                     shape, needed_by = shapes[name]
-                    self._add(needed_by, flops=2 * math.prod(node._input_metadata[0].shape) * shape[inner])
+                    self.costs.add(needed_by, flops=2 * math.prod(node._input_metadata[0].shape) * shape[inner])
         elif node.name().startswith("ScaledDotProduct"):
             inputs = (shapes[name][0] for name in ("query", "key", "value"))
             flops = measure.attention_backward_flops(node._input_metadata[0].shape, *inputs)
-            self._add(adapters, flops=flops)
+            self.costs.add(adapters, flops=flops)
 
-    def _read_saved(self, node: Any, adapters: int, leads_to: Mapping[Any, int]) -> Iterator[tuple[_Saved, int]]:
-        """The tensors a node saved, each with the adapters whose gradients need it."""
+    def _read_saved(self, node: Any, adapters: int, leads_to: Mapping[Any, int]) -> Iterator[tuple[_Saved, int, int]]:
+        """The tensors a node saved, with the adapters whose gradients need it, and one without which it is not there.
+
+        A product with weights to which an adapter added its update keeps them; without the adapter they are the base's.
+        """
         operands = _OPERANDS.get(node.name(), ())
         edges = [leads_to.get(child, 0) for child, _ in node.next_functions][::-1]
         for attribute in _saved_attributes(type(node)):
@@ -385,44 +401,64 @@ class _Record:
             getattr(node, attribute)  # unpacks
             for saved in list(self.read):
                 saved.name = attribute.removeprefix("_saved_")
+                if saved.name not in operands:
+                    yield saved, adapters, 0
+                    continue
                 # The first operand was saved for the gradient of the second and the other way round.
-                yield saved, edges[operands.index(saved.name)] if saved.name in operands else adapters
+                place = operands.index(saved.name)
+                own = edges[1 - place]
+                yield saved, edges[place], own if own in self.updating else 0
 
     def profile(self) -> Profile:
-        for size, adapters in self.storages.values():
-            self._add(adapters, size=size)
-        parts = (
-            Part(() if a == self.always else _runs(a), size, flops, only.bit_length() - 1 if only else None)
-            for (a, only), (size, flops) in self.costs.items()
-        )
-        idle = [name for name in self.names.values() if name not in self.bits]
-        return Profile((*self.bits, *idle), tuple(sorted(parts, key=repr)), bool(self.segments))
+        for found in self.storages.values():
+            self.costs.add_storage(*found)
+        idle = [name for name in (*self.names.values(), *self.leaves.values()) if name not in self.bits]
+        return Profile((*self.bits, *idle), tuple(sorted(self.costs.parts(), key=repr)), bool(self.segments))
 
     def recomputed(self) -> Recomputed:
         kept = {storage: list(found) for storage, found in self.saved_in.get(None, {}).items()}
-        outside, again, inside = set(kept), [], []
+        outside, again, inside = set(kept), _Sums(self.always), []
         for number, call in enumerate(self.calls):
             saved = self.saved_in.get(number, {})
-            there = functools.reduce(int.__or__, (adapters for _, adapters in saved.values()), 0)
-            again.append((there, 0, call.flops))
+            there = functools.reduce(int.__or__, (adapters for _, adapters, _ in saved.values()), 0)
+            again.add(there, flops=call.flops)
             for storage, size in call.inputs.items() if there else ():
                 if storage not in self.owned:
-                    kept.setdefault(storage, [size, 0])[1] |= there
-            own = [found for storage, found in saved.items() if storage not in outside | call.inputs.keys()]
-            inside.append(self._parts([(adapters, size, 0) for size, adapters in own]))
-        kept_parts = self._parts([*again, *((adapters, size, 0) for size, adapters in kept.values())])
-        within = [size for block, saved in self.saved_in.items() if block is not None for size, _ in saved.values()]
-        around = [size for size, _ in self.saved_in.get(None, {}).values()]
-        return Recomputed(kept_parts, tuple(inside), max(within, default=0), max(around, default=0))
+                    kept.setdefault(storage, [size, 0, 0])[1] |= there
+            within = _Sums(self.always)
+            for storage, found in saved.items():
+                if storage not in outside and storage not in call.inputs:
+                    within.add_storage(*found)
+            inside.append(within.parts())
+        for found in kept.values():
+            again.add_storage(*found)
+        sizes = [size for block, saved in self.saved_in.items() if block is not None for size, *_ in saved.values()]
+        around = [size for size, *_ in self.saved_in.get(None, {}).values()]
+        return Recomputed(again.parts(), tuple(inside), max(sizes, default=0), max(around, default=0))
 
-    def _parts(self, costs: Sequence[tuple[int, int, int]]) -> tuple[Part, ...]:
-        """(adapters, bytes, FLOPs), summed for equal adapters."""
-        summed: dict[int, list[int]] = {}
-        for adapters, size, flops in costs:
-            if adapters:
-                cost = summed.setdefault(self.always if adapters & self.always else adapters, [0, 0])
-                cost[0], cost[1] = cost[0] + size, cost[1] + flops
-        return tuple(Part(() if a == self.always else _runs(a), *cost) for a, cost in summed.items())
+
+class _Sums:
+    """Bytes and FLOPs, summed for equal adapters, which are bits; `always` is the bit of what is always there."""
+
+    def __init__(self, always: int) -> None:
+        self.always = always
+        self.sums: dict[tuple[int, int], list[int]] = {}  # {(adapters, one that has to be there too): [bytes, FLOPs]}
+
+    def add(self, adapters: int, *, size: int = 0, flops: int = 0, only: int = 0) -> None:
+        if adapters & self.always:
+            adapters, only = only or self.always, 0
+        if adapters:
+            cost = self.sums.setdefault((adapters, only), [0, 0])
+            cost[0], cost[1] = cost[0] + size, cost[1] + flops
+
+    def add_storage(self, size: int, adapters: int, only: int) -> None:
+        self.add(adapters, size=size, only=only)
+
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(
+            Part(() if a == self.always else _runs(a), size, flops, only.bit_length() - 1 if only else None)
+            for (a, only), (size, flops) in self.sums.items()
+        )
 
 
 def _is_foreign(node: Any) -> bool:

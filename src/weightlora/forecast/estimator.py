@@ -234,6 +234,9 @@ def _method(method: str | Method) -> tuple[Method | None, str]:
             f"An estimate is for LoRA and for methods that choose among its adapters ({', '.join(known)}), and "
             f"{info.name!r} is none of them; look at `lora` in its place."
         )
+    experts = getattr(acting, "experts", "together")
+    if experts != "together":
+        raise ConfigError(f"An estimate takes the experts of a parameter together; leave `experts={experts!r}` out.")
     return acting, info.name
 
 
@@ -256,22 +259,9 @@ def with_adapters(
     else:
         raise ConfigError(f"An estimate needs a config or a model of transformers, not a {type(model).__name__}.")
     fields.setdefault("target_modules", "all-linear")
-    notes = []
-    experts = models.expert_parameters(base)
-    if experts:
-        count, each = len(experts), max(experts.values())
-        notes.append(
-            f"The experts ({each} in each of {count} layers) carry no adapters in this estimate: their weights are "
-            "bare parameters of three dimensions, which are no linear modules. Nor are they rounded to 8 or 4 bits."
-        )
-        if fields["target_modules"] == "all-linear":
-            fields["target_modules"] = models.linear_targets(base)
-            notes.append(
-                "`target_modules: all-linear` puts adapters on the experts too in a run; this is for `block-linear`, "
-                "all other linear modules of the blocks."
-            )
     with torch.device("meta"):
-        return methods.prepare("lora", base, fields), notes  # type: ignore[return-value]
+        peft = methods.prepare("lora", base, fields)
+    return peft, models.about_experts(peft)  # type: ignore[return-value, arg-type]
 
 
 class Estimator:
@@ -286,14 +276,9 @@ class Estimator:
         self.name, self.method, self.training, self.notes = name, method, training, notes
         self.base = Base(peft)
         self.peft = peft
-        self.adapters: list[Adapter] = list_adapters(peft)
+        self.adapters: list[Adapter] = list_adapters(peft, linear=False)
         if not self.adapters:
             raise ConfigError("The LoRA matches no module of the model; check `target_modules`.")
-        if others := attach.list_others(peft, attach.active_adapter(peft)):
-            self.notes.append(
-                f"{len(others)} adapters are not on linear layers ({', '.join(sorted({o.kind for o in others}))}). "
-                "A run chooses among them too; here they count as trained to the end, and what they cost is unknown."
-            )
         self.shapes = {a.name: [tuple(p.shape) for p in a.weights] for a in self.adapters}
         named = peft.named_parameters()
         self.head_shapes = [tuple(p.shape) for n, p in named if p.requires_grad and "lora_" not in n]

@@ -8,7 +8,7 @@ kernel that serves it. Inside `computing_as` these are the ones of that device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -49,19 +49,27 @@ def computing_as(device: Device, autocast: torch.dtype | None = None) -> Iterato
         autocast: the dtype of `torch.autocast`, which does not know the meta device.
     """
     products, products_for, autocast_dtype = _AnyProducts(), kernel._products_for, kernel._autocast_dtype
+    mode, real_autocast = _As(device, autocast), torch.autocast
+
+    def autocast_of(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+        if device_type != "meta":
+            return real_autocast(device_type, *args, enabled=enabled, **kwargs)
+        return nullcontext() if enabled else mode.without_autocast()
 
     def chosen(base: Tensor, x: Tensor, A: Tensor, dtype: torch.dtype, shared: Any) -> Any:
         # A GPU's kernel casts what it has loaded, so it serves mixed types; a CPU's leaves them to PyTorch.
         return products if device == "cuda" or products_for(base, x, A, dtype, shared) is not None else None
 
-    kernel._products_for, kernel._autocast_dtype = chosen, lambda x: autocast
+    kernel._products_for, kernel._autocast_dtype = chosen, lambda x: mode.autocast
+    torch.autocast = autocast_of  # type: ignore[assignment, misc]
     try:
         # `labels >= 0` and the like hold everywhere.
         settings: Any = shape_settings
-        with settings.patch(meta_nonzero_assume_all_nonzero=True), _As(device, autocast):
+        with settings.patch(meta_nonzero_assume_all_nonzero=True), mode:
             yield
     finally:
         kernel._products_for, kernel._autocast_dtype = products_for, autocast_dtype
+        torch.autocast = real_autocast  # type: ignore[misc]
 
 
 class _AnyProducts(kernel.TorchProducts):
@@ -120,6 +128,14 @@ class _As(TorchFunctionMode):
         super().__init__()
         self.device: Device = device
         self.autocast = autocast
+
+    @contextmanager
+    def without_autocast(self) -> Iterator[None]:
+        was, self.autocast = self.autocast, None
+        try:
+            yield
+        finally:
+            self.autocast = was
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

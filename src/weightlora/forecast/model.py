@@ -13,9 +13,9 @@ import transformers
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from weightlora.adapters.attach import Adapter
+from weightlora.adapters import ordinary
+from weightlora.adapters.attach import Adapter, list_adapters
 from weightlora.errors import ConfigError
 from weightlora.methods.stock import head_modules
 
@@ -76,27 +76,35 @@ def class_of(config: PretrainedConfig, task_type: str | None) -> Any:
     return getattr(transformers, name)
 
 
-def expert_parameters(model: nn.Module) -> dict[str, int]:
-    """{module: number of experts}, where the weights of all experts are one bare parameter of three dimensions."""
-    found = {}
-    for name, module in model.named_modules():
-        stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-        if stacked and "expert" in name.rpartition(".")[2]:
-            found[name] = len(stacked[0])
-    return found
-
-
-def linear_targets(model: PreTrainedModel) -> list[str]:
-    """What "all-linear" means without experts: every linear module but those of the head."""
-    heads = tuple(f"{head}." for head in head_modules(model))
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    return [name for name in linear if not f"{name}.".startswith(heads)]
+def about_experts(model: PeftModel) -> list[str]:
+    """What a reader has to know where the weights of all experts are one bare parameter of three dimensions."""
+    named = model.get_base_model().named_parameters()
+    stacks = {id(p): p for name, p in named if p.dim() == 3 and "expert" in name and "lora_" not in name}
+    if not stacks:
+        return []
+    experts, size = max(map(len, stacks.values())), sum(p.numel() for p in stacks.values())
+    notes = [f"8 or 4 bits leave the experts, here {experts} in a layer and {size:,} weights, as they are."]
+    updated = {id(a.layer.get_param()): a for a in list_adapters(model, linear=False) if ordinary.experts(a.layer) > 1}  # type: ignore[operator]
+    if updated:
+        kinds = sorted({a.name.rpartition(".")[2] for a in updated.values()})
+        copied = sum(stacks[key].numel() for key in updated if key in stacks)
+        notes.append(
+            f"Adapters on experts ({', '.join(kinds)}): PEFT adds the updates of a layer to a copy of all of its "
+            f"experts' weights, and a step keeps these copies for backward, {copied:,} numbers in all. "
+            "`target_modules: block-linear` leaves the experts out; checkpointing keeps one layer's at a time."
+        )
+    return notes
 
 
 def kinds(adapters: list[Adapter]) -> list[Kind]:
     """Adapters by the last part of their module's name, in the order of execution of the first of each."""
-    counted = Counter((a.name.rpartition(".")[2], a.in_features, a.out_features, a.r, a.parameters) for a in adapters)
+    counted = Counter((_kind(a), a.in_features, a.out_features, a.r, a.parameters) for a in adapters)
     return [Kind(*kind[:4], count, kind[4] * count) for kind, count in counted.items()]
+
+
+def _kind(adapter: Adapter) -> str:
+    last, count = adapter.name.removesuffix(".weight").rpartition(".")[2], ordinary.experts(adapter.layer)
+    return last if count == 1 else f"{last}, {count} experts"
 
 
 class _Rounded(nn.Linear):

@@ -63,9 +63,10 @@ class Attach:
         try:
             with warnings.catch_warnings():
                 # PEFT does the right thing on GPT-2's Conv1D and says so; EVA takes less memory another way; PiSSA is
-                # not converted by PEFT here.
+                # not converted by PEFT here; the ranks that PEFT itself gives to experts' parameters do match.
                 said = (
                     "fan_in_fan_out is set to|lora with eva initialization|Using Rank-Stabilized LoRA with rank_pattern"
+                    r"|The following \w+_pattern keys did not match any targeted module .*\.gate_up_proj'\]"
                 )
                 warnings.filterwarnings("ignore", message=said)
                 return get_peft_model(model, self.config(**{**values, **self.sets, **own}))  # type: ignore[arg-type, return-value]
@@ -73,6 +74,11 @@ class Attach:
             raise
         except (ValueError, TypeError, re.error) as error:
             reason = " ".join(str(error).split())
+            if "ParamWrapper does not work with lora_dropout" in reason:
+                reason = (
+                    "adapters on parameters, as those of experts are, cannot have dropout; set `lora_dropout` to 0, or "
+                    "`target_modules` to block-linear, which leaves experts out."
+                )
             raise ConfigError(f"{self.config.__name__} does not fit this model: {reason}") from error
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightLoRAError,
     )
-    from weightlora.forecast import Estimate, estimate
+    from weightlora.forecast import Estimate, Fitted, estimate, fit
     from weightlora.methods import (
         AdaLoRA,
         ALoRA,
@@ -63,6 +63,7 @@ _HOMES = {
     "DivergedError": "errors",
     "DynamicLoRA": "methods",
     "Estimate": "forecast",
+    "Fitted": "forecast",
     "Fixed": "methods",
     "Flexora": "methods",
     "GrowBatch": "savings",
@@ -89,6 +90,7 @@ _HOMES = {
     "estimate": "forecast",
     "export": "output",
     "export_together": "output",
+    "fit": "forecast",
     "last_checkpoint": "durable",
     "list_adapters": "adapters",
     "list_methods": "methods",
@@ -106,6 +108,7 @@ __all__ = [
     "DivergedError",
     "DynamicLoRA",
     "Estimate",
+    "Fitted",
     "Fixed",
     "Flexora",
     "GrowBatch",
@@ -132,6 +135,7 @@ __all__ = [
     "estimate",
     "export",
     "export_together",
+    "fit",
     "last_checkpoint",
     "list_adapters",
     "list_methods",

@@ -104,6 +104,7 @@ def _in_haste(quantised: bool) -> Iterator[None]:
         for name in hidden:
             sys.modules.pop(name, None)
         if collects:
+            gc.freeze()
             gc.enable()
 
 
@@ -218,8 +219,10 @@ def estimate(
         fail(f"--device {device}: give cpu or cuda.")
     with _in_haste(quantised=loaded.model.quantization is not None):
         log_to_stderr()
+        from weightlora.training.fitting import fitted
         from weightlora.training.forecasting import estimate_recipe
 
+        loaded, chosen = fitted(loaded, resume=False)
         found = estimate_recipe(loaded, memory=memory, device=device, rows=rows, against_peft=against_peft)  # type: ignore[arg-type]
     if as_json:
         import json
@@ -228,7 +231,7 @@ def estimate(
     else:
         from weightlora.forecast.show import print_estimate
 
-        print_estimate(found)
+        print_estimate(found, chosen.lines(loaded.method.options.get("keep")) if chosen is not None else [])
 
 
 @app.command()

@@ -9,6 +9,7 @@ arguments that does a forward pass and returns the loss (or any tensor); `step` 
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,6 +130,18 @@ def attention_backward_flops(out: Sequence[int], query: Sequence[int], key: Sequ
     from torch.utils.flop_counter import sdpa_backward_flop_count
 
     return sdpa_backward_flop_count(out, query, key, value)
+
+
+def return_freed_memory() -> None:
+    """Give the operating system back what the C library holds of freed tensors on a CPU; nothing where it is not glibc.
+
+    A pass that frees its tensors one by one leaves holes that those of the next pass do not fit into.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)
 
 
 _listeners: list[Callable[[int], None]] = []

@@ -169,7 +169,8 @@ def show_plan(plan: Plan) -> None:
     print(f"Trainable  {_trainable(plan)}")
     print(f"Steps      {plan.steps:,} ({plan.steps_per_epoch:,} an epoch)")
     if plan.fitted is not None:
-        print(f"Fit        {plan.fitted}")
+        for number, line in enumerate(plan.fitted.lines(recipe.method.options.get("keep"))):
+            print(f"{'' if number else 'Fit':10} {line}")
     if plan.cuts:
         print(f"Cut        after step {', '.join(map(str, plan.cuts))}")
 

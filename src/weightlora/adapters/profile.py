@@ -132,6 +132,8 @@ def _taken(record: _Record, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         output: Any = model.forward(*args, **kwargs)
     torch.clear_autocast_cache()  # the casts in it belong to this pass
     record.read_graph(_roots(output))
+    del output
+    measure.return_freed_memory()
     return record
 
 

@@ -20,15 +20,15 @@ from weightlora.errors import ConfigError
 from weightlora.forecast import model as models
 from weightlora.forecast import sets
 from weightlora.forecast.costs import Costs, Step, optimizer_bytes, take_costs
-from weightlora.forecast.fitting import Choice, Room, choices
 from weightlora.forecast.meta import DEVICES, Device
 from weightlora.forecast.model import PRECISIONS, Base, Kind, Precision
+from weightlora.forecast.room import Choice, Room, choices
 from weightlora.methods.base import Method, SelectionMethod
 from weightlora.selection.placement import Placement
 from weightlora.selection.schedules import After
 
 ALL = "all"
-_STOCK = ("lora", "rslora")  # trained by PEFT's own forward
+STOCK = ("lora", "rslora")  # trained by PEFT's own forward
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _method(method: str | Method) -> tuple[Method | None, str]:
         acting, info = methods.create(method, {}) if methods.get_method(method) else None, methods.get_method(method)
     else:
         acting, info = method, next(i for i in methods.list_methods() if i.callback is type(method))
-    if info.name not in _STOCK and not isinstance(acting, SelectionMethod):
+    if info.name not in STOCK and not isinstance(acting, SelectionMethod):
         known = [i.name for i in methods.list_methods() if _is_known(i)]
         raise ConfigError(
             f"An estimate is for LoRA and for methods that choose among its adapters ({', '.join(known)}), and "
@@ -241,7 +241,7 @@ def _method(method: str | Method) -> tuple[Method | None, str]:
 
 
 def _is_known(info: methods.MethodInfo) -> bool:
-    return info.name in _STOCK or (info.callback is not None and issubclass(info.callback, SelectionMethod))
+    return info.name in STOCK or (info.callback is not None and issubclass(info.callback, SelectionMethod))
 
 
 def with_adapters(
@@ -296,7 +296,7 @@ class Estimator:
     def estimate(self, precisions: Sequence[Precision], memory_bytes: int | None, against_peft: bool) -> Estimate:
         t = self.training
         modules = models.kinds(self.adapters)
-        by_peft = self.name in _STOCK
+        by_peft = self.name in STOCK
         stock = self.costs(t.precision, flops=by_peft) if by_peft or against_peft else None
         if stock is None or not by_peft:
             attach.use_kernel(self.adapters, gates=False)
@@ -409,13 +409,19 @@ class Estimator:
         t = self.training
         one = own if t.batch == 1 else self.costs(t.precision, batch=1, flops=False)
 
-        def peak(mask: np.ndarray, batch: int, checkpointing: bool) -> int:
+        def step(mask: np.ndarray, batch: int, checkpointing: bool) -> Step:
             few, many = (c.step(mask, checkpointing=checkpointing) for c in (one, own))
-            step = many if t.batch == 1 else few.between(many, (batch - 1) / (t.batch - 1))
-            return self.memory(own, t.precision, checkpointing, ALL, mask, step).peak_bytes
+            return many if t.batch == 1 else few.between(many, (batch - 1) / (t.batch - 1))
+
+        def peak(mask: np.ndarray, batch: int, checkpointing: bool) -> int:
+            taken = step(mask, batch, checkpointing)
+            return self.memory(own, t.precision, checkpointing, ALL, mask, taken).peak_bytes
+
+        def saved(batch: int, checkpointing: bool) -> int:
+            return step(np.ones(len(own.names), dtype=bool), batch, checkpointing).saved_bytes
 
         found: list[Choice] = choices(peak, len(own.names), t.batch, t.accumulation, t.checkpointing)
-        return Room.of(found, peak, len(own.names), memory_bytes, t.batch, t.checkpointing)
+        return Room.of(found, peak, saved, len(own.names), memory_bytes, t.batch, t.checkpointing)
 
 
 def _ratio(costs: Costs, mask: np.ndarray, *, checkpointing: bool = False) -> float:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weightlora.forecast.estimator import ALL, Estimate, Memory
-from weightlora.forecast.fitting import Room
+from weightlora.forecast.room import Room
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 _WIDTH = 120  # where the output is no terminal, which has a width of its own
@@ -26,18 +26,19 @@ _SETS = {
 _BASES = {"fp32": "float32", "bf16": "bfloat16", "8bit": "8 bits", "4bit": "4 bits"}
 
 
-def print_estimate(found: Estimate) -> None:
-    """Print all of it."""
+def print_estimate(found: Estimate, fitted: Sequence[str] = ()) -> None:
+    """Print all of it, and what `fit` chose."""
     console = Console(**_PLAIN)
-    (console if console.is_terminal else Console(**_PLAIN, width=_WIDTH)).print(render(found))
+    (console if console.is_terminal else Console(**_PLAIN, width=_WIDTH)).print(render(found, fitted))
 
 
-def render(found: Estimate) -> RenderableType:
+def render(found: Estimate, fitted: Sequence[str] = ()) -> RenderableType:
     """The whole estimate."""
     parts: list[RenderableType] = [*_lines(_head(found)), _modules(found), *_lines(_trainable(found))]
     parts += [_memory(found), *_lines(_activations(found)), _operations(found)]
     if found.room is not None:
         parts += _lines(_room(found, found.room))
+    parts += _lines([("" if number else "Fit", line) for number, line in enumerate(fitted)])
     return Group(*parts, *_lines([("Note", note) for note in found.notes]))
 
 
@@ -178,7 +179,17 @@ def _room(found: Estimate, room: Room) -> list[tuple[str, str]]:
             f"all of them with micro-batches of {c.batch:,}, {c.accumulation:,} to a step, and {again}checkpointing: "
             f"{c.peak_bytes / 2**30:,.1f} GiB"
         )
-    return [(gib, fits), ("", other)]
+    rows = [(gib, fits), ("", other)]
+    a = room.after
+    if a is not None and a.share < 1 and len(found.kept) > 1:
+        rows.append(
+            (
+                "",
+                f"after a cut with micro-batches of {a.batch:,} those that take up to {a.share:.0%} of the memory of "
+                f"all, {a.adapters:,} where they are spread: `keep: fit`",
+            )
+        )
+    return rows
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:

@@ -190,6 +190,11 @@ def parse(keep: Any, *, auto: bool = False) -> Budget:
     """
     if isinstance(keep, Budget):
         return keep
+    if keep == "fit":
+        raise ConfigError(
+            "keep='fit' is for a recipe with a memory, such as `fit: 16 GB`; in Python give the `keep` that "
+            "`weightlora.fit` finds."
+        )
     if keep == "auto":
         keep = {"auto": TOLERANCE}
     if isinstance(keep, Mapping) and "auto" in keep and not auto:

@@ -1,101 +1,68 @@
-"""`fit: "16 GB"`: the micro-batch, accumulation and checkpointing with which a run stays below a memory."""
+"""`fit: "16 GB"`: the micro-batch, accumulation, checkpointing and K with which a run stays below a memory."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import TrainingArguments
 
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError, TooLargeError, WeightLoRAError
-from weightlora.forecast.fitting import Choice
+from weightlora.forecast import fitting
+from weightlora.forecast.fitting import Fitted, checkpointing_key, gigabytes
 from weightlora.output import records
-from weightlora.training.forecasting import estimate_recipe, size_in_bytes
-from weightlora.training.recipe import Recipe, parse_recipe, save_recipe
-
-logger = logging.getLogger(__name__)
+from weightlora.training.forecasting import estimate_recipe
+from weightlora.training.recipe import MethodSpec, Recipe, parse_recipe, save_recipe
 
 _KEYS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
-# What an allocator cannot fill and kernels need for themselves, as a share of the estimate. On a CPU the peak of the
-# process was 1.55 to 1.59 times the estimate above the start (MiniLM, 8 to 32 rows of 128 tokens); glibc keeps holes.
-_MARGINS = {"cpu": 0.65, "cuda": 0.1}
-_CUDA_CONTEXT_BYTES = 600 * 2**20
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What was chosen.
-
-    Attributes:
-        limit_bytes: as the recipe says. other_bytes: of them, what is taken without a model.
-        choice: its `peak_bytes` are those of the model and its training, with a margin.
-    """
-
-    limit_bytes: int
-    other_bytes: int
-    choice: Choice
-
-    def __str__(self) -> str:
-        c = self.choice
-        again = "" if c.checkpointing else "no "
-        expected = self.other_bytes + c.peak_bytes
-        return (
-            f"micro-batches of {c.batch}, {c.accumulation} to a step, {again}checkpointing: about {_gb(expected)} of "
-            f"{_gb(self.limit_bytes)}"
-        )
+_KEEP = "fit"  # as `keep` of a method: what has room after the cut
 
 
 def fitted(recipe: Recipe, *, resume: bool) -> tuple[Recipe, Fitted | None]:
     """The recipe with the settings in its `training` that fit; the rows of an optimizer step stay as they are.
 
-    A run that goes on keeps the settings it was started with.
+    `keep: fit` becomes what has room after the cut, in micro-batches that grow then. A run that goes on keeps the
+    settings it was started with.
 
     Raises:
-        ConfigError: nothing fits, or what the method needs cannot be estimated.
+        ConfigError: nothing fits, or what the method needs cannot be estimated; `keep: fit` without `fit`.
     """
+    keeps = recipe.method.options.get("keep") == _KEEP
     if recipe.fit is None:
+        if keeps:
+            raise ConfigError("`method.keep: fit` needs a memory to fit into; add one, such as `fit: 16 GB`.")
         return recipe, None
-    limit = size_in_bytes(recipe.fit, "fit")
+    limit = fitting.size_in_bytes(recipe.fit, "fit")
     was = records.recipe(Path(recipe.output_dir)) if resume else {}
     if was.get("fit") == recipe.fit:
-        kept = {key: was["training"][key] for key in (*_KEYS, *_CHECKPOINTING) if key in was.get("training", {})}
-        return _with(recipe, kept), None
-    other, larger = _other_bytes(), 1 + _MARGINS[_device()]
-    room = estimate_recipe(recipe, memory=max(0, int((limit - other) / larger)), precisions=()).room
-    assert room is not None
-    if room.choice is None:
-        least = other + room.smallest_bytes * larger
-        raise ConfigError(
-            f"`fit` is {recipe.fit!r}, which is too little: one row at a time with checkpointing takes about "
-            f"{_gb(least)}, of which {_gb(other)} are there before the model; raise it, shorten `data.max_length` or "
-            "set `model.dtype` or `model.quantization`."
-        )
-    choice = Choice(
-        room.choice.batch,
-        room.choice.accumulation,
-        room.choice.checkpointing,
-        int(room.choice.peak_bytes * larger),
+        kept = {key: was["training"][key] for key in (*_KEYS, *fitting.CHECKPOINTING) if key in was.get("training", {})}
+        return (_with(recipe, kept, was["method"]["keep"], was["grow_batch"]) if keeps else _with(recipe, kept)), None
+    plain = any_keep(recipe)
+    found = fitting.within(
+        limit,
+        fitting.other_bytes(),
+        recipe.method.name,
+        lambda memory_bytes: estimate_recipe(plain, memory=memory_bytes, precisions=()).room,
+        given=f"`fit` is {recipe.fit!r}",
+        remedy="shorten `data.max_length` or set `model.dtype` or `model.quantization`",
     )
-    found = Fitted(limit, other, choice)
-    logger.info("fit: %s", found)
-    evaluated = recipe.training.get("per_device_eval_batch_size", choice.batch)
-    chosen: dict[str, Any] = {
-        "per_device_train_batch_size": choice.batch,
-        "gradient_accumulation_steps": choice.accumulation,
-        "per_device_eval_batch_size": min(evaluated, 2 * choice.batch),  # which keeps nothing for backward
-    }
-    if choice.checkpointing and not any(recipe.training.get(key) for key in _CHECKPOINTING):
-        chosen["gradient_checkpointing"] = True
+    evaluated = recipe.training.get("per_device_eval_batch_size", found.choice.batch)
+    chosen = found.settings
+    chosen["per_device_eval_batch_size"] = min(evaluated, 2 * found.choice.batch)  # which keeps nothing for backward
+    if any(recipe.training.get(key) for key in fitting.CHECKPOINTING):
+        chosen.pop(checkpointing_key(), None)
+    if keeps:
+        return _with(recipe, chosen, found.keep, found.grow if found.grow > 1 else False), found
     return _with(recipe, chosen), found
+
+
+def any_keep(recipe: Recipe) -> Recipe:
+    """The recipe with a number in the place of `keep: fit`."""
+    return _with(recipe, {}, fitting.ANY_KEEP) if recipe.method.options.get("keep") == _KEEP else recipe
 
 
 @contextmanager
@@ -128,8 +95,8 @@ def _what_fits(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """The settings that are estimated to fit where those of the recipe did not, in words and as they are."""
     present = recipe.training["per_device_train_batch_size"]
     accumulated = recipe.training.get("gradient_accumulation_steps", 1)
-    limit, other, larger = _memory_of_device(), _other_bytes(), 1 + _MARGINS[_device()]
-    again = any(recipe.training.get(key) for key in _CHECKPOINTING)
+    limit, other, larger = _memory_of_device(), fitting.other_bytes(), fitting.with_margin(1.0, recipe.method.name)
+    again = any(recipe.training.get(key) for key in fitting.CHECKPOINTING)
     resume = "A run that has a checkpoint goes on with them by --resume."
     try:
         found = estimate_recipe(recipe, precisions=())
@@ -143,29 +110,19 @@ def _what_fits(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         if choice.accumulation != accumulated:
             settings["gradient_accumulation_steps"] = choice.accumulation
         if choice.checkpointing and not again:
-            settings[_checkpointing_key()] = True
-        takes = _gb(other + choice.peak_bytes * larger)
-        said = f"About {takes} of {_gb(limit)} would do, with the same rows to a step"
+            settings[checkpointing_key()] = True
+        takes = gigabytes(other + choice.peak_bytes * larger)
+        said = f"About {takes} of {gigabytes(limit)} would do, with the same rows to a step"
     elif present > 1:
         settings = {"per_device_train_batch_size": present // 2, "gradient_accumulation_steps": accumulated * 2}
         said = "Halve the micro-batch, with the same rows to a step"
     else:
         return (
             f"One row at a time is too much already: shorten `data.max_length`, or set "
-            f"`training.{_checkpointing_key()}`, `model.dtype: bfloat16` or `model.quantization: 4bit`."
+            f"`training.{checkpointing_key()}`, `model.dtype: bfloat16` or `model.quantization: 4bit`."
         ), {}
     listed = " ".join(f"training.{key}={str(value).lower()}" for key, value in settings.items())
     return f"{said}: {listed}. {resume}", settings
-
-
-def _checkpointing_key() -> str:
-    """As this version of transformers calls it."""
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    return next(key for key in reversed(_CHECKPOINTING) if key in names)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _memory_of_device() -> int:
@@ -176,18 +133,11 @@ def _memory_of_device() -> int:
     return psutil.virtual_memory().total
 
 
-def _with(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
-    return recipe.model_copy(update={"training": {**recipe.training, **chosen}})
-
-
-def _other_bytes() -> int:
-    """Memory of the device that is taken before there is a model: of this process, or of a GPU's context."""
-    if torch.cuda.is_available():
-        return _CUDA_CONTEXT_BYTES
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
+def _with(recipe: Recipe, chosen: dict[str, Any], keep: Any = None, grow_batch: bool | int = False) -> Recipe:
+    """The recipe with these settings of `training`, with a `keep` that is given, and `grow_batch` where it has none."""
+    update: dict[str, Any] = {"training": {**recipe.training, **chosen}}
+    if keep is not None:
+        update["method"] = MethodSpec.model_validate({**recipe.method.model_dump(), "keep": keep})
+    if grow_batch and not recipe.grow_batch and recipe.factor_dropout is None:
+        update["grow_batch"] = grow_batch
+    return recipe.model_copy(update=update)

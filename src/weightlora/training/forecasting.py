@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from weightlora import methods
-from weightlora.errors import ConfigError
 from weightlora.forecast import Estimate, Training, estimate
+from weightlora.forecast.fitting import precision_of, settings_of, size_in_bytes
 from weightlora.forecast.meta import Device
 from weightlora.forecast.model import PRECISIONS, Precision, without_weights
 from weightlora.methods import Method
 from weightlora.methods.stock import head_modules
-from weightlora.selection import budgets
 from weightlora.tasks import get_task
 from weightlora.tasks.base import MAX_LENGTH, MAX_TARGET_LENGTH, Task
 from weightlora.training.arguments import check_fields, count_steps, lora_values, training_arguments
@@ -27,7 +27,6 @@ from weightlora.training.ranks import of_parameters
 from weightlora.training.recipe import Recipe
 
 _HALF = ("bf16", "fp16")
-_PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
 
 
 def estimate_recipe(
@@ -116,40 +115,16 @@ def training_of(
 ) -> Training:
     """The settings that costs depend on; `half` is whether products are in half precision."""
     spec, data = recipe.model, recipe.data
-    dtype = str(getattr(config, "dtype", None) or "float32") if spec.dtype == "auto" else spec.dtype
     steps = count_steps(rows, arguments) if rows else None
     if steps is None and arguments.max_steps > 0:
         steps = arguments.max_steps, arguments.max_steps
     writes = HEADS[task.head].writes and config.is_encoder_decoder
     target = data.max_target_length or getattr(task, "max_target_length", MAX_TARGET_LENGTH)
-    return Training(
-        batch=arguments.per_device_train_batch_size,
+    return replace(
+        settings_of(arguments, half),
         length=data.max_length or getattr(task, "max_length", MAX_LENGTH),
         target_length=target if writes else None,
-        accumulation=arguments.gradient_accumulation_steps,
-        precision=spec.quantization or _PRECISIONS.get(dtype.removeprefix("torch."), "fp32"),
-        autocast=torch.bfloat16 if half else None,
-        checkpointing=uses_checkpointing(arguments),
+        precision=spec.quantization or precision_of(config.dtype if spec.dtype == "auto" else spec.dtype),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
-        epochs=arguments.num_train_epochs,
         steps=steps,
     )
-
-
-def uses_checkpointing(arguments: TrainingArguments) -> bool:
-    """Under its new name in transformers, or the old one."""
-    new = getattr(arguments, "activation_checkpointing", None)
-    return bool(arguments.gradient_checkpointing if new is None else new)
-
-
-def size_in_bytes(text: Any, key: str) -> int:
-    """A size such as "16 GB" or "900 MiB".
-
-    Raises:
-        ConfigError: it is none.
-    """
-    size = budgets.amount(text, "bytes")
-    if size is None:
-        raise ConfigError(f"`{key}` is {text!r}, no amount of memory; give one such as '16 GB' or '900 MiB'.")
-    return size

@@ -24,6 +24,7 @@ from weightlora.adapters.surgery import name_seed
 from weightlora.dropout import LoRADropout
 from weightlora.durable import RECIPE_FILE
 from weightlora.errors import ConfigError
+from weightlora.forecast import Fitted
 from weightlora.measure import trainable_parameters
 from weightlora.methods import HeadFirst, Method
 from weightlora.methods.stock import head_modules
@@ -32,7 +33,7 @@ from weightlora.tasks import Task, get_task
 from weightlora.tasks.base import MAX_LENGTH, MAX_TARGET_LENGTH, Encoded, Format, Part
 from weightlora.tasks.data import Source, Splits, load_splits, sources
 from weightlora.training.arguments import count_steps, lora_values, training_arguments
-from weightlora.training.fitting import Fitted, fitted
+from weightlora.training.fitting import any_keep, fitted
 from weightlora.training.generating import check_lengths
 from weightlora.training.heads import HEADS, HeadKind
 from weightlora.training.model import (
@@ -129,12 +130,9 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool, choice: LoraConfig 
     check_output_dir(recipe.output_dir, resume)
     task = get_task(recipe.task)
     recipe = _with_generation(with_sources(recipe, task), task)
-    method = methods.create(recipe.method.name, _options(recipe, task))
-    if choice is not None:
-        method = None
+    _acting(any_keep(recipe), task)
     lora = lora_values(recipe.lora, methods.get_method(recipe.method.name))
     _arguments(recipe, task, progress)  # checked as far as possible without the model
-    first, after = _head_first(recipe, task), [*_after_the_cut(recipe), *_factor_dropout(recipe)]
     if engine_of(recipe) == "DeepSpeed":
         load_whole()
     check_source(recipe.model)
@@ -143,7 +141,8 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool, choice: LoraConfig 
         splits = _load_data(recipe, task)
 
     tokenizer = load_tokenizer(recipe.model)
-    recipe, chosen = fitted(recipe, resume=resume)
+    recipe, chosen = fitted(recipe, resume=resume)  # here, where most that is no model is in memory
+    method, first, after = _acting(recipe, task)
     set_seed(recipe.seed)
     model = load_model(recipe.model, HEADS[task.head], splits.names)
     assert recipe.data.max_length is not None
@@ -154,8 +153,15 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool, choice: LoraConfig 
         lora["target_modules"] = resolve(model, lora["target_modules"])
     check_lora(model, lora)
     arguments = _arguments(recipe, task, progress, HEADS[task.head].arguments(model.config))
-    job = Job(recipe, task, splits, tokenizer, model, method, arguments, after, first, chosen)
+    acting = method if choice is None else None
+    job = Job(recipe, task, splits, tokenizer, model, acting, arguments, after, first, chosen)
     return replace(job, model=_ready(job, lora) if choice is None else _with_choice(model, choice))
+
+
+def _acting(recipe: Recipe, task: Task) -> tuple[Method | None, list[TrainerCallback], list[TrainerCallback]]:
+    """The method, what comes before it, and what follows the cut."""
+    method = methods.create(recipe.method.name, _options(recipe, task))
+    return method, _head_first(recipe, task), [*_after_the_cut(recipe), *_factor_dropout(recipe)]
 
 
 def _with_choice(model: nn.Module, choice: LoraConfig) -> nn.Module:

@@ -201,10 +201,10 @@ class Recipe(Section):
     and with `load_best_model_at_end` it says which checkpoint is the best.
     After the cut, `reuse_prefix` runs frozen blocks once per example (true, or the type of the kept output) and
     `grow_batch` merges accumulated micro-batches (true, or how many), with `effective: true` optimizer steps too. `fit`
-    is a memory to stay below, such as "16 GB", by the choice of micro-batch, accumulation and checkpointing. `on_nan`
-    says what becomes of a step whose gradients are NaN or infinite. `factor_dropout` is LoRA Dropout: its
-    probability, or that and the number of `instances`. `choice` is a folder that `weightlora select` has
-    written: its LoRA is trained, and nothing is chosen.
+    is a memory to stay below, such as "16 GB", by the choice of micro-batch, accumulation and checkpointing, and with
+    `keep: fit` by that of how much is kept. `on_nan` says what becomes of a step whose gradients are NaN or infinite.
+    `factor_dropout` is LoRA Dropout: its probability, or that and the number of `instances`. `choice` is a folder that
+    `weightlora select` has written: its LoRA is trained, and nothing is chosen.
     """
 
     what: ClassVar[str] = "recipe"

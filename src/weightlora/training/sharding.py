@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.generic import strtobool
 
-from weightlora import methods
+from weightlora import measure, methods
 from weightlora.errors import ConfigError
 from weightlora.training.recipe import Recipe
 
@@ -80,6 +80,7 @@ def load_whole() -> None:
 def free_memory() -> None:
     """Return what nothing holds any more to the device."""
     gc.collect()
+    measure.return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

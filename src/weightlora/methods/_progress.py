@@ -252,7 +252,8 @@ class Progress(TrainerCallback):
         phase = "scouting" if cut_at is not None else "kept" if kept < attached else "training"
         costs, names = self._step_costs, self._kept_names()
         scoring = self._fitting or self._phase_of_scoring
-        first = statistics.median(list(self._first)[1:]) if len(self._first) > _ENOUGH else None
+        known = len(self._first) > _ENOUGH and getattr(engine, "steps_as_lora", True)
+        first = statistics.median(list(self._first)[1:]) if known else None
         saved = None
         if first is not None and self._steps_after:
             saved = self._steps_after * first - self._seconds_after

@@ -26,7 +26,8 @@ from weightlora.report.evidence import digits
 
 COLOURS = 7
 _VIRIDIS = ("440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725")
-_SMALL = 420  # a picture of this width shrinks to a phone's
+_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+_SMALL = 460  # a picture of this width shrinks to a phone's
 _WIDTH, _WIDE, _HEIGHT = 460, 540, 260  # of charts with axes, in pixels; the wide ones name their lines
 
 
@@ -118,6 +119,27 @@ def colour(share: float) -> str:
     return "#" + bytes(round(a + (b - a) * (place - low)) for a, b in zip(one, other, strict=True)).hex()
 
 
+class _Scale:
+    """How the numbers of a map are written in its cells: all with the same decimals and the same power of ten."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        largest = max(map(abs, values), default=0.0)
+        whole = largest < 1e4 and all(value == int(value) for value in values)
+        plain = whole or largest == 0 or 0.1 <= largest < 1e4
+        self.power = 0 if plain else 3 * math.floor(math.log10(largest) / 3)
+        top = largest / 10**self.power
+        self.decimals = 0 if whole or top >= 100 else 1 if top >= 10 else 2
+
+    def __call__(self, value: float) -> str:
+        text = f"{value / 10**self.power:.{self.decimals}f}"
+        return "0" if float(text) == 0 else text
+
+    @property
+    def factor(self) -> str:
+        """What they are to be multiplied by, in words; nothing where that is 1."""
+        return "\N{MULTIPLICATION SIGN} 10" + str(self.power).translate(_RAISED) if self.power else ""
+
+
 def _heat_map(chart: HeatMap) -> tuple[int, int, list[Markup]]:
     columns, rows = len(chart.columns), len(chart.rows)
     cell_w, cell_h = (46, 24) if columns <= 9 else (22, 22) if columns <= 18 else (13, 13)
@@ -132,6 +154,7 @@ def _heat_map(chart: HeatMap) -> tuple[int, int, list[Markup]]:
     width, height = left + columns * cell_w + right, top + rows * cell_h + 46
     values = [cell.value for cell in chart.cells if cell.value is not None]
     low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    written = _Scale(values)
     marks = [
         _text(left + (i + 0.5) * cell_w, top - 6, cut_short(name, 26), "a", "start",
               f"rotate(-48 {_n(left + (i + 0.5) * cell_w)} {top - 6})")
@@ -155,7 +178,9 @@ def _heat_map(chart: HeatMap) -> tuple[int, int, list[Markup]]:
             parts.append(Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="3" class="kept"/>').format(
                 _n(x - 1), _n(y - 1), _n(w + 2), _n(h + 2)))  # fmt: skip
         if numbers and cell.value is not None:
-            parts.append(_text(x + w / 2, y + h / 2 + 4, short(cell.value), "on-light" if share > 0.62 else "on-dark"))
+            parts.append(
+                _text(x + w / 2, y + h / 2 + 4, written(cell.value), "on-light" if share > 0.62 else "on-dark")
+            )
         if cell.kept and not numbers and min(w, h) >= 6:
             parts.append(Markup('<circle cx="{}" cy="{}" r="{}" class="dot"/>').format(
                 _n(x + w / 2), _n(y + h / 2), _n(min(w, h) / 5 + 0.6)))  # fmt: skip
@@ -170,10 +195,10 @@ def _heat_map(chart: HeatMap) -> tuple[int, int, list[Markup]]:
                 words, readable(cell.name), digits(cell.value), "" if cell.kept is None else cell.kept, body
             )
         )
-    return width, height, [*marks, *_key(chart, left, top + rows * cell_h + 16, low, high)]
+    return width, height, [*marks, *_key(chart, left, top + rows * cell_h + 16, low, high, written)]
 
 
-def _key(chart: HeatMap, left: float, y: float, low: float, high: float) -> list[Markup]:
+def _key(chart: HeatMap, left: float, y: float, low: float, high: float, written: _Scale) -> list[Markup]:
     """The scale of colours, and what the outline means."""
     if not any(cell.value is not None for cell in chart.cells):
         return []
@@ -186,8 +211,9 @@ def _key(chart: HeatMap, left: float, y: float, low: float, high: float) -> list
     ]
     bar = bar if high > low else [Markup('<rect x="{}" y="{}" width="96" height="10" fill="{}"/>').format(
         _n(left), _n(y), colour(0.5))]  # fmt: skip
-    found = [*bar, _text(left, y + 24, short(low), "a", "start")]
-    found += [_text(left + 96, y + 24, short(high), "a", "end")] if high > low else []
+    found = [*bar, _text(left, y + 24, written(low), "a", "start")]
+    found += [_text(left + 96, y + 24, written(high), "a", "end")] if high > low else []
+    found += [_text(left + 112, y + 24, written.factor, "a", "start")] if written.factor else []
     if _has_kept(chart):
         found.append(
             Markup('<rect x="{}" y="{}" width="16" height="10" rx="2" class="kept"/>').format(_n(left + 112), _n(y))

@@ -31,6 +31,7 @@ class Engine(ABC):
         method: its name.
         key: PEFT's name of the adapter.
         linear: it works on adapters on linear layers only, and trains others as they are.
+        steps_as_lora: a step with all adapters costs what LoRA's does.
         adapters: those still attached, one for each module.
         global_step: optimizer steps done.
         done: the structure is final; nothing will be cut any more.
@@ -40,6 +41,7 @@ class Engine(ABC):
 
     method: str
     linear = True
+    steps_as_lora = True
 
     def __init__(self, model: PeftModel, key: str, seed: int = 0) -> None:
         self.model: Any = model

@@ -86,6 +86,7 @@ class InformedSelector(Selector):
     """
 
     linear = True  # its sums are of x, A and B of linear layers
+    steps_as_lora = False  # it gathers them
 
     def __init__(self, model: nn.Module, strategy: Strategy, **kwargs: Any) -> None:
         super().__init__(model, strategy, **kwargs)

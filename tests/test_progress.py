@@ -103,6 +103,13 @@ def test_a_method_follows_its_trainer_and_loggers_get_the_figures_of_the_file(tm
     assert end["saved_s"] < saved and "saved_bytes" not in end
 
 
+def test_steps_that_gather_evidence_are_no_pace_of_lora(tmp_path: Path) -> None:
+    make_trainer(tmp_path, WeightLoRA(keep=3, score="kfac", after=4), Progress(costs=True), max_steps=8).train()
+    (end,) = lines(tmp_path, "end")
+    assert end["kept"] == 3 and end["operations"] <= 1 and end["saved_bytes"] > 0
+    assert not {"saved_s", "step_s_at_first"} & end.keys()
+
+
 def test_where_nobody_keeps_them_figures_are_not_logged(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, WeightLoRA(keep=3, after=2), max_steps=6, logging_steps=1)
     trainer.train()

@@ -26,6 +26,7 @@ from weightlora.report.charts import Point, heat_map, readable
 from weightlora.report.comparison import _frontier, jaccard
 from weightlora.report.evidence import choice, evidence, final_ranks
 from weightlora.report.reading import Place, read_run
+from weightlora.report.svg import draw
 from weightlora.report.views import view
 from weightlora.selection import EventLog
 
@@ -407,6 +408,24 @@ def test_twenty_thousand_adapters_fit(tmp_path: Path, shape: str) -> None:
     cells = page.cells("run-0-map-0").values()
     assert sum(int(cell["kept"]) for cell in cells) == 2000
     assert max(float(cell["value"]) for cell in cells) == max(omega.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "written", "factor"),
+    [
+        ([7.9e-5, -0.00149, 0.00729], ["0.08", "-1.49", "7.29"], "\N{MULTIPLICATION SIGN} 10\u207b\u00b3"),
+        ([0.5, 12.25, -1e-9], ["0.5", "12.2", "0"], ""),
+        ([3.0, 36.0], ["3", "36"], ""),
+        ([221e6, 0.0], ["221", "0"], "\N{MULTIPLICATION SIGN} 10\u2076"),
+        ([0.0, 0.0], ["0", "0"], ""),
+    ],
+)
+def test_cells_share_decimals_and_a_power_of_ten(values: list[float], written: list[str], factor: str) -> None:
+    chart = heat_map("k", "t", "s", "u", dict(zip(llama(1), values, strict=False)), None)
+    drawn = str(draw(chart, "c"))
+    assert re.findall(r'class="on-(?:dark|light)"[^>]*>([^<]*)<', drawn) == written
+    assert re.findall(r">(\N{MULTIPLICATION SIGN}[^<]*)<", drawn) == [factor] * bool(factor)
+    assert [float(v) for v in re.findall(r'data-value="([^"]*)"', drawn)] == values
 
 
 def test_encoder_and_decoder_are_told_apart() -> None:

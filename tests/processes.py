@@ -1,16 +1,18 @@
-"""Starting the processes of a distributed test."""
+"""Starting the processes of a distributed test, from one that has imported what they need."""
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ENDS = 300  # seconds after which they hang, on a machine with a lot to do
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["torch", "transformers.trainer", "peft", "weightlora.training.run", "helpers"])
 
 
 def torchrun(script: Path, processes: int, *arguments: str, **environment: str) -> None:
@@ -18,23 +20,32 @@ def torchrun(script: Path, processes: int, *arguments: str, **environment: str) 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"} | environment
-    with contextlib.ExitStack() as stack:
+    shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"} | environment
+    with tempfile.TemporaryDirectory() as folder:
         running = []
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
-            said = stack.enter_context(tempfile.TemporaryFile("w+"))
-            process = subprocess.Popen(
-                [sys.executable, str(script), *arguments],
-                env=shared | (own if processes > 1 else {}),
-                stderr=said,
-            )
-            running.append((stack.enter_context(process), said))
+            said = Path(folder, str(rank))
+            given = os.environ | shared | (own if processes > 1 else {})
+            process = _SERVER.Process(target=_run, args=(str(script), arguments, given, str(said)))
+            process.start()
+            running.append((process, said))
         try:
             for process, said in running:
-                ended = process.wait(ENDS)
-                said.seek(0)
-                assert ended == 0, said.read()[-3000:]
+                process.join(ENDS)
+                assert process.exitcode == 0, said.read_text(encoding="utf-8")[-3000:]
         finally:
             for process, _ in running:
                 process.kill()
+
+
+def _run(script: str, arguments: tuple[str, ...], environment: dict[str, str], said: str) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")

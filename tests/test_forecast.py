@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from weightlora import ConfigError, Fixed, WeightLoRA, estimate, list_adapters, measure, methods
 from weightlora.adapters import attach, kernel, surgery
 from weightlora.forecast import model as models
+from weightlora.forecast import repeats
 from weightlora.forecast.costs import Costs, optimizer_bytes, take_costs
 from weightlora.forecast.estimator import with_adapters
 from weightlora.forecast.model import Base
@@ -265,6 +266,75 @@ def test_adapters_on_experts_are_seen_as_what_they_keep(checkpointing):
     assert "leave the experts" in found.notes[0] and "down_proj, gate_up_proj" in found.notes[1]
     plain = estimate(mixture(), {**EXPERTS, "target_modules": ["q_proj"]}, method="lora", **settings)
     assert len(plain.notes) == 1
+
+
+# ---- Blocks that are alike -------------------------------------------------------------------------------------
+
+DEEP = {"gpt2": {"n_layer": 6}, "mixture": {}}
+
+
+def deep(name: str, **lora: Any) -> PeftModel:
+    """A model of six blocks on the meta device, with our kernel."""
+    if name == "mixture":
+        model, _ = with_adapters(mixture(num_hidden_layers=6), {**EXPERTS, **lora}, "lora", None)
+    else:
+        made = tiny.build(name, **DEEP.get(name, {"num_hidden_layers": 6}))
+        with torch.device("meta"):
+            plain = models.without_weights(type(made.model), made.model.config)
+            model = get_peft_model(plain, tiny.lora(made, lora_dropout=0.1, **lora))
+    attach.use_kernel(list_adapters(model), gates=False)
+    return model
+
+
+def look(model: PeftModel, precision: Any = "fp32") -> Costs:
+    autocast = None if precision == "fp32" else torch.bfloat16
+    return take_costs(Base(model), list_adapters(model, linear=False), precision, 4, 7, None, "cuda", autocast)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "4bit"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "llama", "qwen", "gpt2", "mixture"])
+def test_three_blocks_tell_what_six_keep_and_compute(name, precision, monkeypatch):
+    found = []
+    unfolded = repeats.unfolded
+    monkeypatch.setattr(repeats, "unfolded", lambda *seen: found.append(unfolded(*seen)) or found[0])
+    own = look(deep(name), precision)
+    assert found, "the whole model was looked at"
+    monkeypatch.setattr(repeats, "find_repeats", lambda base: None)
+    whole = look(deep(name), precision)
+    assert own.profile == whole.profile
+    for one, other in zip(own.recomputed, whole.recomputed, strict=True):
+        assert _in_order(one) == _in_order(other)
+
+
+def _in_order(parts: Any) -> Any:
+    return parts if isinstance(parts, int) else sorted(map(repr, map(_in_order, parts))) if parts else parts
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("llama", {"layers_to_transform": [0, 2, 4]}),
+        ("llama", {"rank_pattern": {"layers.3.mlp.up_proj": 4}}),
+        ("llama", {"modules_to_save": ["input_layernorm"]}),
+        ("gemma", {}),  # two types of layers
+    ],
+)
+def test_blocks_that_differ_are_looked_at_one_by_one(name, lora, monkeypatch):
+    model = deep(name, **lora)
+    assert repeats.find_repeats(model.get_base_model()) is None
+    assert len(look(model).names) == len(list_adapters(model))
+
+
+def test_the_model_is_whole_again_and_stock_adapters_are_seen():
+    model = deep("llama")
+    layers = model.get_base_model().model.layers
+    look(model)
+    assert model.get_base_model().model.layers is layers and len(layers) == 6
+    stock = estimate(tiny.build("llama", num_hidden_layers=6).model.config, {**LORA, "task_type": "CAUSAL_LM"},
+                     method="lora", **SMALL)  # fmt: skip
+    made = tiny.build("llama", num_hidden_layers=6)
+    real_model = get_peft_model(made.model, LoraConfig(**LORA)).train()
+    assert stock.find().saved_bytes == pytest.approx(saved(real_model, made.batch), rel=0.05)
 
 
 def test_what_experts_compute_is_counted():

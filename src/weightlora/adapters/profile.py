@@ -90,11 +90,13 @@ class Recomputed(NamedTuple):
     Attributes:
         kept: parts kept from forward to backward; their operations are those of computing blocks again.
         inside: for each block, in the order of execution, the parts kept while its own gradients are computed.
+        frozen: operations of its forward pass, for each block, without adapters.
         largest: bytes of the largest tensor kept inside a block. largest_outside: of the others.
     """
 
     kept: tuple[Part, ...]
     inside: tuple[tuple[Part, ...], ...]
+    frozen: tuple[int, ...]
     largest: int
     largest_outside: int
 
@@ -170,12 +172,12 @@ class FlopCounter(Protocol):
 
 
 class _Call:
-    """A block's forward pass: what goes in, and its FLOPs, adapters included."""
+    """A block's forward pass: what goes in, and its FLOPs, with adapters and without."""
 
-    def __init__(self, inputs: Any, flops: int) -> None:
+    def __init__(self, inputs: Any, flops: int, frozen: int) -> None:
         storages = [t.untyped_storage() for t in tree_leaves(inputs) if isinstance(t, Tensor)]
         self.inputs = {StorageWeakRef(storage): storage.nbytes() for storage in storages}
-        self.flops = -flops
+        self.flops, self.frozen = -flops, -frozen
 
 
 class _Segment:
@@ -258,10 +260,11 @@ class _Record:
 
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self.block = len(self.calls)
-        self.calls.append(_Call((args, kwargs), self.counter.get_total_flops()))
+        self.calls.append(_Call((args, kwargs), self.counter.get_total_flops(), self._frozen_flops()))
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
         self.calls[-1].flops += self.counter.get_total_flops()
+        self.calls[-1].frozen += self._frozen_flops()
         self.block = None
 
     def _pack(self, tensor: Tensor) -> _Saved:
@@ -436,7 +439,8 @@ class _Record:
             again.add_storage(*found)
         sizes = [size for block, saved in self.saved_in.items() if block is not None for size, *_ in saved.values()]
         around = [size for size, *_ in self.saved_in.get(None, {}).values()]
-        return Recomputed(again.parts(), tuple(inside), max(sizes, default=0), max(around, default=0))
+        frozen = tuple(call.frozen for call in self.calls)
+        return Recomputed(again.parts(), tuple(inside), frozen, max(sizes, default=0), max(around, default=0))
 
 
 class _Sums:
@@ -458,7 +462,7 @@ class _Sums:
 
     def parts(self) -> tuple[Part, ...]:
         return tuple(
-            Part(() if a == self.always else _runs(a), size, flops, only.bit_length() - 1 if only else None)
+            Part(() if a == self.always else runs_of(a), size, flops, only.bit_length() - 1 if only else None)
             for (a, only), (size, flops) in self.sums.items()
         )
 
@@ -477,9 +481,14 @@ def _saved_attributes(node: type) -> list[str]:
     return ["saved_tensors"] if issubclass(node, BackwardCFunction) else names
 
 
-def _runs(bits: int) -> tuple[int, ...]:
+def runs_of(bits: int) -> tuple[int, ...]:
     """Start and end of every run of ones, from the lowest bit up."""
     return tuple(edge for run in re.finditer("1+", f"{bits:b}"[::-1]) for edge in run.span())
+
+
+def bits_of(runs: Sequence[int]) -> int:
+    """The other way round."""
+    return sum((1 << end) - (1 << start) for start, end in zip(runs[::2], runs[1::2], strict=True))
 
 
 @contextmanager

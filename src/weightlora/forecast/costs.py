@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
 from weightlora.adapters.profile import Part, Profile, Recomputed, take_both
+from weightlora.forecast import repeats
 from weightlora.forecast.meta import Device, FlopCounter, computing_as
 from weightlora.forecast.model import Base, Precision, inputs_for
 
@@ -104,10 +106,21 @@ def take_costs(
     """One forward pass of the model with its base in this precision; without `flops` operations are 0."""
     base.become(precision)
     model = base.model.train()
-    inputs = inputs_for(model.get_base_model(), batch, length, target_length)  # type: ignore[arg-type]
-    blocks = [block for stack in find_stacks(model.get_base_model()) for block in stack.blocks]
-    with computing_as(device, autocast):
-        return Costs(*take_both(model, adapters, inputs, blocks, FlopCounter(flops)))
+    plain: Any = model.get_base_model()
+    inputs = inputs_for(plain, batch, length, target_length)
+
+    def look(adapters: Sequence[Adapter]) -> tuple[Profile, Recomputed]:
+        blocks = [block for stack in find_stacks(plain) for block in stack.blocks]
+        with computing_as(device, autocast):
+            return take_both(model, adapters, inputs, blocks, FlopCounter(flops))
+
+    alike = repeats.find_repeats(plain)
+    if alike is not None:
+        with alike.shortened():
+            found = look(alike.left(adapters))
+        with suppress(repeats.Unlike):
+            return Costs(*repeats.unfolded(*found, alike))
+    return Costs(*look(adapters))
 
 
 def optimizer_bytes(name: str, shapes: Sequence[tuple[int, ...]]) -> int:

@@ -134,7 +134,6 @@ def fit(
         precision=_precision(model),
         device="cuda" if args.device.type == "cuda" else "cpu",
     )
-
     acting = method or WeightLoRA(keep=ANY_KEEP)
 
     def room(memory_bytes: int) -> Room | None:
@@ -244,4 +243,5 @@ def other_bytes() -> int:
 
 
 def gigabytes(size: float) -> str:
+    """For messages."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"

@@ -206,9 +206,8 @@ class _Record:
         # {block: {storage: [bytes, adapters, one that has to be there too]}}
         self.saved_in: dict[int | None, dict[StorageWeakRef, list[int]]] = {}
         self.names = {id(a.A): a.name for a in adapters if not isinstance(a, OtherAdapter)}
-        self.others = [
-            a for a in adapters if isinstance(a, OtherAdapter)
-        ]  # PEFT's own operations, in the model's graph
+        # Those that PEFT computes by its own operations, in the model's graph.
+        self.others = [a for a in adapters if isinstance(a, OtherAdapter)]
         self.leaves = {id(p): a.name for a in self.others for p in a.weights}
         self.updating: set[int] = set()  # their bits
         self.bits: dict[str, int] = {}

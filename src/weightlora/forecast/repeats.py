@@ -107,6 +107,8 @@ class _Places:
         before, own, after = self._split(part)
         if (own and (own != self.whole or self.first & ~before)) or (after and not own and self.first & before):
             raise Unlike
+        if part.only is not None and self.start <= part.only < self.end:
+            raise Unlike
         between = self._blocks(self.copies) if own else 0
         bits = before | between | after << self.start + self.width * self.copies
         return part._replace(runs=runs_of(bits), only=self._moved(part.only, 0))

@@ -242,7 +242,7 @@ def encode(task: Task, row: Row, tokenizer: Any) -> Row | None:
         first = next(key for key in ("sentence", "sentence1") if key in row)
         pair = [row[key] for key in (first, second.get(first)) if key]
         encoded = tokenizer(*pair, truncation=True, max_length=task.length)
-        types = {"types": encoded["token_type_ids"]} if len(pair) == 2 else {}
+        types = {"types": encoded["token_type_ids"]} if len(pair) == 2 and "token_type_ids" in encoded else {}
         return {"ids": encoded["input_ids"], "label": row["label"], **types}
     prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
     answer = [*tokenizer(row["answer"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from weightlora import ConfigError, RLoRA, WeightLoRA, WeightLoRAPlus, list_adapters, measure
 from weightlora.adapters import attach, kernel, surgery
-from weightlora.adapters.profile import Part, Profile, take_profile
+from weightlora.adapters.parts import Part, Profile
+from weightlora.adapters.profile import take_profile
 from weightlora.methods import create
 from weightlora.selection import costs
 from weightlora.selection.budgets import Budget, parse

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, MPNetConfig, MPNetModel
 
 from studies import rules, run, sets, tables, tasks
 from studies.backbones import Backbone, Decoder, Encoder
@@ -25,9 +25,17 @@ def bert() -> BertModel:
     return BertModel(BertConfig(**SIZE))
 
 
+def mpnet() -> MPNetModel:
+    torch.manual_seed(0)
+    return MPNetModel(MPNetConfig(**SIZE))
+
+
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=1, tie_word_embeddings=True))
+
+
+MODELS = {BertModel: bert, MPNetModel: mpnet, LlamaForCausalLM: llama}
 
 
 def batches(labels: bool) -> list[dict[str, Tensor]]:
@@ -42,9 +50,9 @@ def batches(labels: bool) -> list[dict[str, Tensor]]:
     return made
 
 
-@pytest.fixture(params=["encoder", "decoder"])
+@pytest.fixture(params=MODELS.values())
 def backbone(request: pytest.FixtureRequest) -> Backbone:
-    return Encoder(bert(), "cpu") if request.param == "encoder" else Decoder(llama(), "cpu")
+    return (Decoder if request.param is llama else Encoder)(request.param(), "cpu")
 
 
 def head_of(backbone: Backbone) -> tuple[Tensor, Tensor] | None:
@@ -61,7 +69,7 @@ def arms(n: int) -> Tensor:
 
 def alone(backbone: Backbone, ranks: Tensor, rate: float) -> Tensor:
     """Held-out loss of one arm trained with PEFT, AdamW, clipping and the schedule."""
-    model = bert() if isinstance(backbone, Encoder) else llama()
+    model = MODELS[type(backbone.model)]()
     r = int(ranks.max())
     names = [s.name for s, own in zip(backbone.sites, ranks, strict=True) if own]
     peft = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=names)).eval()

@@ -3,9 +3,7 @@
 Nothing heavy is imported before a command runs, so that `--help` stays quick.
 """
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +12,8 @@ from weightlora.errors import ConfigError, WeightLoRAError, short
 try:
     import typer
 
+    from weightlora.commands.bench import bench
+    from weightlora.commands.estimate import estimate
     from weightlora.commands.figure import figure
     from weightlora.commands.listing import listing
     from weightlora.commands.shared import AsInTrain, Recipe, fail, interruptible, is_first, log_to_stderr
@@ -37,9 +37,6 @@ _EXTRA = {
     "yaml": "train",
     "trl": "llm",
 }
-# transformers imports these wherever they are installed, which takes seconds; an estimate needs none of them.
-_UNNEEDED = ("datasets", "hqq", "pandas", "scipy", "sklearn", "trl")
-
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -64,6 +61,7 @@ app = typer.Typer(
 )
 app.add_typer(listing, name="list")
 app.add_typer(figure, name="figure")
+app.command()(estimate)
 
 
 def main() -> None:
@@ -82,30 +80,6 @@ def main() -> None:
         if extra is None:
             raise
         fail(f"This needs the package {package!r}, which is not installed: pip install 'weightlora[{extra}]'")
-
-
-@contextmanager
-def _in_haste(quantised: bool) -> Iterator[None]:
-    """Inside, what is not needed is not found, unless it is imported already, and no garbage is looked for."""
-    import gc
-
-    collects = gc.isenabled()
-    gc.disable()
-    import torch
-
-    unneeded = [*_UNNEEDED]
-    unneeded += [] if quantised else ["bitsandbytes"]
-    unneeded += [] if torch.cuda.is_available() else ["triton"]
-    hidden = [name for name in unneeded if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in hidden:
-            sys.modules.pop(name, None)
-        if collects:
-            gc.freeze()
-            gc.enable()
 
 
 def _print_version(wanted: bool) -> None:
@@ -179,59 +153,6 @@ def train(
         print("Dry run: nothing was trained or written.")
     elif is_first():
         terminal.show_result(metrics, loaded.output_dir)
-
-
-@app.command()
-def estimate(
-    recipe: Recipe,
-    overrides: AsInTrain = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="Say what fits it, e.g. '16 GB'.", show_default=False),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="cpu|cuda", help="Where it will run. Default: as here.", show_default=False),
-    ] = None,
-    rows: Annotated[
-        int | None,
-        typer.Option("--rows", min=1, help="Training rows, which decide when the cut comes.", show_default=False),
-    ] = None,
-    against_peft: Annotated[
-        bool, typer.Option("--peft", help="Say what stock PEFT's LoRA would save for backward, too.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same numbers as JSON.")] = False,
-) -> None:
-    """Say what a recipe's run will attach, keep in memory and compute, before anything is loaded.
-
-    The model's config.json is all that is read: no weights, no tokenizer, no data. Every row counts as long as
-    `data.max_length` allows. Memory is that of one process: weights, adapters and their gradients and optimizer state,
-    and the activations that are saved for backward, for the base in float32, bfloat16, 8 and 4 bits.
-
-    \b
-    Example: weightlora estimate recipe.yaml method.keep=10% --memory "16 GB"
-             weightlora estimate recipe.yaml model.dtype=bfloat16 training.bf16=true --device cuda --json
-    """
-    from weightlora.training.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    if device not in (None, "cpu", "cuda"):
-        fail(f"--device {device}: give cpu or cuda.")
-    with _in_haste(quantised=loaded.model.quantization is not None):
-        log_to_stderr()
-        from weightlora.training.fitting import fitted
-        from weightlora.training.forecasting import estimate_recipe
-
-        loaded, chosen = fitted(loaded, resume=False)
-        found = estimate_recipe(loaded, memory=memory, device=device, rows=rows, against_peft=against_peft)  # type: ignore[arg-type]
-    if as_json:
-        import json
-
-        print(json.dumps(found.to_json(), indent=2))
-    else:
-        from weightlora.forecast.show import print_estimate
-
-        print_estimate(found, chosen.lines(loaded.method.options.get("keep")) if chosen is not None else [])
 
 
 @app.command()
@@ -373,63 +294,7 @@ def export(
         print(f"Pushed to  {push_to_hub}")
 
 
-@app.command()
-def bench(
-    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A YAML suite.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. seeds=[0,1].", show_default=False),
-    ] = None,
-    jobs: Annotated[
-        int,
-        typer.Option("--jobs", min=0, help="Make runs in so many processes, which share the cores; 0: in this one."),
-    ] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every run, say how many there are, stop.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Show what the finished runs come to, stop.")] = False,
-) -> None:
-    """Compare methods: all runs of a suite, and one table.
-
-    A suite says what all runs have in common, and what differs along each axis:
-
-    \b
-    base: {model: bert-base-uncased, lora: {r: 8}}
-    tasks: [glue/cola, glue/rte]
-    methods:
-      lora: lora
-      weightlora: {method: {name: weightlora, keep: 10}}
-    seeds: [0, 1, 2]
-    reference: lora                         # differences are to this one
-    tune:                                   # each method at its own best, chosen on a part of the training data
-      grid: {training.learning_rate: [5e-4, 2e-3]}
-      validation: 0.2
-    output_dir: runs/mine
-
-    \b
-    Interrupt it at any moment and start it again: finished runs stay, half runs are made again.
-    Example: weightlora bench suite.yaml data=folder/with/glue --jobs 2
-    """
-    from weightlora.bench.suite import load_suite
-
-    loaded = load_suite(suite, overrides)
-    log_to_stderr("ERROR")  # the rest is in the suite's log.txt
-    from weightlora import terminal
-    from weightlora.bench import runner
-    from weightlora.bench.suite import groups
-
-    if not table:
-        count = len(groups(loaded))
-        trials = 0 if loaded.tune is None else count * (loaded.tune.trials or len(loaded.tune.points()))
-        print(f"Suite      {len(loaded.tasks)} tasks, {len(loaded.methods)} methods, {len(loaded.seeds)} seeds")
-        print(f"Runs       {count * len(loaded.seeds)}" + (f", after {trials} to choose by" if trials else ""))
-    if dry_run:
-        runner.check(loaded)
-        print("Dry run: nothing was trained or written.")
-        return
-    with interruptible("the same command goes on"):
-        failed = [] if table else terminal.make_runs(loaded, jobs)
-    terminal.show_suite(loaded, "" if table else runner.write_report(loaded))
-    if failed:
-        raise typer.Exit(1)
+app.command()(bench)
 
 
 @app.command()

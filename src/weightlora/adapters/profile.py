@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from weightlora import measure
 from weightlora.adapters import kernel, surgery
 from weightlora.adapters.attach import Adapter, OtherAdapter
+from weightlora.adapters.parts import Profile, Recomputed, Sums
 
 # Operations of two operands, by the names of what they save: the gradient of one needs the other and not itself.
 _PRODUCTS = {
@@ -42,63 +41,6 @@ _OPERANDS = {**_PRODUCTS, "MulBackward0": ("self", "other")}
 
 # Nodes that may stand between the product of a base layer and its output.
 _PASSING = ("ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AddBackward0", "CloneBackward0")
-
-
-class Part(NamedTuple):
-    """Something that is kept or computed where one of its adapters is there.
-
-    Attributes:
-        runs: (start, end, start, end, ...) of places in the order of execution; empty for what is always there.
-        bytes: kept from forward to backward.
-        flops: of one step, forward and backward.
-        only: place of an adapter that has to be there as well, or None. To reach the adapters before it, a gradient
-            needs what dropped out of the input of this one, or the weights to which this one added its update.
-    """
-
-    runs: tuple[int, ...]
-    bytes: int
-    flops: int
-    only: int | None = None
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The parts of a training step.
-
-    Attributes:
-        names: of the adapters, in the order of execution.
-        parts: no two for the same adapters.
-        checkpointing: activations are computed again in backward, which `flops` include and `bytes` leave out.
-    """
-
-    names: tuple[str, ...]
-    parts: tuple[Part, ...]
-    checkpointing: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {"names": self.names, "parts": self.parts, "checkpointing": self.checkpointing}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Profile:
-        parts = tuple(Part(tuple(runs), size, flops, only) for runs, size, flops, only in data["parts"])
-        return cls(tuple(data["names"]), parts, data["checkpointing"])
-
-
-class Recomputed(NamedTuple):
-    """What checkpointing each block would change: a step keeps its input, and computes it again for its gradients.
-
-    Attributes:
-        kept: parts kept from forward to backward; their operations are those of computing blocks again.
-        inside: for each block, in the order of execution, the parts kept while its own gradients are computed.
-        frozen: operations of its forward pass, for each block, without adapters.
-        largest: bytes of the largest tensor kept inside a block. largest_outside: of the others.
-    """
-
-    kept: tuple[Part, ...]
-    inside: tuple[tuple[Part, ...], ...]
-    frozen: tuple[int, ...]
-    largest: int
-    largest_outside: int
 
 
 def take_profile(
@@ -226,7 +168,7 @@ class _Record:
         # Adapter, node of its input, bytes and FLOPs for the gradient of the input.
         self.for_input: list[tuple[int, Any, int, int]] = []
         self.foreign: list[tuple[Any, int]] = []  # node of a base layer and FLOPs of its input's gradient
-        self.costs = _Sums(self.always)
+        self.costs = Sums(self.always)
 
     # -- the forward pass ----------------------------------------------------------------------------------------
 
@@ -421,7 +363,7 @@ class _Record:
 
     def recomputed(self) -> Recomputed:
         kept = {storage: list(found) for storage, found in self.saved_in.get(None, {}).items()}
-        outside, again, inside = set(kept), _Sums(self.always), []
+        outside, again, inside = set(kept), Sums(self.always), []
         for number, call in enumerate(self.calls):
             saved = self.saved_in.get(number, {})
             there = functools.reduce(int.__or__, (adapters for _, adapters, _ in saved.values()), 0)
@@ -429,7 +371,7 @@ class _Record:
             for storage, size in call.inputs.items() if there else ():
                 if storage not in self.owned:
                     kept.setdefault(storage, [size, 0, 0])[1] |= there
-            within = _Sums(self.always)
+            within = Sums(self.always)
             for storage, found in saved.items():
                 if storage not in outside and storage not in call.inputs:
                     within.add_storage(*found)
@@ -440,30 +382,6 @@ class _Record:
         around = [size for size, *_ in self.saved_in.get(None, {}).values()]
         frozen = tuple(call.frozen for call in self.calls)
         return Recomputed(again.parts(), tuple(inside), frozen, max(sizes, default=0), max(around, default=0))
-
-
-class _Sums:
-    """Bytes and FLOPs, summed for equal adapters, which are bits; `always` is the bit of what is always there."""
-
-    def __init__(self, always: int) -> None:
-        self.always = always
-        self.sums: dict[tuple[int, int], list[int]] = {}  # {(adapters, one that has to be there too): [bytes, FLOPs]}
-
-    def add(self, adapters: int, *, size: int = 0, flops: int = 0, only: int = 0) -> None:
-        if adapters & self.always:
-            adapters, only = only or self.always, 0
-        if adapters:
-            cost = self.sums.setdefault((adapters, only), [0, 0])
-            cost[0], cost[1] = cost[0] + size, cost[1] + flops
-
-    def add_storage(self, size: int, adapters: int, only: int) -> None:
-        self.add(adapters, size=size, only=only)
-
-    def parts(self) -> tuple[Part, ...]:
-        return tuple(
-            Part(() if a == self.always else runs_of(a), size, flops, only.bit_length() - 1 if only else None)
-            for (a, only), (size, flops) in self.sums.items()
-        )
 
 
 def _is_foreign(node: Any) -> bool:
@@ -478,16 +396,6 @@ def _saved_attributes(node: type) -> list[str]:
     """For C++ nodes `_saved_...`, one for each saved tensor; for Python nodes the tuple of all."""
     names = [n for n in dir(node) if n.startswith("_saved_") and "_sym_" not in n]
     return ["saved_tensors"] if issubclass(node, BackwardCFunction) else names
-
-
-def runs_of(bits: int) -> tuple[int, ...]:
-    """Start and end of every run of ones, from the lowest bit up."""
-    return tuple(edge for run in re.finditer("1+", f"{bits:b}"[::-1]) for edge in run.span())
-
-
-def bits_of(runs: Sequence[int]) -> int:
-    """The other way round."""
-    return sum((1 << end) - (1 << start) for start, end in zip(runs[::2], runs[1::2], strict=True))
 
 
 @contextmanager

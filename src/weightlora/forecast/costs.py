@@ -12,7 +12,8 @@ import torch
 
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
-from weightlora.adapters.profile import Part, Profile, Recomputed, take_both
+from weightlora.adapters.parts import Part, Profile, Recomputed
+from weightlora.adapters.profile import take_both
 from weightlora.forecast import repeats
 from weightlora.forecast.meta import Device, FlopCounter, computing_as
 from weightlora.forecast.model import Base, Precision, inputs_for

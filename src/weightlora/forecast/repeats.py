@@ -5,7 +5,7 @@ the second keeps and computes, each of those between does too, with all blocks b
 
     first | second | last   ->   first | second | third | ... | last
 
-A part of a step (`adapters.profile`) is there for a set of adapters. One that reaches into the second block and not
+A part of a step (`adapters.parts`) is there for a set of adapters. One that reaches into the second block and not
 beyond is repeated, with all blocks before it where it had all of the first; every other stays one. A chain of equal
 blocks has no sets of another form: where there is one the whole model is looked at. So it is with a decoder behind an
 encoder, whose every block passes gradients on to what none of its adapters is in.
@@ -22,7 +22,7 @@ from torch import nn
 
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
-from weightlora.adapters.profile import Part, Profile, Recomputed, bits_of, runs_of
+from weightlora.adapters.parts import Part, Profile, Recomputed, Sums, bits_of, runs_of
 
 _FEWEST = 5  # blocks for which it is worth it
 _NUMBERS = ("layer_idx", "layer_index", "layer_id", "layer_number")  # which of them a block is
@@ -181,14 +181,13 @@ def unfolded(profile: Profile, seen: Recomputed, stack: Repeats) -> tuple[Profil
     copies = zip(*map(places.each, second), strict=True) if second else [()] * places.copies
     inside = (tuple(map(places.once, first)), *copies, tuple(map(places.once, last)))
     frozen = (seen.frozen[0], *[seen.frozen[1]] * places.copies, seen.frozen[2])
-    whole = Profile(tuple(places.names), tuple(sorted(_summed(parts), key=repr)), False)
-    return whole, seen._replace(kept=_summed(kept), inside=inside, frozen=frozen)
+    always = 1 << len(places.names)
+    whole = Profile(tuple(places.names), tuple(sorted(_summed(parts, always), key=repr)), False)
+    return whole, seen._replace(kept=_summed(kept, always), inside=inside, frozen=frozen)
 
 
-def _summed(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """With one part for each set."""
-    sums: dict[tuple[Any, ...], list[int]] = {}
+def _summed(parts: Sequence[Part], always: int) -> tuple[Part, ...]:
+    sums = Sums(always)
     for part in parts:
-        found = sums.setdefault((part.runs, part.only), [0, 0])
-        found[0], found[1] = found[0] + part.bytes, found[1] + part.flops
-    return tuple(Part(runs, size, flops, only) for (runs, only), (size, flops) in sums.items())
+        sums.add_part(part)
+    return sums.parts()

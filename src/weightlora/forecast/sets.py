@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from weightlora.adapters.attach import Adapter
-from weightlora.adapters.profile import Profile
+from weightlora.adapters.parts import Profile
 from weightlora.selection.budgets import Budget, Limit
 from weightlora.selection.costs import CostTable
 

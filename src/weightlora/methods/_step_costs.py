@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from weightlora.adapters.attach import Adapter
-from weightlora.adapters.profile import Profile, take_profile
+from weightlora.adapters.parts import Profile
+from weightlora.adapters.profile import take_profile
 from weightlora.selection.costs import Costs, CostTable
 
 logger = logging.getLogger(__name__)

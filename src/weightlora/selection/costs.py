@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from weightlora.adapters.attach import Adapter
-from weightlora.adapters.profile import Profile, take_profile
+from weightlora.adapters.parts import Profile
+from weightlora.adapters.profile import take_profile
 from weightlora.errors import ConfigError
 from weightlora.selection.budgets import Budget, Limit, shrinking
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from weightlora.settings import load_yaml
 from weightlora.tasks import get_task
 from weightlora.training.arguments import lora_values, training_arguments
 from weightlora.training.recipe import parse_recipe, save_recipe
-from weightlora.training.schema import FILE
+from weightlora.training.schema import FILE, _in_order, recipe_schema_text
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -38,10 +36,22 @@ def pinned(package: str) -> bool:
 
 @pytest.mark.skipif(not (pinned("transformers") and pinned("peft") and pinned("pydantic")), reason="other fields")
 def test_the_file_that_is_shipped_is_what_the_models_say():
-    """In a process of its own, since other tests add methods."""
-    said = subprocess.run([sys.executable, "-m", "weightlora", "schema"], capture_output=True, text=True, check=True)
-    assert FILE.read_text(encoding="utf-8") == said.stdout, "run `weightlora schema src/weightlora/recipe.schema.json`"
+    said = recipe_schema_text()
+    assert FILE.read_text(encoding="utf-8") == said, "run `weightlora schema src/weightlora/recipe.schema.json`"
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_it_is_the_same_whoever_wrote_a_type_first():
+    kinds = [{"type": "integer"}, {"items": {"anyOf": [{"type": "string"}, {"type": "number"}]}}, {"type": "boolean"}]
+    assert (
+        _in_order(kinds)
+        == _in_order(kinds[::-1])
+        == [
+            {"items": {"anyOf": [{"type": "number"}, {"type": "string"}]}},
+            {"type": "boolean"},
+            {"type": "integer"},
+        ]
+    )
 
 
 def test_it_takes_every_recipe_of_the_papers_and_of_the_docs():

@@ -122,8 +122,17 @@ def _field(name: str, hint: Any, default: Any, arguments: Any) -> dict[str, Any]
     kinds = [{k: v for k, v in kind.items() if k in ("type", "enum", "const", "items")} for kind in kinds]
     if default is None and {"type": "null"} not in kinds:
         kinds.append({"type": "null"})
-    kinds = [_ranged(name, kind, arguments) for kind in kinds]
+    kinds = _in_order([_ranged(name, kind, arguments) for kind in kinds])
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+
+
+def _in_order(value: Any) -> Any:
+    """Alternatives by their text: Python gives those of a union in the order in which any import first wrote it."""
+    if isinstance(value, Mapping):
+        return {key: _in_order(own) for key, own in value.items()}
+    if not isinstance(value, list):
+        return value
+    return sorted(map(_in_order, value), key=lambda own: json.dumps(own, sort_keys=True))
 
 
 def _ranged(name: str, kind: dict[str, Any], arguments: Any) -> dict[str, Any]:

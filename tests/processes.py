@@ -1,4 +1,4 @@
-"""Starting the processes of a distributed test, from one that has imported what they need."""
+"""Starting processes from one that has imported what they need: those of a distributed test, or the command."""
 
 from __future__ import annotations
 
@@ -37,6 +37,28 @@ def torchrun(script: Path, processes: int, *arguments: str, **environment: str) 
         finally:
             for process, _ in running:
                 process.kill()
+
+
+def command(*arguments: object) -> multiprocessing.process.BaseProcess:
+    """`weightlora ARGUMENTS`, started; what it prints is lost."""
+    process = _SERVER.Process(target=_command, args=([str(argument) for argument in arguments], dict(os.environ)))
+    process.start()
+    return process
+
+
+def _command(arguments: list[str], environment: dict[str, str]) -> None:
+    from datasets import config
+
+    from weightlora.cli import main
+
+    os.environ.clear()
+    os.environ.update(environment)
+    config.HF_DATASETS_CACHE = Path(environment.get("HF_DATASETS_CACHE", config.HF_DATASETS_CACHE))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    sys.argv = ["weightlora", *arguments]
+    main()
 
 
 def _run(script: str, arguments: tuple[str, ...], environment: dict[str, str], said: str) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from processes import command
 from tiny_text import questions, save_tiny_bert, write_jsonl
 from typer.testing import CliRunner
 
@@ -372,10 +371,9 @@ def test_killed_in_the_middle_and_started_again(folder: Path, undisturbed: tuple
     (folder / "suite.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
     out, done = folder / "out", [0]
     for jobs in ("1", "0"):
-        command = [sys.executable, "-m", "weightlora.cli", "bench", str(folder / "suite.yaml"), "--jobs", jobs]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder) as bench:
-            _wait(lambda: _finished(out) > done[-1] and _begun(out) > _finished(out), bench)
-            os.kill(bench.pid, signal.SIGKILL)
+        bench = command("bench", folder / "suite.yaml", "--jobs", jobs)
+        _wait(lambda: _finished(out) > done[-1] and _begun(out) > _finished(out), bench)
+        bench.kill()
         _wait(lambda: _processes_in(out) == 0)
         done.append(_finished(out))
     assert 0 < done[1] < done[2] < 4
@@ -396,11 +394,11 @@ def _begun(out: Path) -> int:
     return len(list(out.glob("runs/*/*/seed-*")))
 
 
-def _wait(until: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
+def _wait(until: Callable[[], bool], process: BaseProcess | None = None) -> None:
     for _ in range(2400):
         if until():
             return
-        assert process is None or process.poll() is None, "the bench ended before it could be killed"
+        assert process is None or process.is_alive(), "the bench ended before it could be killed"
         time.sleep(0.05)
     raise AssertionError("it did not come to that")
 

@@ -99,17 +99,21 @@ class Pass:
             add("fisher", self.squares[i].mean())
             add("snr", (self.halves[0][i] * self.halves[1][i] / root).sum())
             add("adam step", (g.square() / root).sum())
-            whole, none = (self.Gam[i], self.Sx[i]), (None, None)
             for name, (gam, sx) in {
-                "kfac": whole,
                 "kfac, input only": (None, self.Sx[i]),
                 "kfac, output only": (self.Gam[i], None),
-                "top r of G": none,
+                "top r of G": (None, None),
             }.items():
                 add(name, 0.5 * _top(_whitened(self.G[i], gam, sx), r).square().sum())
             inner = SCALING**2 * self.A[i] @ self.Sx[i] @ self.A[i].T
             add("kfac of B", 0.5 * _whitened(g, self.Gam[i], inner).square().sum())
-        return {name: torch.tensor(values) for name, values in found.items()}
+        return {name: torch.tensor(values) for name, values in found.items()} | {"kfac": self.kfac(r=r)}
+
+    def kfac(self, damping: float = DAMPING, r: int = sets.RANK) -> Tensor:
+        """Half the r largest squared singular values of Gam^-1/2 G Sx^-1/2, (n,)."""
+        factors = zip(self.G, self.Gam, self.Sx, strict=True)
+        whitened = [_whitened(G, gam, sx, damping) for G, gam, sx in factors]
+        return torch.tensor([0.5 * float(_top(W, r).square().sum()) for W in whitened])
 
     def starts(self, how: str, r: int = MOST) -> dict[str, Tensor]:
         """What A can begin with instead of noise, by site, (r, d_in), best row first.
@@ -152,11 +156,11 @@ class Pass:
         return found
 
 
-def _whitened(G: Tensor, gam: Tensor | None, sx: Tensor | None) -> Tensor:
+def _whitened(G: Tensor, gam: Tensor | None, sx: Tensor | None, damping: float = DAMPING) -> Tensor:
     """Gam^-1/2 G Sx^-1/2 up to rotations; None is the identity. Damped as K-FAC is, by the factors' mean traces."""
     a = None if gam is None else gam.diagonal().mean().clamp(min=1e-30)
     b = None if sx is None else sx.diagonal().mean().clamp(min=1e-30)
-    root = math.sqrt(DAMPING)
+    root = math.sqrt(damping)
     if gam is not None and a is not None:
         L = torch.linalg.cholesky(gam + root * a * torch.eye(len(gam), device=gam.device))
         G = torch.linalg.solve_triangular(L, G, upper=False)

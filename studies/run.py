@@ -359,6 +359,40 @@ class TaskRuns:
         )
         return chosen
 
+    def ablation(self) -> None:
+        """How a rule's scores depend on its damping, on how many batches it sees, and on when it looks."""
+        started, key = time.time(), (self.task.name, self.seed, "ablation")
+        if not self.study.group(*key):
+            return
+        full, rows = torch.full((1, len(self.sites)), sets.RANK), self.training(seed=1000 + self.seed)
+        found: dict[str, dict[str, Tensor]] = {}
+
+        def look(bank: Bank, count: int) -> rules.Pass:
+            return rules.Pass(bank, rows[: min(count, len(rows))])
+
+        for count in BATCHES:
+            bank = Bank(self.backbone, full, seed=self.seed, head=self.head)
+            evidence = look(bank, count)
+            found[f"{count} batches"] = evidence.scores()
+            if count == AT_ONCE:
+                found |= {f"damping {value:g}": {"kfac": evidence.kfac(value)} for value in DAMPINGS}
+        batches = self.training()
+        marks = {round(share * len(batches)): f"after {label}" for label, share in LATER.items()}
+        bank = Bank(self.backbone, full, seed=self.seed, head=self.head)
+
+        def each(step: int) -> None:
+            if step in marks:
+                found[marks[step]] = look(bank, AT_ONCE).scores()
+
+        bank.train(batches, torch.tensor([1e-3]), each=each)
+        for when, scores in found.items():
+            for name, values in scores.items():
+                picked = sets.best(self.sites, values, self.budget)
+                shown = [float(f"{v:.4g}") for v in values.tolist()]
+                line = {"part": "ablation", "rule": name, "when": when, "scores": shown, "pick": list(picked)}
+                self.study.write([{**self.key, **line}])
+        self.study.finish(started, *key)
+
     def _by_block(self, scores: Tensor) -> sets.Set:
         """The best module of every block for its parameters, blocks in the order of those; then the second best."""
         worth = scores.double() / torch.tensor([s.parameters(1) for s in self.sites], dtype=torch.float64)
@@ -372,6 +406,9 @@ class TaskRuns:
 
 # How many random sets: uniform, one of every block in turn, the same among feed-forward modules, among attention's.
 RANDOM = {"choose": (8, 8, 4, 2), "confirm": (6, 8, 4, 2), "check": (0, 4, 0, 0)}
+BATCHES, AT_ONCE = (4, 16, 64), 16  # for `ablation`: batches of one look, and those of the other looks
+DAMPINGS = (1e-4, 1e-3, 1e-1, 1.0)  # beside rules.DAMPING
+LATER = {"a tenth": 0.1, "half": 0.5, "the run": 1.0}
 LONGER = {"choose": (0.5, 2.0), "confirm": (0.5, 2.0), "check": ()}  # times the reference's steps
 
 
@@ -387,6 +424,7 @@ def run_task(study: Study, task: Task, seed: int) -> None:
         return
     for times in LONGER[task.role]:
         runs.run(f"times {times:g}", runs.longer(), times=times)
+    runs.ablation()
     if study.group(task.name, seed, "rules"):
         runs.run("rules", _different(runs.picks(tried)))
     if task.role == "choose" and seed == 0 and runs.head is not None:

@@ -9,6 +9,7 @@ A run's loss is that on the held-out rows, at the rate that was best on the vali
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -22,7 +23,7 @@ import numpy as np
 from studies.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results"
-RAW = RESULTS / "h200.jsonl"
+RAW = (RESULTS / "h200.jsonl", RESULTS / "cpu.jsonl")
 RANDOM = ("random", "random stratified", "random feed-forward", "random attention")
 Line = dict[str, Any]
 
@@ -42,8 +43,8 @@ class Run(NamedTuple):
     rate: float
 
 
-def read(file: Path) -> list[Line]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def read(files: Iterable[Path]) -> list[Line]:
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def best_rates(lines: Iterable[Line]) -> list[Run]:
@@ -211,6 +212,57 @@ def _spearman_of(results: Results, task: str, name: str) -> list[float]:
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
     ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+LOOKS = ("4 batches", "16 batches", "64 batches", "after a tenth", "after half", "after the run")
+ABLATED = (
+    *("kfac", "kfac of B", "kfac, input only", "kfac, output only", "top r of G"),
+    *("snr", "gradient norm of B", "fisher", "adam step"),
+)
+
+
+def ablation(results: Results) -> str:
+    """Rank correlation of a rule's scores with the random sets' losses, by when and how long it looks."""
+    rows = [["rule", *LOOKS, "same modules, two seeds"]]
+    for rule in ABLATED:
+        means = [[x for task in results.tasks for x in _ablated(results, task, rule, when)] for when in LOOKS]
+        agree = [x for task in results.tasks for x in _agreement(results, task, rule)]
+        cells = [f"{statistics.mean(found):+.2f}" if found else "" for found in means]
+        if any(cells):
+            rows.append([rule, *cells, f"{statistics.mean(agree):.2f}" if agree else ""])
+    return _markdown(rows)
+
+
+def damping(results: Results) -> str:
+    """The same of K-FAC's gain, by how it is damped."""
+    tasks = [task for task in results.tasks if _ablated(results, task, "kfac", "16 batches")]
+    whens = {0.0001: "", 0.001: "", 0.01: "16 batches", 0.1: "", 1.0: ""}
+    rows = [["damping", *(f"{task} ({len(_ablated(results, task, 'kfac', '16 batches'))})" for task in tasks)]]
+    for value, when in whens.items():
+        found = [_ablated(results, task, "kfac", when or f"damping {value:g}") for task in tasks]
+        rows.append([f"{value:g}", *(f"{statistics.mean(own):+.2f}" if own else "" for own in found)])
+    return _markdown(rows)
+
+
+def _ablated(results: Results, task: str, rule: str, when: str) -> list[float]:
+    """Rank correlations, one for each seed with random sets."""
+    found = []
+    for line in results.lines:
+        if (line.get("part"), line.get("task"), line.get("rule"), line.get("when")) == ("ablation", task, rule, when):
+            tried = [r for r in results.of(task) if r.seed == line["seed"] and r.kind in RANDOM]
+            if tried:
+                value = [sum(line["scores"][i] for i in r.modules) for r in tried]
+                found.append(_spearman(value, [-r.loss for r in tried]))
+    return found
+
+
+def _agreement(results: Results, task: str, rule: str) -> list[float]:
+    """Jaccard of what the rule picks with two seeds, for every way to look that has two."""
+    picks: dict[str, list[set[int]]] = defaultdict(list)
+    for line in results.lines:
+        if (line.get("part"), line.get("task"), line.get("rule")) == ("ablation", task, rule) and line["when"] in LOOKS:
+            picks[line["when"]].append(set(line["pick"]))
+    return [len(a & b) / len(a | b) for found in picks.values() for a, b in itertools.combinations(found, 2)]
 
 
 ACROSS_LENGTHS = (
@@ -385,6 +437,8 @@ TABLES = {
     "lengths": lengths,
     "head-first": head_first,
     "effective-rank": ranks_of_choice,
+    "ablation": ablation,
+    "damping": damping,
     "starts": starts,
     "default": default,
     "early": early,
@@ -430,7 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print every table, or write them."""
     parser = argparse.ArgumentParser(prog="python -m studies.tables", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", action="store_true", help="into docs/study.md")
-    parser.add_argument("--raw", type=Path, default=RAW, help="raw lines; default: those of docs/study.md")
+    parser.add_argument("--raw", type=Path, nargs="+", default=RAW, help="raw lines; default: those of docs/study.md")
     options = parser.parse_args(arguments)
     results = Results(read(options.raw))
     if options.write:

@@ -10,7 +10,7 @@ import torch
 from helpers import bert
 
 from weightlora import ConfigError, list_adapters
-from weightlora.selection.budgets import Budget, Limit, fill, parse
+from weightlora.selection.budgets import Budget, Limit, deal, fill, parse
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,35 @@ def test_refilling_comes_as_close_as_possible_and_never_above():
         even = [max(low, min(level, cap)) for low, cap in zip(floors, caps, strict=True)]
         assert all(r >= low for r, low in zip(ranks, even, strict=True)), "nobody is below the common rank"
         assert spent == best_possible(costs, budget, even, caps), (costs, budget, floors, caps, ranks)
+
+
+def test_dealing_takes_the_largest_gains_and_leaves_no_room():
+    """With equal costs the ranks are those of the largest gains of all, pooled; with others nothing more fits."""
+    draw = random.Random(0)
+    for _ in range(100):
+        n = draw.randint(1, 4)
+        gains = [sorted((draw.random() for _ in range(9)), reverse=True) for _ in range(n)]
+        caps, floors = [draw.randint(2, 9) for _ in range(n)], [1] * n
+        budget = 5 * draw.randint(n, 9 * n)
+        pooled = sorted((g for own, cap in zip(gains, caps, strict=True) for g in own[1:cap]), reverse=True)
+        taken = pooled[: budget // 5 - n]
+        ranks = deal(gains, [5] * n, budget, caps, floors)
+        assert ranks == [1 + sum(g in taken for g in own[1:cap]) for own, cap in zip(gains, caps, strict=True)]
+        costs = [draw.choice([2, 3, 7]) for _ in range(n)]
+        budget = sum(costs) + draw.randint(0, 40)
+        ranks = deal(gains, costs, budget, caps, floors)
+        left = budget - sum(r * c for r, c in zip(ranks, costs, strict=True))
+        assert left >= 0 and all(r == cap or c > left for r, c, cap in zip(ranks, costs, caps, strict=True))
+
+
+def test_dealing_goes_on_where_gains_fall_slowly():
+    steep, flat = [8.0 / k**3 for k in range(1, 5)], [1.0, 1.0, 1.0, 1.0]
+    assert deal([steep, flat], [1, 1], 20, [64, 64], [4, 4]) == [4, 16], "beyond what is known as well"
+    law = [1.0 / k**2 for k in range(1, 4)]
+    assert deal([law, law], [1, 4], 40, [64, 64], [1, 1]) == [16, 6], (
+        "4 times the cost, half the rank"
+    )
+    assert deal([[0.0, 0.0], [1.0]], [1, 1], 6, [9, 3], [1, 1]) == [3, 3], "what is left goes where there is room"
 
 
 def test_refilling_is_even():

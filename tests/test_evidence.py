@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from weightlora import ConfigError, WeightLoRA, WeightLoRAPlus, list_adapters, read_events
 from weightlora.errors import UnsupportedError
+from weightlora.selection.budgets import deal
 from weightlora.selection.evidence import DAMPING, RULES, Effects, Evidence
 from weightlora.selection.informed import cheapest
 
@@ -63,6 +64,7 @@ class Seen:
             if step == CUT - 1:
                 evidence = method.engine.evidence
                 self.scores = {rule: evidence.scores(rule) for rule in RULES}
+                self.spectra = evidence.spectra()
                 self.effects = evidence.effects
                 self.basis = {a.name: s.basis.clone() for a, s in zip(adapters, evidence._sums, strict=True)}
                 self.B = {a.name: a.B.weight.detach().clone() for a in adapters}
@@ -101,6 +103,18 @@ def test_kfac_is_the_gain_of_the_best_step_within_the_space_of_the_gradient(seen
         torch.testing.assert_close(seen.scores["kfac"][i], best, rtol=1e-3, atol=0)
         whole = torch.cat([seen.late[name], seen.basis[name][:, :q]], dim=1)
         assert torch.linalg.matrix_rank(whole, rtol=1e-3) <= q + 4
+
+
+def test_every_rank_is_worth_what_the_best_step_of_one_more_gains(seen):
+    """Of steps of rank k in the space where curvature is 1, the best keeps the first k singular directions."""
+    for i, name in enumerate(seen.names):
+        W = seen.sums[name].whitened(CUT - CUT // 2)
+        U, values, V = torch.linalg.svd(W, full_matrices=False)
+        for k in range(1, len(values) + 1):
+            M = U[:, :k] @ torch.diag(values[:k]) @ V[:k]
+            gain = (W * M).sum() - 0.5 * M.square().sum()
+            assert sum(seen.spectra[name][:k]) == pytest.approx(gain.item(), rel=1e-6)
+        assert sum(seen.spectra[name]) == pytest.approx(seen.scores["kfac"][i].item(), rel=1e-6)
 
 
 def test_leaving_one_out_is_predicted_to_second_order():
@@ -262,6 +276,31 @@ def test_several_cuts_look_anew_at_who_is_left():
     assert len(first["scores"]["snr"]) == 9 and len(last["scores"]["snr"]) == 4 and len(method.kept) == 2
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_ranks_by_evidence_go_where_the_next_one_is_worth_the_most(tmp_path, monkeypatch, resumed):
+    seen: list[dict[str, list[float]]] = []
+    spectra = Evidence.spectra
+    monkeypatch.setattr(Evidence, "spectra", lambda self: seen.append(spectra(self)) or seen[-1])
+
+    def method() -> WeightLoRAPlus:
+        return WeightLoRAPlus(keep=3, after=CUT, score="kfac", ranks="evidence")
+
+    trainer = make_trainer(tmp_path, method(), model=still(), save_steps=5)
+    whole = sum(a.parameters for a in list_adapters(trainer.model))
+    trainer.train()
+    if resumed:
+        ranks = {a.name: a.r for a in list_adapters(trainer.model)}
+        trainer = make_trainer(tmp_path, method(), model=still(), save_steps=100)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        assert {a.name: a.r for a in list_adapters(trainer.model)} == ranks and seen[0] == seen[1]
+    left = list_adapters(trainer.model)
+    costs = [a.parameters // a.r for a in left]
+    room = whole - sum(a.parameters for a in left)
+    assert len(left) == 3 and 0 <= room < min(costs)
+    expected = deal([seen[0][a.name] for a in left], costs, whole, [a.largest_rank for a in left], [4] * 3)
+    assert [a.r for a in left] == expected and len(set(expected)) > 1
+
+
 def test_a_rule_of_ones_own():
     def per_parameter(evidence: Evidence) -> Tensor:
         return evidence.scores("kfac") / torch.tensor([a.parameters for a in evidence.adapters])
@@ -325,6 +364,13 @@ def test_auto_compares_depths_by_what_they_cost():
 def test_what_cannot_work_is_refused_where_it_is_written(options, says):
     with pytest.raises(ConfigError, match=says):
         WeightLoRA(**options)
+
+
+def test_ranks_by_evidence_need_evidence():
+    with pytest.raises(ConfigError, match=r"ranks='evidence' needs what a score like 'kfac' gathers"):
+        WeightLoRAPlus(keep=3, ranks="evidence")
+    with pytest.raises(ConfigError, match=r"`ranks='even'`"):
+        WeightLoRAPlus(keep=3, ranks="even", score="kfac")  # type: ignore[arg-type]
 
 
 def test_a_module_that_mixes_rows_is_refused_by_the_rules_that_need_them_only():

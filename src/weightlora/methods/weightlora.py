@@ -109,6 +109,8 @@ class WeightLoRAPlus(SelectionMethod):
         rounds: reach `keep` in one cut, or in several at equal distances, growing at each.
         init: "qr" or "gaussian", how factors are extended without changing what a layer computes. New directions of
             "qr" have unit length, in paper mode about sqrt(d_in).
+        ranks: "equal" for all survivors, as near as the budget allows, or "evidence": one rank after the other to the
+            adapter where K-FAC says it is worth the most for its parameters. For a `score` other than omega.
         the others: as in `WeightLoRA`. With `compat` ranks double at each cut, before the others are dropped, and
             omega is not thresholded in between.
     """
@@ -121,6 +123,7 @@ class WeightLoRAPlus(SelectionMethod):
         score: Rule = "omega",
         rounds: int = 1,
         init: Literal["qr", "gaussian"] = "qr",
+        ranks: Literal["equal", "evidence"] = "equal",
         mode: Mode = "default",
         largest: Largest | None = None,
         gate_lr: float | None = None,
@@ -137,7 +140,15 @@ class WeightLoRAPlus(SelectionMethod):
         self.keep = None if keep is None else budget
         self.when = After(after, rounds=rounds, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
-        self.grow = Expand(init, double=compat, unit=mode != "paper")
+        options.one_of("ranks", ranks, ("equal", "evidence"))
+        gains = None
+        if ranks == "evidence":
+            if self.score is None:
+                raise ConfigError(
+                    "ranks='evidence' needs what a score like 'kfac' gathers, and omega gathers nothing; set `score`."
+                )
+            gains = self.score.spectra
+        self.grow = Expand(init, double=compat, unit=mode != "paper", gains=gains)
         self.compat = compat
         if compat:
             # FatAdamW does not project between its events, and unlike the plain optimizer it drops omega <= 0.

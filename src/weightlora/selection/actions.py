@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,7 +13,7 @@ from weightlora import optim
 from weightlora.adapters import surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError
-from weightlora.selection.budgets import fill
+from weightlora.selection.budgets import deal, fill
 
 
 @dataclass
@@ -63,11 +63,14 @@ class Expand:
         double: instead, multiply every rank by 2, of dropped adapters too where they are still there, with the
             uniform noise of the authors' code (methods: `compat`).
         unit: whether "qr" gives new directions unit length; not so in the paper.
+        gains: what each adapter's first ranks are worth, by name; the next rank goes where it is worth the most for its
+            parameters. None: ranks are as equal as the budget allows.
     """
 
     init: Literal["qr", "gaussian"] = "qr"
     double: bool = False
     unit: bool = True
+    gains: Callable[[], Mapping[str, Sequence[float]]] | None = None
 
     def __post_init__(self) -> None:
         if self.init not in ("qr", "gaussian"):
@@ -94,7 +97,11 @@ class Expand:
             return [min(2 * a.r, cap) for a, cap in zip(grown, caps, strict=True)]
         fixed = sum(a.fixed for a in grown)
         costs = [(a.parameters - a.fixed) // a.r for a in grown]
-        return fill(costs, cut.capacity - fixed, caps, [a.r for a in grown])
+        floors = [a.r for a in grown]
+        if self.gains is None:
+            return fill(costs, cut.capacity - fixed, caps, floors)
+        gains = self.gains()
+        return deal([gains[a.name] for a in grown], costs, cut.capacity - fixed, caps, floors)
 
     def _extend(self, adapter: Adapter, r: int, cut: Cut) -> dict[nn.Parameter, nn.Parameter]:
         """The old parameters with the new ones in their places."""

@@ -14,6 +14,7 @@ keep={"auto": 0.1} with its tolerance, leave the number to the evidence; see `in
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -269,6 +270,47 @@ def fill(costs: Sequence[int], budget: int, caps: Sequence[int], floors: Sequenc
     for i in _closest(costs, [high - r for high, r in zip(caps, ranks, strict=True)], left):
         ranks[i] += 1
     return ranks
+
+
+def deal(
+    gains: Sequence[Sequence[float]], costs: Sequence[int], budget: int, caps: Sequence[int], floors: Sequence[int]
+) -> list[int]:
+    """Ranks that spend `budget` on the largest gains for their parameters, one rank at a time.
+
+    Args:
+        gains: of each adapter's first ranks, the largest first. Those of further ranks are taken to go on falling as a
+            power of their number, which is fitted to what is known.
+        costs, caps, floors: as in `fill`.
+    """
+    laws = [_power_law(own) for own in gains]
+    ranks, left = list(floors), budget - sum(r * c for r, c in zip(floors, costs, strict=True))
+
+    def worth(i: int) -> float:
+        """Of the next rank of adapter i, for a parameter."""
+        known = gains[i][ranks[i] : ranks[i] + 1]
+        scale, power = laws[i]
+        return (known[0] if known else scale * (ranks[i] + 1) ** -power) / costs[i]
+
+    queue = [(-worth(i), i) for i in range(len(costs)) if ranks[i] < caps[i]]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        if costs[i] <= left:
+            ranks[i], left = ranks[i] + 1, left - costs[i]
+            if ranks[i] < caps[i]:
+                heapq.heappush(queue, (-worth(i), i))
+    return ranks
+
+
+def _power_law(values: Sequence[float]) -> tuple[float, float]:
+    """(c, p) of c k^-p, fitted to the logarithms of the first values; p is at least 0, and 1 if there is but one."""
+    points = [(math.log(k), math.log(v)) for k, v in enumerate(values, 1) if v > 0]
+    if len(points) < 2:
+        return max(values, default=0.0), 1.0
+    x, y = (sum(column) / len(points) for column in zip(*points, strict=True))
+    slope = sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+    power = max(0.0, -slope)
+    return math.exp(y + power * x), power
 
 
 def _closest(costs: Sequence[int], room: Sequence[int], budget: int) -> list[int]:

@@ -206,6 +206,14 @@ class Evidence:
             found = torch.stack([getattr(s, rule)(self.late_steps) for s in self._sums]).double().cpu()
         return found.masked_fill(~self.reached, -torch.inf)
 
+    def spectra(self) -> dict[str, list[float]]:
+        """K-FAC's gain of each adapter, rank by rank: half the squared singular values, the largest first, by name."""
+        found = {}
+        for adapter, sums in zip(self.adapters, self._sums, strict=True):
+            values = torch.linalg.svdvals(sums.whitened(self.late_steps).cpu())
+            found[adapter.name] = (0.5 * values.square()).tolist()
+        return found
+
     @property
     def effects(self) -> Effects:
         """What steps along the adapters do to the rows.
@@ -333,10 +341,13 @@ class _Sums:
         return (self.halves[0] * self.halves[1] / (self.squares.sqrt() + 1e-12)).sum()
 
     def kfac(self, late_steps: int) -> Tensor:
+        return 0.5 * self.whitened(late_steps).square().sum()
+
+    def whitened(self, late_steps: int) -> Tensor:
+        """S^-1/2 g' Gam^-1/2, (r, q)."""
         tokens = self.tokens.clamp(min=1)
         g = self.basis[:, : self._q].T @ self.late / max(late_steps, 1)
-        whitened = _solve(self.Gam / tokens, g)
-        return 0.5 * _solve(self.S / tokens, whitened.T).square().sum()
+        return _solve(self.S / tokens, _solve(self.Gam / tokens, g).T)
 
     def output(self, late_steps: int) -> Tensor:
         B = self.adapter.B.weight.detach().float()

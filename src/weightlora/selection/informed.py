@@ -53,6 +53,11 @@ class ByEvidence:
             )
         return scores
 
+    def spectra(self) -> dict[str, list[float]]:
+        """What every rank of every adapter is worth, for ranks by evidence."""
+        assert self.evidence is not None
+        return self.evidence.spectra()
+
 
 def parse(score: Rule, keep: Any) -> tuple[ByEvidence | None, Budget]:
     """What a user writes for `score` and `keep`; no score for "omega", which is not of the evidence.

@@ -44,20 +44,23 @@ def _decoder(folder: Path | None) -> tuple[Any, Any]:
 
 
 HELD_OUT = 2000  # rows, of those written as text
+TEXTS = {"sentence": "text", "sentence1": "text", "sentence2": "text_pair"}
 
 
 def write_text(task: Task, data: Path, folder: Path) -> dict[str, int]:
     """The training rows of a run, and held-out ones, as JSON lines; returns how many of each.
 
     Raises:
-        SystemExit: the task is not about single sentences.
+        SystemExit: its rows are no texts with labels.
     """
     train, _, test = SOURCES[task.name](data)
-    if "sentence" not in train[0]:
-        raise SystemExit(f"{task.name} is not about single sentences; --text writes sst2, articles, topics and cola.")
+    texts = {new: old for old, new in TEXTS.items() if old in train[0]}
+    if not texts:
+        raise SystemExit(f"{task.name} is no classification; --text writes sst2, articles, mrpc, topics and cola.")
     sizes = {}
     for name, rows in (("train", train[: task.rows]), ("validation", test[:HELD_OUT])):
-        lines = [json.dumps({"text": row["sentence"], "label": str(row["label"])}) for row in rows]
+        own = ({new: row[old] for new, old in texts.items()} | {"label": str(row["label"])} for row in rows)
+        lines = [json.dumps(row) for row in own]
         (folder / task.name).mkdir(parents=True, exist_ok=True)
         (folder / task.name / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         sizes[name] = len(lines)

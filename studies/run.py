@@ -393,6 +393,23 @@ class TaskRuns:
                 self.study.write([{**self.key, **line}])
         self.study.finish(started, *key)
 
+    def covering(self, tried: Sequence[Arm]) -> None:
+        """What set functions say of the random sets, and what they would pick."""
+        started, key = time.time(), (self.task.name, self.seed, "covering")
+        if not self.study.group(*key):
+            return
+        rows = self.training(seed=1000 + self.seed)
+        count = min(AT_ONCE, len(rows) // 2)
+        bank = Bank(self.backbone, torch.full((1, len(self.sites)), sets.RANK), seed=self.seed, head=self.head)
+        newton = rules.GaussNewton(bank, rules.Pass(bank, rows[:count]), rows[count : 2 * count], self.seed)
+        effects = Effects(newton.b, newton.Q)
+        for name, value in (("coverage", effects.coverage), ("gauss-newton set", newton.gain)):
+            pick = sets.greedy(self.sites, lambda many, of=value: [*map(of, many)], self.budget)
+            predicted = {arm.name: float(f"{value(arm.modules):.5g}") for arm in tried}
+            line = {"part": "ablation", "rule": name, "when": "16 batches", "predicted": predicted, "pick": list(pick)}
+            self.study.write([{**self.key, **line, "effective_rank": round(newton.effective_rank, 2)}])
+        self.study.finish(started, *key)
+
     def _by_block(self, scores: Tensor) -> sets.Set:
         """The best module of every block for its parameters, blocks in the order of those; then the second best."""
         worth = scores.double() / torch.tensor([s.parameters(1) for s in self.sites], dtype=torch.float64)
@@ -425,6 +442,7 @@ def run_task(study: Study, task: Task, seed: int) -> None:
     for times in LONGER[task.role]:
         runs.run(f"times {times:g}", runs.longer(), times=times)
     runs.ablation()
+    runs.covering(tried)
     if study.group(task.name, seed, "rules"):
         runs.run("rules", _different(runs.picks(tried)))
     if task.role == "choose" and seed == 0 and runs.head is not None:

@@ -216,6 +216,7 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 LOOKS = ("4 batches", "16 batches", "64 batches", "after a tenth", "after half", "after the run")
 ABLATED = (
+    *("coverage", "gauss-newton set"),
     *("kfac", "kfac of B", "kfac, input only", "kfac, output only", "top r of G"),
     *("snr", "gradient norm of B", "fisher", "adam step"),
 )
@@ -251,7 +252,8 @@ def _ablated(results: Results, task: str, rule: str, when: str) -> list[float]:
         if (line.get("part"), line.get("task"), line.get("rule"), line.get("when")) == ("ablation", task, rule, when):
             tried = [r for r in results.of(task) if r.seed == line["seed"] and r.kind in RANDOM]
             if tried:
-                value = [sum(line["scores"][i] for i in r.modules) for r in tried]
+                scores, predicted = line.get("scores"), line.get("predicted")
+                value = [predicted[r.arm] if predicted else sum(scores[i] for i in r.modules) for r in tried]
                 found.append(_spearman(value, [-r.loss for r in tried]))
     return found
 
@@ -325,15 +327,18 @@ STARTED = {
 
 
 def starts(results: Results) -> str:
-    """What A begins with: held-out loss above that of a stock LoRA on every module, in percent."""
+    """What A begins with: held-out loss above that of a stock LoRA on every module, in percent; the mean is over those
+    tasks for which every start was run."""
     tasks = results.with_part("starts")
-    rows = [["adapters", "A starts from", *(f"{t} ({len(results.seeds(t, 'starts'))})" for t in tasks), "mean"]]
+    whole = [i for i, t in enumerate(tasks) if _mean_above(results, t, "all", "kfac") is not None]
+    heads = [f"{t} ({len(results.seeds(t, 'starts'))})" for t in tasks]
+    rows = [["adapters", "A starts from", *heads, f"mean of {len(whole)}"]]
     for arm, title in STARTED.items():
         for start in STARTS:
             means = [_mean_above(results, task, arm, start) for task in tasks]
-            known = [m for m in means if m is not None]
+            known = [m for i in whole if (m := means[i]) is not None]
             if known and (arm, start) != ("all", ""):
-                mean = f"{100 * statistics.mean(known):+.1f}" if len(known) == len(tasks) else ""
+                mean = f"{100 * statistics.mean(known):+.1f}" if len(known) == len(whole) else ""
                 cells = ["" if m is None else f"{100 * m:+.1f}" for m in means]
                 rows.append([title, start or "noise", *cells, mean])
     return _markdown(_once(rows))

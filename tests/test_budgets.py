@@ -141,9 +141,7 @@ def test_dealing_goes_on_where_gains_fall_slowly():
     steep, flat = [8.0 / k**3 for k in range(1, 5)], [1.0, 1.0, 1.0, 1.0]
     assert deal([steep, flat], [1, 1], 20, [64, 64], [4, 4]) == [4, 16], "beyond what is known as well"
     law = [1.0 / k**2 for k in range(1, 4)]
-    assert deal([law, law], [1, 4], 40, [64, 64], [1, 1]) == [16, 6], (
-        "4 times the cost, half the rank"
-    )
+    assert deal([law, law], [1, 4], 40, [64, 64], [1, 1]) == [16, 6], "4 times the cost, half the rank"
     assert deal([[0.0, 0.0], [1.0]], [1, 1], 6, [9, 3], [1, 1]) == [3, 3], "what is left goes where there is room"
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, MPNetConfig, MPNetModel
 
-from studies import rules, run, sets, tables, tasks
+from studies import prepare, rules, run, sets, tables, tasks
 from studies.backbones import Backbone, Decoder, Encoder
 from studies.bank import Bank, schedule, starting_a
 
@@ -211,6 +211,22 @@ def test_the_study_runs_and_resumes(folder: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     run.main(arguments)
     assert capsys.readouterr().out == "" and len(out.read_text().splitlines()) == len(lines)
+
+
+def test_rows_are_written_as_a_recipe_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {
+        "one": {"sentence": "a", "label": 1},
+        "two": {"sentence1": "a", "sentence2": "b", "label": 0},
+        "none": {"prompt": "a", "answer": "b"},
+    }
+    monkeypatch.setattr(prepare, "SOURCES", {name: lambda _, row=row: [[row] * 3] * 3 for name, row in rows.items()})
+    task = {name: tasks.Task(name, "encoder", "choose", rows=2, epochs=1, batch=1, length=8) for name in rows}
+    assert prepare.write_text(task["one"], tmp_path, tmp_path) == {"train": 2, "validation": 3}
+    prepare.write_text(task["two"], tmp_path, tmp_path)
+    first = {n: json.loads((tmp_path / n / "train.jsonl").read_text().splitlines()[0]) for n in ("one", "two")}
+    assert first == {"one": {"text": "a", "label": "1"}, "two": {"text": "a", "text_pair": "b", "label": "0"}}
+    with pytest.raises(SystemExit, match="none is no classification"):
+        prepare.write_text(task["none"], tmp_path, tmp_path)
 
 
 def test_the_page_says_what_the_raw_lines_say() -> None:

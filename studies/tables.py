@@ -250,21 +250,20 @@ def _ablated(results: Results, task: str, rule: str, when: str) -> list[float]:
     found = []
     for line in results.lines:
         if (line.get("part"), line.get("task"), line.get("rule"), line.get("when")) == ("ablation", task, rule, when):
+            scores, predicted = line.get("scores"), line.get("predicted")
             tried = [r for r in results.of(task) if r.seed == line["seed"] and r.kind in RANDOM]
+            tried = [r for r in tried if predicted is None or r.arm in predicted]
             if tried:
-                scores, predicted = line.get("scores"), line.get("predicted")
                 value = [predicted[r.arm] if predicted else sum(scores[i] for i in r.modules) for r in tried]
                 found.append(_spearman(value, [-r.loss for r in tried]))
     return found
 
 
 def _agreement(results: Results, task: str, rule: str) -> list[float]:
-    """Jaccard of what the rule picks with two seeds, for every way to look that has two."""
-    picks: dict[str, list[set[int]]] = defaultdict(list)
-    for line in results.lines:
-        if (line.get("part"), line.get("task"), line.get("rule")) == ("ablation", task, rule) and line["when"] in LOOKS:
-            picks[line["when"]].append(set(line["pick"]))
-    return [len(a & b) / len(a | b) for found in picks.values() for a, b in itertools.combinations(found, 2)]
+    """Jaccard of what the rule picks with two seeds."""
+    lines = [x for x in results.lines if x.get("part") == "evidence" and x["task"] == task]
+    picks = [set(x["picks"][rule]) for x in lines if rule in x["picks"]]
+    return [len(a & b) / len(a | b) for a, b in itertools.combinations(picks, 2)]
 
 
 ACROSS_LENGTHS = (

@@ -18,7 +18,7 @@ from weightlora.methods.base import SelectionMethod
 from weightlora.optim import LARGEST, GateRule, Largest, StoGradMP, StoIHT
 from weightlora.selection import budgets
 from weightlora.selection.actions import Action, Disconnect, Expand, Settle
-from weightlora.selection.informed import ByEvidence, Rule, parse
+from weightlora.selection.informed import ByEvidence, Rule, gains_for, parse
 from weightlora.selection.schedules import After
 from weightlora.selection.scores import GateValue, RandomScore
 from weightlora.selection.selector import Strategy
@@ -140,15 +140,7 @@ class WeightLoRAPlus(SelectionMethod):
         self.keep = None if keep is None else budget
         self.when = After(after, rounds=rounds, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
-        options.one_of("ranks", ranks, ("equal", "evidence"))
-        gains = None
-        if ranks == "evidence":
-            if self.score is None:
-                raise ConfigError(
-                    "ranks='evidence' needs what a score like 'kfac' gathers, and omega gathers nothing; set `score`."
-                )
-            gains = self.score.spectra
-        self.grow = Expand(init, double=compat, unit=mode != "paper", gains=gains)
+        self.grow = Expand(init, double=compat, unit=mode != "paper", gains=gains_for(ranks, self.score))
         self.compat = compat
         if compat:
             # FatAdamW does not project between its events, and unlike the plain optimizer it drops omega <= 0.

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weightlora import options
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
 from weightlora.selection import budgets
@@ -81,6 +82,22 @@ def parse(score: Rule, keep: Any) -> tuple[ByEvidence | None, Budget]:
             )
         score = "coverage"
     return None if score == "omega" else ByEvidence(score), budget
+
+
+def gains_for(ranks: str, score: ByEvidence | None) -> Callable[[], dict[str, list[float]]] | None:
+    """What ranks are dealt out by: nothing for "equal", K-FAC's gains for "evidence".
+
+    Raises:
+        ConfigError: it is neither, or there is no evidence.
+    """
+    options.one_of("ranks", ranks, ("equal", "evidence"))
+    if ranks == "equal":
+        return None
+    if score is None:
+        raise ConfigError(
+            "ranks='evidence' needs what a score like 'kfac' gathers, and omega gathers nothing; set `score`."
+        )
+    return score.spectra
 
 
 class InformedSelector(Selector):

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,10 @@ class TaskRuns:
         labels = torch.cat([batch["labels"] for batch in rows])
         with torch.enable_grad():
             return fit_head(features, labels, int(self.rows["train"].tensors["labels"].max()) + 1, seed=self.seed)
+
+    def everywhere(self) -> Bank:
+        """One arm, with an adapter on every site."""
+        return Bank(self.backbone, torch.full((1, len(self.sites)), sets.RANK), seed=self.seed, head=self.head)
 
     def random_head(self) -> Any:
         if self.head is None:
@@ -286,7 +290,7 @@ class TaskRuns:
             *(Arm("random stratified", f"stratified {i}", sets.stratified(s, b, i)) for i in range(3)),
         ]
         rows, starts, arms = self.training(seed=1000 + self.seed), {}, []
-        full = Bank(self.backbone, torch.full((1, len(s)), sets.RANK), seed=self.seed, head=self.head)
+        full = self.everywhere()
         few = max(2, round(len(rows) / 30))
         for count, end, names in ((few, "", ("gradient", "kfac", "inputs")), (16, ", 16 batches", ("kfac",))):
             evidence = rules.Pass(full, rows[:count])
@@ -305,8 +309,7 @@ class TaskRuns:
         s, b, n = self.sites, self.budget, len(self.sites)
         rows = self.training(seed=1000 + self.seed)
         count = len(rows) // 2 if self.study.quick else 16 if self.task.model == "encoder" else 32
-        full = torch.full((1, n), sets.RANK)
-        bank = Bank(self.backbone, full, seed=self.seed, head=self.head)
+        bank = self.everywhere()
         first = rules.Pass(bank, rows[:count])
         scores = first.scores()
         newton = rules.GaussNewton(bank, first, rows[count : 2 * count], self.seed)
@@ -314,7 +317,7 @@ class TaskRuns:
         del first
         batches = self.training(SCOUTING)
         valid = self.held_out("valid", 4 * self.at_once, 256 if self.task.model == "encoder" else 48)
-        bank = Bank(self.backbone, full, seed=self.seed, head=self.head)
+        bank = self.everywhere()
         bank.train(batches, torch.tensor([1e-3]))
         at_once = 4 * self.at_once
         scores |= rules.after_training(self.backbone, *bank.trained(), valid, at_once)
@@ -330,9 +333,9 @@ class TaskRuns:
         for name in ("kfac", "snr", "gauss-newton alone"):
             chosen.append(Arm("rule", f"{name}, block by block", self._by_block(scores[name])))
         chosen.append(Arm("rule", "omega, thresholded", sets.fill(s, iht.argsort(descending=True).tolist()[:keep], b)))
-        chosen.append(Arm("rule", "gauss-newton set", sets.greedy(s, newton.gains, b)))
-        effects = Effects(newton.b, newton.Q)
-        chosen.append(Arm("rule", "coverage", sets.greedy(s, lambda many: [*map(effects.coverage, many)], b)))
+        functions = _set_functions(newton)
+        for name, value_of in functions.items():
+            chosen.append(Arm("rule", name, sets.greedy(s, lambda many, of=value_of: [*map(of, many)], b)))
         if self.task.model == "encoder":
             weights, trained = rules.supernet(self.backbone, self.head, self.training(), 1e-3, self.seed, b)
 
@@ -343,8 +346,7 @@ class TaskRuns:
             predicted = {"supernet": dict(zip((a.name for a in tried), value([a.modules for a in tried]), strict=True))}
         else:
             predicted = {}
-        predicted["gauss-newton set"] = {a.name: newton.gain(a.modules) for a in tried}
-        predicted["coverage"] = {a.name: effects.coverage(a.modules) for a in tried}
+        predicted |= {name: {a.name: of(a.modules) for a in tried} for name, of in functions.items()}
         self.study.write(
             [
                 {
@@ -364,25 +366,20 @@ class TaskRuns:
         started, key = time.time(), (self.task.name, self.seed, "ablation")
         if not self.study.group(*key):
             return
-        full, rows = torch.full((1, len(self.sites)), sets.RANK), self.training(seed=1000 + self.seed)
+        rows = self.training(seed=1000 + self.seed)
         found: dict[str, dict[str, Tensor]] = {}
-
-        def look(bank: Bank, count: int) -> rules.Pass:
-            return rules.Pass(bank, rows[: min(count, len(rows))])
-
         for count in BATCHES:
-            bank = Bank(self.backbone, full, seed=self.seed, head=self.head)
-            evidence = look(bank, count)
+            evidence = rules.Pass(self.everywhere(), rows[:count])
             found[f"{count} batches"] = evidence.scores()
             if count == AT_ONCE:
                 found |= {f"damping {value:g}": {"kfac": evidence.kfac(value)} for value in DAMPINGS}
         batches = self.training()
         marks = {round(share * len(batches)): f"after {label}" for label, share in LATER.items()}
-        bank = Bank(self.backbone, full, seed=self.seed, head=self.head)
+        bank = self.everywhere()
 
         def each(step: int) -> None:
             if step in marks:
-                found[marks[step]] = look(bank, AT_ONCE).scores()
+                found[marks[step]] = rules.Pass(bank, rows[:AT_ONCE]).scores()
 
         bank.train(batches, torch.tensor([1e-3]), each=each)
         for when, scores in found.items():
@@ -400,10 +397,9 @@ class TaskRuns:
             return
         rows = self.training(seed=1000 + self.seed)
         count = min(AT_ONCE, len(rows) // 2)
-        bank = Bank(self.backbone, torch.full((1, len(self.sites)), sets.RANK), seed=self.seed, head=self.head)
+        bank = self.everywhere()
         newton = rules.GaussNewton(bank, rules.Pass(bank, rows[:count]), rows[count : 2 * count], self.seed)
-        effects = Effects(newton.b, newton.Q)
-        for name, value in (("coverage", effects.coverage), ("gauss-newton set", newton.gain)):
+        for name, value in _set_functions(newton).items():
             pick = sets.greedy(self.sites, lambda many, of=value: [*map(of, many)], self.budget)
             predicted = {arm.name: float(f"{value(arm.modules):.5g}") for arm in tried}
             line = {"part": "ablation", "rule": name, "when": "16 batches", "predicted": predicted, "pick": list(pick)}
@@ -447,6 +443,11 @@ def run_task(study: Study, task: Task, seed: int) -> None:
         runs.run("rules", _different(runs.picks(tried)))
     if task.role == "choose" and seed == 0 and runs.head is not None:
         runs.run("random head", runs.fixed()[:3] + tried[:4], head=runs.random_head())
+
+
+def _set_functions(newton: rules.GaussNewton) -> dict[str, Callable[[Sequence[int]], float]]:
+    """What is said of a set as a whole."""
+    return {"gauss-newton set": newton.gain, "coverage": Effects(newton.b, newton.Q).coverage}
 
 
 def _from(arm: Arm, start: str) -> Arm:

@@ -197,16 +197,23 @@ def _spearman_of(results: Results, task: str, name: str) -> list[float]:
     found = []
     for line in results.lines:
         if line.get("part") == "evidence" and line["task"] == task:
-            tried = [r for r in results.of(task) if r.seed == line["seed"] and r.kind in RANDOM]
-            if name in line["predicted"]:
-                value = [line["predicted"][name].get(r.arm) for r in tried]
-            elif name in line["scores"]:
-                value = [sum(line["scores"][name][i] for i in r.modules) for r in tried]
-            else:
-                continue
-            if None not in value:
-                found.append(_spearman(value, [-r.loss for r in tried]))
+            found += _ordered(results, line, line["scores"].get(name), line["predicted"].get(name))
     return found
+
+
+def _ordered(results: Results, line: Line, scores: Any, predicted: Any) -> list[float]:
+    """How well what `line` says orders the random sets of its task and seed; nothing where it says or orders none.
+
+    Args:
+        scores: of modules, to be added up. predicted: of sets, by arm, in their place.
+    """
+    tried = [r for r in results.of(line["task"]) if r.seed == line["seed"] and r.kind in RANDOM]
+    if predicted:
+        tried = [r for r in tried if r.arm in predicted]
+        value = [predicted[r.arm] for r in tried]
+    else:
+        value = [sum(scores[i] for i in r.modules) for r in tried] if scores else []
+    return [_spearman(value, [-r.loss for r in tried])] if value else []
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -236,12 +243,13 @@ def ablation(results: Results) -> str:
 
 def damping(results: Results) -> str:
     """The same of K-FAC's gain, by how it is damped."""
-    tasks = [task for task in results.tasks if _ablated(results, task, "kfac", "16 batches")]
-    whens = {0.0001: "", 0.001: "", 0.01: "16 batches", 0.1: "", 1.0: ""}
-    rows = [["damping", *(f"{task} ({len(_ablated(results, task, 'kfac', '16 batches'))})" for task in tasks)]]
-    for value, when in whens.items():
-        found = [_ablated(results, task, "kfac", when or f"damping {value:g}") for task in tasks]
-        rows.append([f"{value:g}", *(f"{statistics.mean(own):+.2f}" if own else "" for own in found)])
+    usual = {task: found for task in results.tasks if (found := _ablated(results, task, "kfac", "16 batches"))}
+    rows = [["damping", *(f"{task} ({len(found)})" for task, found in usual.items())]]
+    for value in ("0.0001", "0.001", "0.01", "0.1", "1"):
+        found = [
+            own if value == "0.01" else _ablated(results, t, "kfac", f"damping {value}") for t, own in usual.items()
+        ]
+        rows.append([value, *(f"{statistics.mean(own):+.2f}" if own else "" for own in found)])
     return _markdown(rows)
 
 
@@ -250,12 +258,7 @@ def _ablated(results: Results, task: str, rule: str, when: str) -> list[float]:
     found = []
     for line in results.lines:
         if (line.get("part"), line.get("task"), line.get("rule"), line.get("when")) == ("ablation", task, rule, when):
-            scores, predicted = line.get("scores"), line.get("predicted")
-            tried = [r for r in results.of(task) if r.seed == line["seed"] and r.kind in RANDOM]
-            tried = [r for r in tried if predicted is None or r.arm in predicted]
-            if tried:
-                value = [predicted[r.arm] if predicted else sum(scores[i] for i in r.modules) for r in tried]
-                found.append(_spearman(value, [-r.loss for r in tried]))
+            found += _ordered(results, line, line.get("scores"), line.get("predicted"))
     return found
 
 

@@ -51,23 +51,25 @@ def _command(arguments: list[str], environment: dict[str, str]) -> None:
 
     from weightlora.cli import main
 
-    os.environ.clear()
-    os.environ.update(environment)
+    _become(["weightlora", *arguments], environment)
     config.HF_DATASETS_CACHE = Path(environment.get("HF_DATASETS_CACHE", config.HF_DATASETS_CACHE))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    sys.argv = ["weightlora", *arguments]
     main()
+
+
+def _become(argv: list[str], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = argv
 
 
 def _run(script: str, arguments: tuple[str, ...], environment: dict[str, str], said: str) -> None:
     import torch
 
-    os.environ.clear()
-    os.environ.update(environment)
+    _become([script, *arguments], environment)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     torch.set_num_threads(1)
-    sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

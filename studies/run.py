@@ -64,6 +64,7 @@ class Study:
     quick: bool = False
     parts: Sequence[str] = ()
     arms: str = ""
+    model: str = ""
     rates: Sequence[float] = RATES
     done: set[tuple[Any, ...]] = field(default_factory=set)
 
@@ -120,7 +121,7 @@ class TaskRuns:
         room = int(study.memory / self.backbone.token_bytes)
         self.at_once = max(1, room // (task.batch * task.length))
         self.room = room
-        self.key = {"task": task.name, "seed": seed}
+        self.key = {"task": task.name, "seed": seed, **({"model": study.model} if study.model else {})}
         self.head = self._head()
 
     @property
@@ -292,15 +293,24 @@ class TaskRuns:
         rows, starts, arms = self.training(seed=1000 + self.seed), {}, []
         full = self.everywhere()
         few = max(2, round(len(rows) / 30))
+        dealt = {"kfac ranks": b, "kfac ranks, LoRA's parameters": whole}
         for count, end, names in ((few, "", ("gradient", "kfac", "inputs")), (16, ", 16 batches", ("kfac",))):
+            own_names = [f"{name}{end}" for name in dealt]
+            started = [f"{arm.name}, {name}{end} start" for arm in bases for name in names]
+            started += [f"{name}, kfac{end} start" for name in own_names]
+            if not self._wanted(*own_names, *started):
+                continue  # to look takes as long as some runs do
             evidence = rules.Pass(full, rows[:count])
             starts |= {f"{name}{end}": evidence.starts(name) for name in names}
-            for name, budget in (("kfac ranks", b), ("kfac ranks, LoRA's parameters", whole)):
+            for name, budget in zip(own_names, dealt.values(), strict=True):
                 ranks = evidence.ranks(budget)
-                own = Arm("rule", f"{name}{end}", tuple(ranks), tuple(ranks.values()))
+                own = Arm("rule", name, tuple(ranks), tuple(ranks.values()))
                 arms += [own, _from(own, f"kfac{end}")]
             del evidence
         return bases + arms + [_from(arm, start) for start in starts for arm in bases], starts
+
+    def _wanted(self, *arms: str) -> bool:
+        return any(re.search(self.study.arms, arm) for arm in arms)
 
     # -- rules ---------------------------------------------------------------------------------------------------
 
@@ -474,6 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory", type=float, default=48.0, help="GB for activations")
     parser.add_argument("--parts", nargs="+", default=(), help="only groups whose names begin so: sets, rules, times")
     parser.add_argument("--arms", default="", metavar="REGEX", help="only these arms")
+    parser.add_argument("--model", default="", metavar="NAME", help="written into every line, for another model")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates of every arm")
     parser.add_argument("--quick", action="store_true", help="six steps and a few rows, to see that everything runs")
     options = parser.parse_args(arguments)
@@ -488,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quick=options.quick,
         parts=options.parts,
         arms=options.arms,
+        model=options.model,
         rates=options.rates[:1] if options.quick else options.rates,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)

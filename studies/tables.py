@@ -24,6 +24,7 @@ from studies.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results"
 RAW = (RESULTS / "h200.jsonl", RESULTS / "cpu.jsonl")
+LARGER = "all-mpnet-base-v2"
 RANDOM = ("random", "random stratified", "random feed-forward", "random attention")
 Line = dict[str, Any]
 
@@ -62,10 +63,11 @@ def best_rates(lines: Iterable[Line]) -> list[Run]:
 
 
 class Results:
-    """All runs, by what tables ask for."""
+    """All runs of one model, by what tables ask for; without a name it is the usual encoder or decoder."""
 
-    def __init__(self, lines: Sequence[Line]) -> None:
-        self.lines, self.runs = lines, best_rates(lines)
+    def __init__(self, raw: Sequence[Line], model: str = "") -> None:
+        self.raw, self.lines = raw, [line for line in raw if line.get("model", "") == model]
+        self.runs = best_rates(self.lines)
         self.tasks = self.with_part("sets")
 
     def with_part(self, part: str) -> list[str]:
@@ -426,6 +428,24 @@ def rates(results: Results) -> str:
     return _markdown(_once(rows))
 
 
+def larger(results: Results) -> str:
+    """A few arms on an encoder five times the size."""
+    rows = [["adapters", "parameters", "loss at each rate", "above LoRA"]]
+    results = Results(results.raw, LARGER)
+    for task, part in itertools.product(TASKS, ("starts", "sets")):
+        for run in results.of(task, part):
+            full = results.loss(task, run.seed, "all", "starts")
+            assert full is not None
+            own = sorted(
+                (line["rate"], line["loss"])
+                for line in results.lines
+                if (line.get("task"), line.get("seed"), line.get("part"), line.get("arm")) == (*run[:3], run.arm)
+            )
+            tried = ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in own)
+            rows.append([run.arm, f"{run.parameters:,}", tried, _percent([run.loss / full - 1])])
+    return _markdown(rows)
+
+
 T975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t by number of values
 
 
@@ -450,6 +470,7 @@ TABLES = {
     "default": default,
     "early": early,
     "rates": rates,
+    "larger": larger,
 }
 
 

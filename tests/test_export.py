@@ -459,6 +459,13 @@ def test_events_survive_a_line_that_was_cut(run, caplog):
     assert f"events.jsonl: line {len(whole)} is no event" in caplog.text
 
 
+def test_events_are_read_from_a_run_or_from_its_file(run, tmp_path):
+    assert read_events(run.folder) == read_events(run.folder / "events.jsonl")
+    for wrong in (tmp_path / "gone", tmp_path):
+        with pytest.raises(ConfigError, match=r"events\.jsonl|gone does not exist; give the folder of a run"):
+            read_events(wrong)
+
+
 HOSTILE = "a: b\n---\n<script>alert(1)</script> `x` | [y](http://z) *w*"
 
 

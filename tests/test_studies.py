@@ -213,6 +213,22 @@ def test_the_study_runs_and_resumes(folder: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == "" and len(out.read_text().splitlines()) == len(lines)
 
 
+def test_an_arm_asked_for_alone_is_the_arm_among_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--folder", str(folder), "--tasks", "encoder", "--seeds", "0", "--quick", "--parts", "starts"]
+
+    def losses(name: str, *more: str) -> dict[str, float]:
+        out = folder / f"{name}.jsonl"
+        run.main([*arguments, "--device", "cpu", "--out", str(out), *more])
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        return {line["arm"]: line["loss"] for line in lines if "loss" in line}
+
+    everything = losses("everything")
+    for arm in ("all, kfac, 16 batches start", "kfac ranks, kfac start", "all, r=1"):
+        if arm == "all, r=1":  # no gradient has to be looked at
+            monkeypatch.setattr(run.rules, "Pass", None)
+        assert losses(arm, "--arms", f"^{arm}$") == {arm: pytest.approx(everything[arm], rel=1e-4)}
+
+
 def test_rows_are_written_as_a_recipe_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {
         "one": {"sentence": "a", "label": 1},

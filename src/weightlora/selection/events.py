@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora import durable
+from weightlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,20 @@ EVENTS_FILE = "events.jsonl"
 
 
 def read_events(path: str | Path) -> list[Event]:
-    """All events of a run, oldest first. A line that is none, as when a kill has cut it, is named and left out."""
-    return spelled_out(_read(Path(path)))
+    """All events of a run, oldest first. A line that is none, as when a kill has cut it, is named and left out.
+
+    Args:
+        path: the run's folder, or its `events.jsonl`.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file /= EVENTS_FILE
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; give the folder of a run, or the {EVENTS_FILE} in it.")
+    return spelled_out(_read(file))
 
 
 def spelled_out(events: Iterable[Event]) -> list[Event]:

@@ -422,3 +422,10 @@ def test_looking_at_a_batch_leaves_no_memory_behind():
     before = psutil.Process().memory_info().rss
     take_profile(model, list_adapters(model), (), batch)
     assert size > 50e6 and psutil.Process().memory_info().rss - before < 0.2 * size
+
+
+def test_the_look_at_the_first_batch_is_one_however_often_a_method_is_attached():
+    for keep in ("60% time", "auto"):
+        model, method = bert(), WeightLoRA(keep=keep, after=4)
+        watching = {len(method.attach(model) and model._forward_pre_hooks) for _ in range(3)}
+        assert len(watching) == 1 and watching.pop() > 0

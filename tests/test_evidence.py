@@ -421,5 +421,5 @@ def test_a_model_that_is_not_called_itself_is_said():
 def test_other_methods_know_no_auto():
     from weightlora import RLoRA
 
-    with pytest.raises(ConfigError, match="keep='auto' is for WeightLoRA and WeightLoRAPlus"):
+    with pytest.raises(ConfigError, match="`keep='auto'` is for WeightLoRA and WeightLoRAPlus"):
         RLoRA(keep="auto")

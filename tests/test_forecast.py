@@ -193,6 +193,30 @@ def test_fixed_places_and_budgets_in_costs_are_known_beforehand():
     assert half.find("chosen").saved_bytes <= 0.5 * half.find().saved_bytes
 
 
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_fixed_place_within_a_budget_in_costs_is_known_beforehand(where):
+    lora = {**LORA, "task_type": "CAUSAL_LM"}
+    method = Fixed(keep="60% memory", where=where, modules="all", after=1, init=None)
+    found = estimate(config(), lora, method=method, precisions=(), **SMALL)
+    model, inputs = real("llama")
+    method.attach(model).plan(10)
+    for _ in range(2):
+        model.train()(**inputs).loss.backward()
+        method.step(None)
+    assert found.kept["kept"] == len(method.kept) < 14
+
+
+@pytest.mark.parametrize("method", [WeightLoRA(keep="5% memory"), Fixed(keep="5% memory", where="last", after=1)])
+def test_a_budget_below_what_one_adapter_takes_is_refused_as_in_a_run(method):
+    with pytest.raises(ConfigError, match=r"5% memory.*no room for a single adapter.*alone"):
+        estimate(config(), {**LORA, "task_type": "CAUSAL_LM"}, method=method, precisions=(), **SMALL)
+
+
+def test_what_auto_leaves_is_not_claimed():
+    found = estimate(config(), {**LORA, "task_type": "CAUSAL_LM"}, method=WeightLoRA(keep="auto"), **SMALL)
+    assert found.kept == {"all": 14} and any("keep=auto" in note for note in found.notes)
+
+
 @pytest.mark.parametrize(
     ("after", "settings", "share"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from itertools import pairwise
 
@@ -155,3 +156,37 @@ def test_what_cannot_work_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         Fixed(**options).attach(model)
     assert len(list_adapters(model)) == 9
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_budget_that_no_candidate_fits_is_refused_when_it_is_attached(where):
+    model = bert(target_modules=["query", "key", "intermediate.dense"])  # 256 and 384 parameters
+    with pytest.raises(ConfigError, match=r"300 parameters.*single one of the 3 adapters in question.*takes 384"):
+        Fixed(keep="300 parameters", where=where, after=5).attach(model)
+    assert len(list_adapters(model)) == 9
+    assert len(Fixed(keep="300 parameters", where=where, modules="all").attach(model).kept) == 1
+
+
+def test_a_budget_in_cost_that_no_candidate_fits_is_said_at_the_cut():
+    model, method = bert(), Fixed(keep="50% memory", where="last", modules=["layer.0.attention.self.query"], after=1)
+    with pytest.raises(ConfigError, match=r"50% memory.*no room for any of the 1 adapters in question"):
+        train(model, method, 1)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_draw_goes_by_the_seed_that_the_run_was_started_with(tmp_path, seed):
+    """A resumed run says that the seed of its checkpoint goes on, so what it draws must."""
+    for number, method in enumerate((RLoRA(2, after=4), Fixed(2, "random", modules="all", after=4, init=None))):
+        whole, model, folder = copy.deepcopy(method), bert(), tmp_path / f"{number}/checkpoint-2"
+        train(model, whole, 2, seed=1)
+        model.save_pretrained(folder)
+        whole.save_state(folder)
+        train(bert(), whole, 4, seed=1)
+        resumed = bert()
+        method.attach(resumed, seed=seed)
+        resumed.load_adapter(folder, "default", is_trainable=True)
+        optimizer = torch.optim.AdamW(resumed.parameters())
+        method.plan(total_steps=1000)
+        for _ in range(2):
+            method.step(optimizer)
+        assert method.kept == whole.kept

@@ -10,9 +10,21 @@ from helpers import batch, bert, train, trainable_state
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from weightlora import ConfigError, DivergedError, RLoRA, WeightLoRA, WeightLoRAPlus, list_adapters, measure
+from weightlora import (
+    ConfigError,
+    DivergedError,
+    Fixed,
+    Halving,
+    RLoRA,
+    WeightLoRA,
+    WeightLoRAPlus,
+    list_adapters,
+    measure,
+)
 from weightlora.adapters import extend_gaussian, extend_qr, surgery
-from weightlora.selection import After
+from weightlora.options import share_of
+from weightlora.selection import After, parse_budget
+from weightlora.selection.budgets import Budget
 
 
 def first_steps(method, steps: int):
@@ -268,6 +280,42 @@ def test_only_positive_gates_survive_and_one_always_does(caplog):
     with caplog.at_level("WARNING", logger="weightlora"):
         method.step(None)
     assert len(method.kept) == 1 and "no gate is above 0" in caplog.text
+
+
+def test_a_rule_that_would_keep_nothing_keeps_one(caplog):
+    method = WeightLoRA(keep=5, after=2, score=lambda evidence: torch.full((9,), -torch.inf))
+    with caplog.at_level("WARNING", logger="weightlora"):
+        train(bert(), method, 2)
+    assert len(method.kept) == 1 and "no adapter has a score above -inf" in caplog.text
+
+
+def test_a_cut_in_the_middle_of_an_estimate_of_gates_begins_another():
+    method = WeightLoRAPlus(keep=None, after=6, rounds=2, gate_optimizer="stogradmp")
+    model = bert()
+    train(model, method, 8)
+    assert len(method.kept) == 2
+    assert all(p.grad is None for a in method.adapters for p in a.weights)  # they were stepped, not held
+
+
+@pytest.mark.parametrize("score", ["omega", "kfac"])
+def test_an_end_before_several_cuts_makes_what_is_left_of_them(score):
+    method = WeightLoRAPlus(keep=2, after=10, rounds=2, score=score)
+    optimizer = train(bert(), method, 4)
+    method.finish(optimizer)
+    assert len(method.kept) == 2
+    assert [e["event"] for e in method.events].count("expand") == (2 if score == "omega" else 1)
+
+
+@pytest.mark.parametrize(("share", "n", "count"), [("29%", 100, 29), (0.57, 100, 57), (0.1, 9, 0), (1 / 3, 9, 3)])
+def test_a_share_is_counted_as_it_is_written(share, n, count):
+    assert share_of(parse_budget(share).limit, n) == count
+
+
+@pytest.mark.parametrize("keep", ["auto", {"auto": 0.2}, "0.1 auto", Budget("auto", 0.1)])
+@pytest.mark.parametrize("method", [RLoRA, Fixed, Halving])
+def test_auto_is_for_methods_that_have_evidence(method, keep):
+    with pytest.raises(ConfigError, match="is for WeightLoRA and WeightLoRAPlus"):
+        method(keep=keep)
 
 
 def test_the_config_says_what_is_attached():

@@ -76,6 +76,10 @@ class GateRule(Protocol):
         """Gates (n,) and their gradients (n,) to new gates (n,); `step` counts optimizer steps from 1."""
         ...
 
+    def reset(self) -> None:
+        """Some gates are gone: forget what was meant for all of them."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -106,6 +110,9 @@ class StoIHT:
         if self.project_every and step >= self.project_from and step % self.project_every == 0:
             moved = hard_threshold(moved, choose, self.largest)
         return torch.where(g.norm() > NO_GRADIENT, moved, w)  # an `if` would have the program wait for a GPU
+
+    def reset(self) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -143,6 +150,9 @@ class StoGradMP:
             return w
         self._support = None
         return hard_threshold(w, choose, self.largest)
+
+    def reset(self) -> None:
+        self._support, self._left, self.holds_weights = None, 0, False
 
     def state_dict(self) -> dict[str, Any]:
         return {"support": None if self._support is None else self._support.tolist(), "left": self._left}

@@ -343,12 +343,15 @@ class Estimator:
             if n >> rounds < 1:
                 raise ConfigError(f"`rounds={rounds}` halves {n} adapters to none.")
             return found | sets.possible_sets(costs.profile, self.adapters, sets.Budget("adapters", n >> rounds))
+        if strategy.keep.unit == "auto":
+            self.notes.append(
+                f"What `keep={strategy.keep}` leaves is up to the run's evidence; here all adapters stay."
+            )
+            return found
         if isinstance(strategy.score, Placement):
-            limit = strategy.keep.resolve(self.adapters)
-            scores = strategy.score(self.adapters)
-            mask = limit.choose(scores, torch.isfinite(scores)).numpy()
-            names = {a.name for a, kept in zip(self.adapters, mask, strict=True) if kept}
-            return found | {"kept": np.array([name in names for name in costs.names])}
+            place = {a.name: i for i, a in enumerate(self.adapters)}
+            scores = strategy.score(self.adapters)[[place[name] for name in costs.names]]
+            return found | {"kept": sets.best_scored(costs.profile, self.adapters, strategy.keep, scores)}
         return found | sets.possible_sets(costs.profile, self.adapters, strategy.keep)
 
     def _trainable(self, costs: Costs, mask: np.ndarray) -> int:

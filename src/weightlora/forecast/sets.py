@@ -10,7 +10,7 @@ import torch
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.parts import Profile
 from weightlora.selection.budgets import Budget, Limit
-from weightlora.selection.costs import CostTable
+from weightlora.selection.costs import CostTable, check_room
 
 
 def possible_sets(profile: Profile, adapters: Sequence[Adapter], keep: Budget) -> dict[str, np.ndarray]:
@@ -20,11 +20,8 @@ def possible_sets(profile: Profile, adapters: Sequence[Adapter], keep: Budget) -
     with the largest others. A budget in costs leaves what fits it: with equal gates "chosen".
     """
     if keep.in_cost:
-        table = CostTable(profile, keep.unit)
-        everything = np.ones(len(table.names), dtype=bool)
-        return {"chosen": table.choose(everything.astype(float), everything, keep.limit * table.total)}
-    place = {a.name: i for i, a in enumerate(adapters)}
-    ordered = [adapters[place[name]] for name in profile.names]
+        return {"chosen": best_scored(profile, adapters, keep, torch.ones(len(profile.names)))}
+    ordered = _as_they_run(profile, adapters)
     limit, n = keep.resolve(ordered), len(ordered)
     own = CostTable(profile, "memory").own.copy()
     own[0] = own.max() + 1  # backward goes all the way
@@ -33,6 +30,26 @@ def possible_sets(profile: Profile, adapters: Sequence[Adapter], keep: Budget) -
         "least": _best(limit, np.arange(n)),
         "most": _best(limit, own),
     }
+
+
+def best_scored(profile: Profile, adapters: Sequence[Adapter], keep: Budget, scores: torch.Tensor) -> np.ndarray:
+    """Mask (n,) of the best scored adapters, in the order of execution; those at -inf are never kept.
+
+    Raises:
+        ConfigError: the budget has no room for one.
+    """
+    eligible = scores > -torch.inf
+    if not keep.in_cost:
+        return keep.resolve(_as_they_run(profile, adapters)).choose(scores, eligible).numpy()
+    check_room(profile, keep)
+    table = CostTable(profile, keep.unit)
+    worth = scores.double().masked_fill(~eligible, 0).numpy()
+    return table.choose(worth, eligible.numpy(), keep.limit * table.total)
+
+
+def _as_they_run(profile: Profile, adapters: Sequence[Adapter]) -> list[Adapter]:
+    place = {a.name: i for i, a in enumerate(adapters)}
+    return [adapters[place[name]] for name in profile.names]
 
 
 def spread(limit: Limit, n: int) -> np.ndarray:

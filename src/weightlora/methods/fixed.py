@@ -75,13 +75,15 @@ class Fixed(SelectionMethod):
         super().__init__(seed=seed, share_dropout=share_dropout)
 
     def strategy(self, seed: int) -> Strategy:
+        placement = Placement(self.where, self.modules, self.keep, seed)
         return Strategy(
             method="fixed",
             gates=None,
-            score=Placement(self.where, self.modules, self.keep, seed),
+            score=placement,
             keep=self.keep,
             when=self.when,
             then=(Disconnect(),),
+            check=placement.candidates,
         )
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> Selector:

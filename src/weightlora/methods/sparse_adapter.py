@@ -23,7 +23,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -95,7 +94,7 @@ class Rule:
 
     def stays(self, n: int, rounds_done: int) -> int:
         """How many of n elements stay after a round, counted from 1; floor(density n) after the last."""
-        final = int(Fraction(str(self.density)) * n)
+        final = options.share_of(self.density, n)
         if rounds_done == self.rounds:
             return final
         return max(final, int(n * self.density ** (rounds_done / self.rounds)))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightlora import options
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, did_you_mean
 
@@ -91,7 +92,7 @@ class Budget:
         costs = [self.cost(a) for a in adapters]
         if self.unit == "auto":
             return Limit(tuple(costs), len(costs))
-        limit = math.floor(self.limit * len(adapters)) if self.unit == "share" else int(self.limit)
+        limit = options.share_of(self.limit, len(adapters)) if self.unit == "share" else int(self.limit)
         if self.unit == "adapters" and limit > len(adapters):
             raise ConfigError(f"`keep={limit}` exceeds the {len(adapters)} attached adapters; lower it.")
         if min(costs) > limit:
@@ -145,7 +146,10 @@ class Limit:
         """The same limit when only these adapters are left."""
         return Limit(tuple(self.costs[i] for i in kept), self.limit)
 
-    # What `costs.CostLimit`, which takes its place, has to say of the costs of a step.
+    # What `costs.CostLimit`, which takes its place, has to do with the costs of a step.
+
+    def let_go(self) -> None:
+        """Stop looking at the model; nothing does here."""
 
     def predicted(self, kept: Sequence[str]) -> dict[str, float]:
         """Shares of the cost of a step that these adapters are expected to take; none here."""
@@ -189,8 +193,13 @@ def parse(keep: Any, *, auto: bool = False) -> Budget:
     Raises:
         ConfigError: it cannot be read.
     """
-    if isinstance(keep, Budget):
-        return keep
+    found = keep if isinstance(keep, Budget) else _read(keep)
+    if found.unit == "auto" and not auto:
+        raise ConfigError(f"`keep={keep!r}` is for WeightLoRA and WeightLoRAPlus; give a number or a share.")
+    return found
+
+
+def _read(keep: Any) -> Budget:
     if keep == "fit":
         raise ConfigError(
             "keep='fit' is for a recipe with a memory, such as `fit: 16 GB`; in Python give the `keep` that "
@@ -198,8 +207,6 @@ def parse(keep: Any, *, auto: bool = False) -> Budget:
         )
     if keep == "auto":
         keep = {"auto": TOLERANCE}
-    if isinstance(keep, Mapping) and "auto" in keep and not auto:
-        raise ConfigError("keep='auto' is for WeightLoRA and WeightLoRAPlus; give a number or a share.")
     if isinstance(keep, Mapping) and len(keep) == 1:
         (unit, limit), *_ = keep.items()
         if isinstance(limit, int | float) and not isinstance(limit, bool):
@@ -317,7 +324,7 @@ def _closest(costs: Sequence[int], room: Sequence[int], budget: int) -> list[int
     """Which adapters get one more rank, some more than once, so that their costs come nearest to the budget."""
     step = math.gcd(*costs)
     cells = budget // step
-    if not costs or cells <= 0:
+    if cells <= 0:
         return []
     came_from: list[int] = [-1] * (cells + 1)  # the kind of adapter whose rank reached this sum
     reached = [True] + [False] * cells

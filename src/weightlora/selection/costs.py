@@ -50,8 +50,12 @@ class Costs:
             self._use(_of_first_process(take_profile(model, self._adapters, args, kwargs)))
 
     def _use(self, profile: Profile) -> None:
-        _check(profile, self.keep)
+        check_room(profile, self.keep)
         self.profile = profile
+        self._hook.remove()
+
+    def let_go(self) -> None:
+        """Stop waiting for a forward pass."""
         self._hook.remove()
 
     @functools.cached_property
@@ -107,6 +111,10 @@ class CostLimit:
     def predicted(self, kept: Sequence[str]) -> dict[str, float]:
         """Memory and time of these adapters as shares of all."""
         return self.costs.predicted(kept)
+
+    def let_go(self) -> None:
+        """Stop looking at the model."""
+        self.costs.let_go()
 
     def state_dict(self) -> dict[str, Any] | None:
         """The profile, as JSON data."""
@@ -252,7 +260,8 @@ class CostTable:
         return float(total[best]), mask
 
 
-def _check(profile: Profile, keep: Budget) -> None:
+def check_room(profile: Profile, keep: Budget) -> None:
+    """Raise ConfigError if a budget in cost has no room for one adapter, or limits nothing."""
     if keep.unit == "memory" and profile.checkpointing:
         raise ConfigError(
             f"`keep={keep}` counts activations, and under gradient checkpointing these are the inputs of the blocks, "

@@ -52,6 +52,10 @@ class DirectedSelector(Selector):
         self._sketches = [_Sketch(adapter, self.seed) for adapter in linear]
 
     def let_go(self) -> None:
+        super().let_go()
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
         for sketch in self._sketches:
             sketch.stop()
         self._sketches = []
@@ -70,7 +74,7 @@ class DirectedSelector(Selector):
         if self.restart_at is None:
             self.restart_at = self._planned(total_steps)
             if not self.restart_at:
-                self.let_go()
+                self._stop_watching()
                 self.done = self._chosen
         return cuts
 
@@ -108,7 +112,7 @@ class DirectedSelector(Selector):
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """As `Selector.finish`. A run that ends before its new start keeps the adapters it has trained."""
-        self.let_go()
+        self._stop_watching()
         cut = not self._chosen and super().finish(optimizer)
         self.done = self._chosen
         return cut
@@ -123,7 +127,7 @@ class DirectedSelector(Selector):
         if optimizer is not None:
             optim.forget(optimizer, (p for s in self._sketches for p in s.adapter.weights))
         self.events.add("restart", self.global_step, adapters=list(shares), shares=shares)
-        self.let_go()
+        self._stop_watching()
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "restart_at": self.restart_at}
@@ -132,7 +136,7 @@ class DirectedSelector(Selector):
         return {**super().tensors(), **{f"directions.{s.adapter.name}": s.Y for s in self._sketches}}
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.let_go()
+        self._stop_watching()
         super().load(facts, tensors)
         self.restart_at = facts["restart_at"]
         if self.restart_at is None or self.global_step < self.restart_at:

@@ -127,6 +127,12 @@ class InformedSelector(Selector):
         self.evidence = Evidence(self.model, self.adapters, needs_rows=self._score.rule in OF_ROWS)
 
     def let_go(self) -> None:
+        super().let_go()
+        if self._costs is not None:
+            self._costs.let_go()
+        self._end()
+
+    def _end(self) -> None:
         if self.evidence is not None:
             self.evidence.close()
             self.evidence = None
@@ -153,7 +159,9 @@ class InformedSelector(Selector):
         return start + max(1, (cuts[self.rounds_done] - start) // 2)
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """As `Selector.finish`. Where several cuts are left, all go by what is known now."""
+        """As `Selector.finish`, but of several cuts that are left the last one alone is made, by what is known now."""
+        if self._informed:
+            self.rounds_done = max(self.rounds_done, len(self._limits) - 1)
         cut = super().finish(optimizer)
         self.let_go()
         return cut
@@ -165,7 +173,7 @@ class InformedSelector(Selector):
         self._score.evidence = evidence
         self.events.add("evidence", self.global_step, **self._told(evidence))
         super()._cut(optimizer)
-        self.let_go()
+        self._end()
         self._score.evidence = self._found = None
         if not self.done:
             self._begin()
@@ -234,7 +242,7 @@ class InformedSelector(Selector):
         return {**super().tensors(), **({} if self.evidence is None else self.evidence.tensors())}
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.let_go()
+        self._end()
         super().load(facts, tensors)
         if self._costs is not None:
             self._costs.load_state_dict(facts["profile"])

@@ -46,16 +46,16 @@ class Placement:
     seed: int = 0
 
     def __call__(self, adapters: Sequence[Adapter]) -> Tensor:
-        order = self._order(adapters, self._matching(adapters))
+        order = self._order(adapters, self.candidates(adapters))
         scores = torch.full((len(adapters),), -torch.inf)
         scores[torch.tensor(order)] = torch.arange(len(order), 0, -1, dtype=scores.dtype)
         return scores
 
-    def _matching(self, adapters: Sequence[Adapter]) -> list[int]:
+    def candidates(self, adapters: Sequence[Adapter]) -> list[int]:
         """Places of the candidate modules.
 
         Raises:
-            ConfigError: there are none, or fewer than are to be kept.
+            ConfigError: there are none, fewer than are to be kept, or the budget has room for none.
         """
         names = [a.name for a in adapters]
         found = [i for i, name in enumerate(names) if self._is_meant(name)]
@@ -64,12 +64,19 @@ class Placement:
         if not found:
             there = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise ConfigError(f"`modules={self.modules!r}` matches none of the adapters; there are {there}.")
-        if self.keep.unit in ("adapters", "share"):
-            wanted = self.keep.resolve(adapters).limit
+        question = f"(`modules={self.modules or 'feed-forward'!r}`)"
+        limit = None if self.keep.in_cost else self.keep.resolve(adapters)
+        if limit is not None and (least := min(limit.costs[i] for i in found)) > limit.limit:
+            raise ConfigError(
+                f"`keep={self.keep}` has no room for a single one of the {len(found)} adapters in question {question}: "
+                f"the smallest takes {least:,}; raise it, or give `modules='all'`."
+            )
+        if limit is not None and self.keep.unit in ("adapters", "share"):
+            wanted = limit.limit
             if wanted > len(found) and self.keep != EVERYTHING:
                 raise ConfigError(
                     f"`keep={self.keep}` is {wanted} adapters, and only {len(found)} of {len(names)} are in question "
-                    f"(`modules={self.modules or 'feed-forward'!r}`); lower it, or give `modules='all'`."
+                    f"{question}; lower it, or give `modules='all'`."
                 )
         return found
 

@@ -13,7 +13,10 @@ from weightlora.optim import Largest, rank
 
 
 class Score(Protocol):
-    """Scores of the attached adapters at the moment of a cut, in their order, shape (n,)."""
+    """Scores of the attached adapters at the moment of a cut, in their order, shape (n,).
+
+    One that draws is a dataclass with a field `seed`, which a resumed run sets to that of its checkpoint.
+    """
 
     def __call__(self, adapters: Sequence[Adapter]) -> torch.Tensor: ...
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 
 from weightlora import optim
 from weightlora.adapters import attach, structure, surgery
+from weightlora.adapters.attach import Adapter
 from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.optim import NO_GRADIENT, GateRule
@@ -51,6 +52,7 @@ class Strategy:
         keep: the budget after the last cut; None halves the number of adapters at every cut.
         when: the cuts.
         then: the actions at each, in order.
+        check: called with the adapters when the method is attached: raises ConfigError where `score` cannot choose.
         reference_code: train as the authors' code does: their initialisation of A, no dropout, and momentum and weight
             decay go on moving adapters whose gate is 0.
         experts: "each": those of one parameter are chosen among one by one.
@@ -62,6 +64,7 @@ class Strategy:
     keep: Budget | None
     when: After
     then: tuple[Action, ...]
+    check: Callable[[Sequence[Adapter]], object] | None = None
     reference_code: bool = False
     experts: attach.Experts = "together"
 
@@ -94,6 +97,8 @@ class Selector(Engine):
         self.rounds_done = 0
         self.linear = self.linear or strategy.reference_code or (strategy.keep is not None and strategy.keep.in_cost)
         self.adapters = attach.checked_adapters(model, self.key, linear=self.linear, by=strategy.experts)
+        if strategy.check is not None:
+            strategy.check(self.adapters)
         self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
         attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)
         if strategy.reference_code:
@@ -266,6 +271,10 @@ class Selector(Engine):
             return {}
         return dict(zip(self._names, self._gates.read().tolist(), strict=True))
 
+    def let_go(self) -> None:
+        for limit in self._limits:
+            limit.let_go()
+
     # -- the cut -------------------------------------------------------------------------------------------------
 
     def _cut(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -290,6 +299,8 @@ class Selector(Engine):
         self.adapters = [a for i, a in enumerate(self.adapters) if i in kept]
         self._reached = self._reached[sorted(kept)]
         self._list_parameters()
+        if self.strategy.gates is not None:
+            self.strategy.gates.reset()
         self._limits = [limit.among(sorted(kept)) for limit in self._limits]
         for name, facts in notes:
             self.events.add(name, self.global_step, **facts)
@@ -297,18 +308,32 @@ class Selector(Engine):
         self.done = cut.last
 
     def _choose(self, scores: torch.Tensor) -> set[int]:
+        """Places of what is kept, at least one.
+
+        Raises:
+            ConfigError: a method without gates has candidates, and none of them fits.
+        """
         limit = self._limits[self.rounds_done]
         may_stay = self._may_stay.to(scores.device)
-        mask = limit.choose(scores, (scores > -torch.inf) & may_stay)
+        eligible = (scores > -torch.inf) & may_stay
+        mask = limit.choose(scores, eligible)
         if not may_stay.all():
             names = [name for name, reached in zip(self._names, may_stay.tolist(), strict=True) if not reached]
             logger.warning("no gradient has reached these adapters, so they are dropped: %s", ", ".join(names))
         if mask.any():
             return set(mask.nonzero().flatten().tolist())
-        logger.warning("no gate is above 0 at the cut; one adapter is kept all the same, since a LoRA needs one.")
-        gates = self._gates.read()
-        fitting = limit.choose(gates, torch.ones_like(gates, dtype=torch.bool))
-        return {int(gates.masked_fill(~fitting, -torch.inf).argmax())}
+        gated = self.strategy.gates is not None
+        if eligible.any() and not gated:
+            raise ConfigError(
+                f"`keep={self.strategy.keep}` has no room for any of the {int(eligible.sum())} adapters in question; "
+                "raise it."
+            )
+        none = "no gate is above 0" if gated else "no adapter has a score above -inf"
+        logger.warning("%s at the cut; one adapter is kept all the same, since a LoRA needs one.", none)
+        worth = self._gates.read() if gated else scores
+        fitting = limit.choose(worth, torch.ones_like(worth, dtype=torch.bool))
+        among = (fitting if fitting.any() else ~fitting).nonzero().flatten().tolist()
+        return {max(among, key=lambda i: float(worth[i]))}
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -359,6 +384,9 @@ class Selector(Engine):
             if adapter.gate is not None:
                 adapter.freeze_gate()
         self._list_parameters()
+        if hasattr(self.strategy.score, "seed"):  # the run goes on with the seed it was started with
+            score = replace(self.strategy.score, seed=self.seed)  # type: ignore[type-var]
+            self.strategy = replace(self.strategy, score=score)
         self.rounds_done, self.capacity, self._informed = facts["rounds_done"], facts["capacity"], facts["informed"]
         self._reached = torch.tensor(facts["reached"], dtype=torch.bool, device=self._weights[0][0].device)
         self._cuts = None if facts["cuts"] is None else tuple(facts["cuts"])

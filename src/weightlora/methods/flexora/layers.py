@@ -75,7 +75,7 @@ class LayerStrategy:
         """How many of `layers` stay; None where their weights decide."""
         if self.keep is None:
             return None
-        number = self.keep if isinstance(self.keep, int) else int(self.keep * layers)
+        number = self.keep if isinstance(self.keep, int) else options.share_of(self.keep, layers)
         if not 1 <= number <= layers:
             raise ConfigError(
                 f"`keep={self.keep}` is {number} of the {layers} layers with adapters; give 1 to {layers}."

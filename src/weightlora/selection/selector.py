@@ -95,6 +95,7 @@ class Selector(Engine):
         self.linear = self.linear or strategy.reference_code or (strategy.keep is not None and strategy.keep.in_cost)
         self.adapters = attach.checked_adapters(model, self.key, linear=self.linear, by=strategy.experts)
         self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
+        surgery.fold_gates(self.adapters)
         attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)
         if strategy.reference_code:
             for adapter in self.adapters:

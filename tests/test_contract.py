@@ -28,7 +28,14 @@ ACTING = [info.name for info in list_methods() if info.callback is not None]
 # Methods that differ in what they put in the place of A and B when they are attached.
 SEARCHED = ["weightlora", "fixed", "dynamic_lora", "increlora", "sparse_adapter"]
 every_acting_method = pytest.mark.parametrize("name", ACTING)
-STEPS, CUT = 14, 8
+STEPS, CUT, FAILS = 14, 8, 5
+# The decision comes later than step FAILS, though IncreLoRA has begun to grow by then.
+STILL_OPEN: dict[str, dict[str, Any]] = {
+    "fixed": {"init_after": 6},
+    "sparse_adapter": {"warmup": 4},
+    "flexora": {"after": CUT},
+    "increlora": {"top_h": 3, "incre_interval": 2, "init_warmup": 0},
+}
 
 
 def options(name: str) -> dict[str, Any]:
@@ -131,6 +138,24 @@ def test_a_config_that_somebody_else_holds_is_never_rewritten(name):
     optimizer = begin(model, method, inputs)
     go_on(model, method, inputs, optimizer)
     assert theirs.to_dict() == before and model.peft_config["default"] is not theirs
+
+
+@pytest.mark.parametrize("name", ["weightlora", "weightlora_plus", "flexora", "adalora"])
+def test_a_second_attach_knows_nothing_of_the_first(name):
+    """What these choose by lies in the model: gates, and the scores that PEFT smooths. No output changes."""
+    own = {**options(name), **STILL_OPEN.get(name, {})}
+    model, method, inputs = made(name, own)
+    optimizer = begin(model, method, inputs)
+    go_on(model, method, inputs, optimizer, last=4)
+    method.unbind()
+    moved = [p for n, p in model.named_parameters() if "lora_gate" in n and p != 1]
+    assert moved or method.engine.tensors()
+    expected = model.eval()(**inputs).logits.detach()
+    again: Any = create(name, own)
+    again.attach(model, seed=0)
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    assert all(p == 1 for n, p in model.named_parameters() if "lora_gate" in n)
+    assert not again.engine.tensors() and not again.engine.finish(optimizer)
 
 
 # -- loops of one's own ------------------------------------------------------------------------------------------------
@@ -279,6 +304,47 @@ def test_a_run_that_starts_over_with_a_smaller_batch_plans_anew(name, tmp_path):
     cuts = [e["step"] for e in method.events if e["event"] == "cut"]
     planned = [min(step, trainer.state.max_steps) for step in method._planned]
     assert not cuts or not planned or cuts[-1] in (0, planned[-1])
+
+
+class Again(TrainerCallback):
+    """Fails once inside the optimizer's step; every run begins with the weights and moments of the first."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.left = fail_at
+        self.start: dict[str, Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.manual_seed(0)
+        self.start = self.start or final(kwargs["model"])
+        for name, parameter in kwargs["model"].named_parameters():
+            parameter.data.copy_(self.start[name])
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        optimizer.state.clear()
+        if self.left is not None:
+            optimizer.register_step_pre_hook(self.fail)
+
+    def fail(self, *_: Any) -> None:
+        self.left = None if self.left is None else self.left - 1
+        if self.left == 0:
+            raise RuntimeError("CUDA out of memory")
+
+
+@every_acting_method
+def test_a_run_that_starts_over_is_a_run_that_never_began(name, tmp_path):
+    """Bit for bit, and so are its events: nothing of the aborted run is left but weights, which are put back here."""
+    settings = {"max_steps": STEPS, "weight_decay": 0.1, "data_seed": 1}
+    own = {**options(name), **STILL_OPEN.get(name, {})}
+    alone, expected, _ = made(name, own)
+    make_trainer(tmp_path / "alone", expected, Again(), model=alone, **settings).train()
+    model, method, _ = made(name, own)
+    trainer = make_trainer(tmp_path / "again", method, Again(FAILS), model=model, **settings)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert not method.engine.done or method.engine.global_step == 0
+    trainer.train()
+    assert same(trained(model), trained(alone))
+    assert method.events == expected.events
+    assert read_events(tmp_path / "again") == read_events(tmp_path / "alone") == expected.events
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -271,6 +271,26 @@ def test_decoupled_weight_decay_stays_off_the_gates_too():
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_step_in_which_the_optimizer_fails_costs_no_gate(goes_on):
+    """It fails between `observe`, which sets the gates to 0 for weight decay, and `step`, which sets them again."""
+    model = bert()
+    method = SoRA(lambda2=0.0).attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    method.plan(2)
+    before = torch.cat(method.engine.gates).clone()
+    for _ in range(1 + goes_on):
+        model(**batch()).loss.backward()
+        method.observe(optimizer)
+    if goes_on:
+        optimizer.step()
+        method.step(optimizer)
+        assert torch.equal(torch.cat(method.engine.gates), before)
+    else:
+        method.finish(optimizer)
+        assert sum(a.r for a in method.adapters) == len(before)
+
+
 def test_sora_starts_as_the_base_model_with_normal_gates():
     model = quiet(bert(r=32))
     before = logits(model)

@@ -100,6 +100,13 @@ def fold(adapter: Adapter) -> nn.Parameter:
     return gate
 
 
+def fold_gates(adapters: Iterable[Adapter]) -> None:
+    """Fold the gates that an earlier `attach` has left on a model, so that new ones start at 1."""
+    for adapter in adapters:
+        if adapter.gate is not None:
+            fold(adapter)
+
+
 def resize(adapter: Adapter, A: Tensor, B: Tensor) -> dict[nn.Parameter, nn.Parameter]:
     """Give an adapter new factors of another rank and hold its scaling, so that only B A decides the output.
 

@@ -180,6 +180,9 @@ class MovingRanks(RankEngine):
                 "higher rank."
             )
 
+    def start_over(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        return False  # a round of the aborted run may have moved ranks, or taken modules away
+
     def schedule(self, total: int, steps_per_epoch: int | None) -> tuple[int, ...]:
         first, apart = (
             value * total if isinstance(value, float) else value

@@ -308,9 +308,13 @@ class Method(TrainerCallback, ABC, Generic[E]):
         follow(trainer)
         engine = self._engine
         over = engine is not None and not engine.done and state.global_step < engine.global_step and not self._resumed
-        if engine is None or (over and not engine.start_over()) or find_host(kwargs["model"]) is not engine.model:
-            # The callback came after the trainer was built, `model_init` made a new model, or the run starts over, as
-            # `auto_find_batch_size` does with a smaller batch.
+        if engine is not None and find_host(kwargs["model"]) is engine.model and over:
+            # The run starts over, as `auto_find_batch_size` does with a smaller batch.
+            self._reported = 0
+            over = not engine.start_over(kwargs["optimizer"])
+        if engine is None or over or find_host(kwargs["model"]) is not engine.model:
+            # The callback came after the trainer was built, `model_init` made a new model, or only a new engine can
+            # start over.
             self.attach(kwargs["model"], seed=args.seed)
             optim.follow(kwargs["optimizer"], kwargs["model"])
         cuts = self.plan(state.max_steps, steps_per_epoch(state))

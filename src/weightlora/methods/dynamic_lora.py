@@ -114,10 +114,7 @@ class Components(RankEngine):
     def __init__(self, model: PeftModel, adapter_name: str | None, seed: int, options: DynamicLoRA) -> None:
         self.options = options
         super().__init__(model, adapter_name, seed)
-        self._total = self.ranks
         self._target = options.target_r * len(self.adapters)
-        self._window = (0, 0, 1)  # first step, length, interval
-        self._smoothed = torch.zeros(self._total, dtype=torch.float32, device=self.gates[0].device)
 
     def refuse(self) -> None:
         self.require_fresh()
@@ -137,6 +134,12 @@ class Components(RankEngine):
                 drawn = torch.empty(weight.shape)
                 weight.copy_(nn.init.kaiming_uniform_(drawn, generator=generator))
             adapter.gate.zero_()  # type: ignore[union-attr]
+
+    def begin(self, optimizer: torch.optim.Optimizer | None) -> None:
+        super().begin(optimizer)
+        self._total = self.ranks
+        self._window = (0, 0, 1)  # first step, length, interval
+        self._smoothed = torch.zeros(self._total, dtype=torch.float32, device=self.gates[0].device)
 
     def schedule(self, total: int, steps_per_epoch: int | None) -> tuple[int, ...]:
         first = max(1, steps(self.options.tinit, total))

@@ -203,11 +203,13 @@ class SetSearch(Engine):
             self._ends = ends
         return self._ends
 
-    def start_over(self) -> bool:
+    def start_over(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """As `Engine.start_over`; what the sets have trained so far is undone, since each had its own."""
         self.alive, self.active, self.global_step = list(range(len(self.sets))), 0, 0
         self._ends, self._seen, self._last = None, [], {}
         self._aside = {i: [_Aside(value, {}) for value in values] for i, values in self._start.items()}
-        self._bring(0, None)
+        self._bring(0, optimizer)
+        self.events.start_over()
         return True
 
     # -- the training step ---------------------------------------------------------------------------------------

@@ -126,9 +126,6 @@ class GrowingRanks(RankEngine):
         n = len(self.adapters)
         self._target = options.target_r * n
         self._top_h = min(n, options.top_h or max(1, round(n / 8)))
-        self._steps = (0, 0)  # init_warmup, incre_interval
-        self._score, self._uncertainty = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-        self._dense: dict[str, Tensor] = {}  # G of every module
         layers: dict[str, Any] = {a.name: a.layer for a in self.adapters}
         self._hooks = [layer.register_forward_hook(partial(self._watch, name)) for name, layer in layers.items()]
 
@@ -151,6 +148,7 @@ class GrowingRanks(RankEngine):
     def initialise(self) -> None:
         """E = 0, A and B ~ N(0, 0.02^2), and the reserve."""
         self.effective = [a.r for a in self.adapters]
+        self._start_ranks = list(self.effective)
         self._alpha = {a.name: surgery.alpha_for(a) for a in self.adapters}
         for adapter, r in zip(self.adapters, self.effective, strict=True):
             start = self._new(adapter, r, 0)
@@ -160,6 +158,22 @@ class GrowingRanks(RankEngine):
             self._refill(adapter, r, None)
             self._scale(adapter, r)
         structure.sync_config(self.model, self.key)
+
+    def begin(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Ranks that an aborted run has added leave again."""
+        n = len(self.adapters)
+        self._steps = (0, 0)  # init_warmup, incre_interval
+        self._score, self._uncertainty = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+        self._dense: dict[str, Tensor] = {}  # G of every module
+        for i, (adapter, r) in enumerate(zip(self.adapters, self._start_ranks, strict=True)):
+            if self.effective[i] > r:
+                reindex(adapter, torch.arange(r), optimizer)
+                self._refill(adapter, r, optimizer, trained=r)
+                self._scale(adapter, r)
+                self.effective[i] = r
+        self.list_gates()
+        structure.sync_config(self.model, self.key)
+        super().begin(optimizer)
 
     def _new(self, adapter: Adapter, k: int, first: int) -> NewRanks:
         """k ranks, of which the first is the module's rank number `first`: the same ones on every process."""

@@ -57,22 +57,18 @@ class RankEngine(Engine):
 
     def __init__(self, model: PeftModel, adapter_name: str | None, seed: int) -> None:
         super().__init__(model, adapter_name or active_adapter(model), seed)
-        self.ends: int | None = None
         self.settled = False
-        self.cuts: tuple[int, ...] | None = None
-        self._regularised = False
         self.adapters = attach.checked_adapters(model, self.key)
         if any(a.B.bias is not None for a in self.adapters):
             raise UnsupportedError("the bias of `lora_B` belongs to no rank; use `lora_bias=False`.")
         admission.refuse_frozen_parts((a.name, a.weights) for a in self.adapters)
         self.refuse()
-        for adapter in self.adapters:
-            if adapter.gate is not None:  # of an earlier `attach`
-                surgery.fold(adapter)
+        surgery.fold_gates(self.adapters)
         attach.use_kernel(self.adapters, gates=self.gated, per_rank=True)
         with torch.no_grad():
             self.initialise()
         self.list_gates()
+        self.begin(None)
         self.record_attach()
 
     # -- what a method says --------------------------------------------------------------------------------------
@@ -82,6 +78,15 @@ class RankEngine(Engine):
 
     def initialise(self) -> None:
         """Set gates and factors to where they start."""
+
+    def begin(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """A run begins, perhaps over again with weights as they are: nothing is planned or known yet.
+
+        Whatever a method gathers during a run is set here, and so cannot outlive it.
+        """
+        self.global_step, self._regularised = 0, False
+        self.cuts: tuple[int, ...] | None = None
+        self.ends: int | None = None
 
     @abstractmethod
     def schedule(self, total: int, steps_per_epoch: int | None) -> tuple[int, ...]:
@@ -110,8 +115,10 @@ class RankEngine(Engine):
             self.ends = total_steps
         return self.cuts
 
-    def start_over(self) -> bool:
-        self.global_step, self.cuts = 0, None
+    @torch.no_grad()
+    def start_over(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        self.begin(optimizer)
+        self.events.start_over()
         return True
 
     @torch.no_grad()

@@ -105,6 +105,10 @@ class SparseRanks(RankEngine):
             seed = surgery.name_seed(self.seed, self.method, adapter.name)
             adapter.gate.copy_(surgery.gaussian(1, adapter.r, seed)[0])  # type: ignore[union-attr]
 
+    def begin(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._put_back()
+        super().begin(optimizer)
+
     def schedule(self, total: int, steps_per_epoch: int | None) -> tuple[int, ...]:
         after = self.options.after
         last = total if after is None else max(1, steps(after, total))
@@ -125,10 +129,21 @@ class SparseRanks(RankEngine):
 
     def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Have the optimizer step from 0, where weight decay has no effect, however it is implemented."""
+        self._put_back()
         if self.options.decay_gates or optimizer is None or not self._group(optimizer).get("weight_decay"):
             return
         self._held = torch.cat(self.gates)
         self.set_gates(torch.zeros_like(self._held))
+
+    def _put_back(self) -> None:
+        """The gates as they were before a step in which the optimizer failed, out of memory for example."""
+        if self._held is not None:
+            self.set_gates(self._held)
+            self._held = None
+
+    def conclude(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._put_back()
+        super().conclude(optimizer)
 
     def act(self, optimizer: torch.optim.Optimizer | None) -> bool:
         values = torch.cat(self.gates)

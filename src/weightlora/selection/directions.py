@@ -78,6 +78,16 @@ class DirectedSelector(Selector):
                 self.done = self._chosen
         return cuts
 
+    def start_over(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """As `Engine.start_over`. What was chosen before the first step stays: of a share there is no second one."""
+        if self.cuts != (0,):
+            return False
+        self.let_go()
+        self.global_step, self.restart_at, self.done = 0, None, False
+        self._watch()
+        self.events.start_over()
+        return True
+
     def _planned(self, total: int) -> int:
         given = self._init_after
         if given is None:  # and not so late in a short run that nothing is left

@@ -74,8 +74,11 @@ class Engine(ABC):
         """Training has ended: make open decisions with what is known. Returns whether the structure changed."""
         return False
 
-    def start_over(self) -> bool:
-        """The run begins again, with weights as they are: plan anew. False: only a new engine can."""
+    def start_over(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """The run begins again, with weights as they are: forget what the aborted one knew, planned and recorded.
+
+        False: only a new engine can.
+        """
         return False
 
     def let_go(self) -> None:  # noqa: B027

@@ -125,6 +125,11 @@ class EventLog:
         """The events a run cannot do without: all but omega while it is trained."""
         return [e for e in self.events if e["event"] != "gates"]
 
+    def start_over(self) -> None:
+        """Keep only what was decided before the first step, and write nothing until `open` is called again."""
+        self.events = [e for e in self.events if e["step"] == 0]
+        self._path = None
+
     def open(self, path: Path, *, resume_at: int | None = None) -> None:
         """Start writing to `path`. The record of an earlier run there is kept under another name.
 

@@ -100,6 +100,7 @@ class Selector(Engine):
         if strategy.check is not None:
             strategy.check(self.adapters)
         self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
+        surgery.fold_gates(self.adapters)
         attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)
         if strategy.reference_code:
             for adapter in self.adapters:

@@ -125,6 +125,7 @@ class RankAllocation(Engine):
         self._final: Any = None  # the config's ranks while a checkpoint is loaded
         self._matrices = 2 * len(self.adapters)
         self._allocator: Any = model.base_model.rankallocator
+        self._allocator.reset_ipt()  # scores of an earlier `attach`
         admission.refuse_frozen_parts((a.name, _factors(a).values()) for a in self.adapters)
         # PEFT's adds the regulariser to every loss, in evaluation too, and refuses a weight of 0, which would end that.
         model.base_model.forward = MethodType(BaseTuner.forward, model.base_model)  # type: ignore[method-assign]

@@ -104,6 +104,7 @@ class LayerSearch(Engine):
         self.layers = self._find_layers()
         self._check(model)
         self._number = strategy.number(len(self.layers))
+        surgery.fold_gates(self.adapters)
         attach.use_kernel(self.adapters, gates=False)
         for adapter in self._scaled:
             adapter.add_gate()

@@ -527,3 +527,20 @@ def test_an_embedding_is_chosen_like_the_others_or_trained_as_it_is(name, tmp_pa
 
 def fresh_base() -> nn.Module:
     return tiny.build("bert", initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).model
+
+
+# -- a second run ------------------------------------------------------------------------------------------------------
+
+
+@every_acting_method
+def test_a_second_trainer_takes_the_model_as_the_first_left_it(name, tmp_path):
+    """One to evaluate with, or for a second stage, whose tiny rate then hardly moves the output."""
+    model, method, inputs = made(name, options(name) | ({"keep": 0.4} if name in ("fixed", "rlora") else {}))
+    make_trainer(tmp_path / "one", method, model=model, max_steps=STEPS).train()
+    assert method.engine.done
+    expected, output = final(model), model.eval()(**inputs).logits.detach()
+    again = make_trainer(tmp_path / "two", method, model=model, max_steps=STEPS, learning_rate=1e-7)
+    again.evaluate()
+    assert same(final(model), expected)
+    again.train()
+    torch.testing.assert_close(model.eval()(**inputs).logits, output, rtol=0, atol=1e-3)

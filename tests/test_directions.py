@@ -132,6 +132,18 @@ def test_a_trainer_makes_it_early_and_says_what_it_found(tmp_path):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_trained_adapter_goes_on_from_what_it_has_learnt(tmp_path, caplog):
+    """As in a second stage, whose callback is a new one."""
+    model = still()
+    train(model, everywhere(), STEPS + 4)
+    learnt = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with caplog.at_level("INFO", logger="weightlora"):
+        train(model, method := everywhere(), STEPS, lr=0.0)
+    assert method.engine.done and [e["event"] for e in method.events] == ["attach", "cut"]
+    assert all(torch.equal(p, learnt[n]) for n, p in model.named_parameters())
+    assert "was trained already, so it goes on from there" in caplog.text
+
+
 def test_a_run_of_two_steps_keeps_its_start():
     model, method = still(), Fixed(keep=3)
     train(model, method, 2, of=2)

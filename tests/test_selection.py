@@ -282,6 +282,15 @@ def test_only_positive_gates_survive_and_one_always_does(caplog):
     assert len(method.kept) == 1 and "no gate is above 0" in caplog.text
 
 
+def test_the_authors_start_is_for_adapters_that_have_learnt_nothing():
+    model = bert()
+    train(model, RLoRA(keep=9), 3)
+    before = trainable_state(model)
+    with pytest.raises(ConfigError, match="trained already"):
+        WeightLoRA(keep=3, after=4, compat=True).attach(model)
+    assert all(torch.equal(value, before[key]) for key, value in trainable_state(model).items())
+
+
 def test_a_rule_that_would_keep_nothing_keeps_one(caplog):
     method = WeightLoRA(keep=5, after=2, score=lambda evidence: torch.full((9,), -torch.inf))
     with caplog.at_level("WARNING", logger="weightlora"):

@@ -294,10 +294,18 @@ class Method(TrainerCallback, ABC, Generic[E]):
     # -- as a callback of HF Trainer -----------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The trainer is built and its optimizer is not: what is trained can still change."""
-        self.attach(kwargs["model"], seed=args.seed)
+        """The trainer is built and its optimizer is not: what is trained can still change.
+
+        A model on which this method has begun, or has finished, goes on as it is.
+        """
+        if not self._has_begun(kwargs["model"]):
+            self.attach(kwargs["model"], seed=args.seed)
         if not isinstance(kwargs["model"], PeftModel) and (trainer := calling_trainer()) is not None:
             load_through(trainer, self)
+
+    def _has_begun(self, model: nn.Module) -> bool:
+        engine = self._engine
+        return engine is not None and engine.model is find_host(model) and (engine.done or engine.global_step > 0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

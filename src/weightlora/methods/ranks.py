@@ -29,7 +29,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from weightlora import optim
 from weightlora.adapters import admission, attach, structure, surgery
 from weightlora.adapters.attach import Adapter
-from weightlora.adapters.host import active_adapter, find_host
+from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods.base import Method
 from weightlora.selection.engine import Engine
@@ -276,14 +276,6 @@ class RankEngine(Engine):
                 "which uses it, or leave the option out."
             )
 
-    def require_fresh(self) -> None:
-        """Refuse an adapter that was trained already, whose factors a method would overwrite."""
-        if any(a.B.weight.any() and (a.gate is None or a.gate.any()) for a in self.adapters):
-            raise ConfigError(
-                f"{self.method} sets where gates and factors start, and adapter {self.key!r} was trained already; "
-                "start from a fresh LoraConfig."
-            )
-
     def generator(self, adapter: Adapter, *names: object) -> torch.Generator:
         """A separate generator for each set of names, the same on every process."""
         return torch.Generator().manual_seed(surgery.name_seed(self.seed, self.method, adapter.name, *names))
@@ -349,10 +341,6 @@ class RankMethod(Method[R]):
     def adapters(self) -> list[Adapter]:
         """The adapters that are still attached."""
         return self.engine.adapters
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._engine is None or self._engine.model is not find_host(kwargs["model"]):
-            super().on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,6 +10,7 @@ directions, in 4 r (d_in + d_out) numbers for an adapter and for the work of an 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from weightlora.adapters.attach import Adapter, OtherAdapter
 from weightlora.errors import ConfigError
 from weightlora.selection.selector import Selector
 
+logger = logging.getLogger(__name__)
+
 OVERSAMPLING = 4  # columns of a sketch for each rank
 ROWS = 256  # inputs kept to tell how large A x is
 SHARE = 1 / 30  # of the run, by default
@@ -31,25 +34,30 @@ class DirectedSelector(Selector):
     """A selection whose adapters start a second time, reading the gradient's directions.
 
     The first steps train as usual while the gradient is seen; then A becomes its directions, as large in A x as it was,
-    B goes back to 0, and the optimizer forgets both.
+    B goes back to 0, and the optimizer forgets both. Adapters that were trained before, or start with a B of their own,
+    keep what they have learnt.
 
     Args:
         init_after: these steps, as `Fixed(init_after=...)` takes them.
 
     Attributes:
-        restart_at: the optimizer step of the new start, once planned; 0 where there is none, in a run of two steps.
+        restart_at: the optimizer step of the new start, once planned; 0 where there is none, in a run of two steps or
+            on trained adapters.
     """
 
     def __init__(self, *args: Any, init_after: int | float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._init_after = init_after
+        self._starts_again = self.is_fresh
+        if not self._starts_again:
+            logger.info("adapter %r was trained already, so it goes on from there: `init` does nothing", self.key)
         self.restart_at: int | None = None
         self.done = False
         self._watch()
 
     def _watch(self) -> None:
         linear = [a for a in self.adapters if not isinstance(a, OtherAdapter)]  # others go on as they are
-        self._sketches = [_Sketch(adapter, self.seed) for adapter in linear]
+        self._sketches = [_Sketch(adapter, self.seed) for adapter in linear if self._starts_again]
 
     def let_go(self) -> None:
         super().let_go()
@@ -90,6 +98,8 @@ class DirectedSelector(Selector):
 
     def _planned(self, total: int) -> int:
         given = self._init_after
+        if not self._starts_again:
+            return 0
         if given is None:  # and not so late in a short run that nothing is left
             return min(max(2, round(SHARE * total)), total // 3)
         step = max(1, options.steps(given, total))

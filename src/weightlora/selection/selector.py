@@ -99,6 +99,8 @@ class Selector(Engine):
         self.adapters = attach.checked_adapters(model, self.key, linear=self.linear, by=strategy.experts)
         if strategy.check is not None:
             strategy.check(self.adapters)
+        if strategy.reference_code:
+            self.require_fresh()
         self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
         surgery.fold_gates(self.adapters)
         attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)

@@ -277,20 +277,28 @@ def one_process(folder: Path, what: str) -> Iterator[None]:
     Raises:
         ConfigError: another process is at work in it.
     """
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
+    lock = hold(folder)
+    if lock is None:
         raise ConfigError(
             f"Another process is making {what} in {str(folder)!r}; wait for it, or choose another `output_dir`."
-        ) from None
+        )
     try:
         yield
     finally:
         lock.release()
+
+
+def hold(folder: Path) -> Any:
+    """A folder's lock, to be released from any thread; None where somebody holds it. A killed process releases it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        lock = FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
 
 
 _TRIAL = "trial"

@@ -7,12 +7,14 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 ENOUGH = 16  # backward passes, or steps, in which all was reached, so that it will be
 
@@ -135,12 +137,16 @@ def rewrap(ddp: DistributedDataParallel) -> None:
 
 def from_first(values: list[float], parameters: Iterable[nn.Parameter]) -> list[float]:
     """Return the first process's numbers and copy its parameters in place; every process must call it."""
-    if not dist.is_initialized():
-        return values
-    shared = [values]
-    dist.broadcast_object_list(shared)
     for parameter in parameters:
-        dist.broadcast(parameter.data, 0)
+        share(parameter.data)
+    return of_first(values)
+
+
+def of_first(value: T) -> T:
+    """The first process's value, which is none on a device; every process must call it."""
+    shared = [value]
+    if processes() > 1:
+        dist.broadcast_object_list(shared)
     return shared[0]
 
 
@@ -168,6 +174,11 @@ def share(tensor: Tensor) -> None:
     """Replace a tensor by the first process's, in place."""
     if processes() > 1:
         dist.broadcast(tensor, src=0)
+
+
+def rank() -> int:
+    """This process's number among those that have found each other."""
+    return dist.get_rank() if processes() > 1 else 0
 
 
 def processes() -> int:

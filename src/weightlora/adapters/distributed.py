@@ -156,7 +156,8 @@ def _built_in_hook(ddp: DistributedDataParallel) -> Any:
     """One of PyTorch's in C++, of which the wrapper itself knows only what it logs."""
     name = str(ddp._get_ddp_logging_data().get("comm_hook", ""))
     kind, _, member = name.rpartition(".")
-    return getattr(dist.BuiltinCommHookType, member) if kind == "BuiltinCommHookType" else None
+    known: Any = dist
+    return getattr(known.BuiltinCommHookType, member) if kind == "BuiltinCommHookType" else None
 
 
 def check_rewrap(ddp: DistributedDataParallel) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from helpers import batch, bert, make_trainer, trainable_state
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_text import recipe
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
@@ -37,6 +40,7 @@ from weightlora import (
     SoRA,
     SparseAdapter,
     TiedLoRA,
+    UnsupportedError,
     WeightLoRA,
     WeightLoRAPlus,
     last_checkpoint,
@@ -110,6 +114,8 @@ def main(folder: Path, batch_size: int) -> None:
     head_first(folder, batch_size)
     if "RANK" in os.environ:
         costs(folder, int(os.environ["RANK"]))
+        hooked(folder, int(os.environ["RANK"]), batch_size)
+        directions(folder, int(os.environ["RANK"]))
     for name, shape in SHAPES.items():
         train(folder, name, shape(), batch_size, False)
     missing(folder, WeightLoRA(keep=3, after=6), batch_size)
@@ -204,6 +210,67 @@ def costs(folder: Path, rank: int) -> None:
     method = WeightLoRA(keep="50% memory", after=6).attach(wrapped)
     wrapped.train()(**{key: value[:, : 6 + rank] if value.dim() == 2 else value for key, value in batch().items()})
     (folder / f"costs-{rank}.json").write_text(json.dumps(method.state_dict()["costs"]))
+
+
+def hooked(folder: Path, rank: int, batch_size: int) -> None:
+    """Gradients that travel in fp16, as `accelerate` is told, and hooks on the wrapper; a cut after four steps."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    fp16 = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16)
+    accelerator, seen = Accelerator(cpu=True, kwargs_handlers=[fp16]), []
+    model = model_without_dropout()
+    method = WeightLoRA(keep=3, after=4).attach(model)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.3))
+    before = wrapped.register_forward_pre_hook(lambda *_, **__: seen.append("before"), with_kwargs=True)
+    wrapped.register_forward_hook(lambda *_: seen.append("after"))
+    method.plan(12)
+    method.bind(optimizer)
+    rounded = []
+    for step in range(6):
+        accelerator.backward(wrapped(**batch(batch_size, start=(16 * step) % 64 + rank * batch_size)).loss)
+        rounded.append(all(is_half(p.grad) for p in model.parameters() if p.grad is not None))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 4:
+            before.remove()
+    cuts = [event["step"] for event in method.events if event["event"] == "cut"]
+    facts: dict[str, Any] = {"cuts": cuts, "rounded": rounded, "seen": seen, "refused": []}
+
+    bare = DistributedDataParallel(torch.nn.Linear(2, 1, bias=False))
+    bare._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    distributed.rewrap(bare)
+    bare(torch.full((1, 2), 1 / 3)).sum().backward()
+    facts["built in"] = is_half(bare.module.weight.grad)
+
+    for late in (False, True):
+        model, method = model_without_dropout(), WeightLoRA(keep=3, after=2)
+        wrapped = DistributedDataParallel(model)
+        wrapped.register_comm_hook(PowerSGDState(None), powerSGD_hook)
+        try:
+            method.attach(model if late else wrapped)
+            wrapped(**batch())
+        except UnsupportedError as error:
+            facts["refused"].append([str(error), any("gate" in name for name, _ in model.named_parameters())])
+    (folder / f"hooked-{rank}.json").write_text(json.dumps(facts))
+
+
+def is_half(gradient: torch.Tensor) -> bool:
+    return torch.equal(gradient.half().to(gradient), gradient)
+
+
+def directions(folder: Path, rank: int) -> None:
+    """The first module is reached in the first process alone, the second in neither, as experts are."""
+    model = model_without_dropout(target_modules=["query"])
+    method = Fixed(keep=3, modules="all", init_after=1).attach(model)
+    method.plan(20)
+    for place, sketch in enumerate(method.engine._sketches):
+        if place == 2 or (place == 0 and rank == 0):
+            generator = torch.Generator().manual_seed(rank)
+            x, d = (torch.randn(4, n, generator=generator) for n in (sketch.adapter.in_features, 32))
+            sketch._add(x, d)
+    method.engine.step(None)
+    save_file(trainable_state(model), folder / f"directions-{rank}.safetensors")
+    (folder / f"directions-{rank}.json").write_text(json.dumps(method.events[-1]))
 
 
 def drop(folder: Path, batch_size: int) -> None:

@@ -13,12 +13,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from helpers import make_trainer
 from processes import command
 from tiny_text import questions, save_tiny_bert, write_jsonl
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from weightlora import durable
+from weightlora.bench.meter import Meter
 from weightlora.bench.runner import Outcome, read_results, run_suite, write_report
 from weightlora.bench.suite import Group, Suite, TuneSpec, groups, load_suite, parse_suite, recipe, runs, trial
 from weightlora.bench.table import curves_table, difference, markdown, scores_table, summarise
@@ -333,6 +338,37 @@ def test_what_fails_is_named_and_does_not_stop_the_rest(folder: Path, monkeypatc
     assert "Traceback" in (folder / "out/log.txt").read_text()
     assert "(1 of 2)" in (folder / "out/table.md").read_text()
     assert not any(outcome.error for outcome in run_suite(suite))
+
+
+def test_a_step_that_fails_is_the_last_that_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process goes on to other runs."""
+
+    def break_off(self: Any, *_: Any, **__: Any) -> None:
+        seen.append(len(_get_current_dispatch_mode_stack()))
+        raise RuntimeError("diverged")
+
+    seen: list[int] = []
+    monkeypatch.setattr("accelerate.Accelerator.backward", break_off)
+    (outcome,) = run_suite(parse_suite(raw(folder, methods=["lora"], seeds=[0])))
+    assert outcome.error == "RuntimeError: diverged" and seen[-1] == 1
+    assert _get_current_dispatch_mode_stack() == []
+
+
+def test_a_meter_counts_a_run_that_starts_over_once(tmp_path: Path) -> None:
+    class RunOut(TrainerCallback):
+        left = 1
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            if self.left:
+                self.left = 0
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    meter, hooks = Meter(), []
+    trainer = make_trainer(tmp_path, meter, RunOut(), auto_find_batch_size=True, max_steps=2)
+    trainer.model.register_forward_pre_hook(lambda model, _: hooks.append(len(model._forward_pre_hooks)))
+    with meter.hearing():
+        trainer.train()
+    assert set(hooks[:-1]) == {2} and _get_current_dispatch_mode_stack() == []
 
 
 GRID = {"grid": {"training.learning_rate": [1e-3, 1e-2]}}

@@ -6,6 +6,7 @@ The methods are those that act while a model trains, each with the options it ha
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import TrainerCallback
 from weightlora import ConfigError, Flexora, LoRADrop, UnsupportedError, last_checkpoint, read_events
 from weightlora.adapters import checkpoint
 from weightlora.methods import create, get_method, list_methods
+from weightlora.progress import PROGRESS_FILE
 
 ACTING = [info.name for info in list_methods() if info.callback is not None]
 # Methods that differ in what they put in the place of A and B when they are attached.
@@ -373,6 +375,12 @@ def test_every_trial_of_a_hyperparameter_search_is_a_run_of_its_own(name, tmp_pa
     for run in ("run-0", "run-1"):
         assert last_checkpoint(tmp_path / run) == tmp_path / run / "checkpoint-10"
         assert read_events(tmp_path / run / "events.jsonl")
+        steps = [json.loads(line) for line in (tmp_path / run / PROGRESS_FILE).read_text().splitlines()]
+        assert [(line["event"], line["step"]) for line in steps if line["event"] in ("begin", "end")] == [
+            ("begin", 0),
+            ("end", 10),
+        ]
+    assert not (tmp_path / PROGRESS_FILE).exists()
 
 
 @pytest.mark.parametrize("steps", [4, CUT, CUT + 1, STEPS])

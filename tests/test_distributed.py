@@ -13,12 +13,13 @@ import distributed_run
 import pytest
 import torch
 from distributed_run import METHODS, RANKS, REST, SHAPES
-from helpers import make_trainer
+from helpers import bert, make_trainer
 from processes import torchrun
 from safetensors.torch import load_file
 from tiny_text import questions, save_tiny_bert, write_jsonl
 
-from weightlora import ConfigError, WeightLoRA
+from weightlora import ConfigError, ReusePrefix, WeightLoRA
+from weightlora.adapters import distributed
 from weightlora.methods import list_methods
 from weightlora.methods._trainer import refuse_sharding
 
@@ -187,3 +188,35 @@ def test_every_process_takes_the_costs_of_the_first(runs):
     """Their batches differ in shape, and with them what everything costs."""
     first, second = ((runs / "two" / f"costs-{rank}.json").read_text() for rank in (0, 1))
     assert first == second != "null"
+
+
+def test_what_is_registered_on_the_wrapper_outlives_a_cut(runs):
+    """Communication in fp16, asked for through `accelerate` or built into PyTorch, and hooks, with their handles."""
+    for rank in (0, 1):
+        facts = json.loads((runs / f"two/hooked-{rank}.json").read_text())
+        assert facts["cuts"] == [4] and facts["rounded"] == [True] * 6 and facts["built in"]
+        assert facts["seen"] == ["before", "after"] * 5 + ["after"], "one was removed before the last step"
+
+
+def test_what_cannot_outlive_a_cut_is_refused_before_the_first_step(runs):
+    (early, later) = json.loads((runs / "two/hooked-0.json").read_text())["refused"]
+    for message, _ in (early, later):
+        assert "PowerSGD remembers errors of the gradients before; use the `comm_hook` 'fp16'" in message
+    assert not early[1], "nothing was changed"
+
+
+def test_a_module_that_one_process_does_not_reach_gets_the_directions_of_the_other(runs):
+    first, second = (json.loads((runs / f"two/directions-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first["event"] == "restart"
+    assert [name.split(".")[3] for name in first["adapters"]] == ["0", "2"], "the one in the middle is reached nowhere"
+    states = [load_file(runs / f"two/directions-{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(value.isfinite().all() and value.any() for name, value in states[0].items() if "lora_A" in name)
+
+
+def test_a_pytorch_without_distributed_is_one_process(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    assert distributed.from_first([0.5], [torch.nn.Parameter(torch.ones(2))]) == [0.5] and distributed.rank() == 0
+    with ReusePrefix().attach(bert(3, layers_to_transform=[2])) as reusing:
+        assert reusing._store is not None

@@ -35,7 +35,8 @@ from weightlora import (
     durable,
     last_checkpoint,
 )
-from weightlora.adapters.checkpoint import STATE_FILE
+from weightlora.adapters.checkpoint import STATE_FILE, write_state
+from weightlora.savings.rows import RowStore
 from weightlora.training import stopping
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import dry_run, run
@@ -263,9 +264,7 @@ def test_runs_that_start_at_once_below_one_new_folder_do_not_meet(tmp_path):
 
 
 def test_what_a_killed_process_tried_to_write_is_removed_by_the_next(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    left, others = (tmp_path / f".weightlora-trial.0.{pid}" / "run" for pid in (gone.pid, os.getppid()))
+    left, others = (tmp_path / f".weightlora-trial.0.{pid}" / "run" for pid in (a_gone_process(), os.getppid()))
     for trial in (left, others):
         trial.mkdir(parents=True)
     (tmp_path / "made" / "since").mkdir(parents=True)
@@ -349,6 +348,124 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     (tmp_path / f"{durable.OURS}abc").mkdir()
     durable.remove_drafts(tmp_path)
     assert durable.contents(tmp_path) == {"adapter"} == {file.name for file in tmp_path.iterdir()}
+
+
+def a_gone_process() -> int:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    return gone.pid
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_stays_where_its_draft_cannot_take_its_place(failing, tmp_path, monkeypatch):
+    """The renames of a swap, of which one fails."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "one").write_text("1")
+    replace, renames = Path.replace, itertools.count(1)
+
+    def fail(self: Path, target: Any) -> Path:
+        if next(renames) == failing:
+            raise OSError(errno.EACCES, "no", str(self))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(CheckpointError, match="adapter could not be written"):
+        with durable.whole_folder(tmp_path / "adapter") as draft:
+            (draft / "two").write_text("2")
+    assert [file.name for file in tmp_path.rglob("*")] == ["adapter", "one"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from weightlora import durable
+
+replace = Path.replace
+Path.replace = lambda self, target: (replace(self, target), os._exit(0))
+with durable.whole_folder(Path(sys.argv[1])) as draft:
+    (draft / "two").write_text("2")
+"""
+
+
+@pytest.mark.parametrize("then", ["the next one fails", "drafts are removed"])
+def test_a_folder_comes_back_after_a_kill_in_the_middle_of_a_swap(then, tmp_path):
+    target = tmp_path / "adapter.v2"
+    target.mkdir()
+    (target / "one").write_text("1")
+    subprocess.run([sys.executable, "-c", KILLED, str(target)], check=True)
+    assert not target.exists()
+    if then == "drafts are removed":
+        durable.remove_drafts(tmp_path)
+    else:
+        with pytest.raises(KeyError), durable.whole_folder(target):
+            raise KeyError
+    assert [file.name for file in tmp_path.rglob("*")] == ["adapter.v2", "one"]
+
+
+def test_a_folder_that_another_process_is_replacing_is_left_to_it(tmp_path):
+    theirs, left = (tmp_path / f".weightlora-adapter.{pid}-old" for pid in (os.getppid(), a_gone_process()))
+    for old in (theirs, left):
+        old.mkdir()
+        (old / str(old == left)).write_text("")
+    with pytest.raises(KeyError), durable.whole_folder(tmp_path / "adapter"):
+        raise KeyError
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", theirs.name}
+    assert (tmp_path / "adapter" / "True").is_file()
+    with durable.whole_folder(tmp_path / "adapter") as draft:
+        (draft / "two").write_text("2")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", theirs.name}, "a process that lives is still at it"
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """Whichever comes last is there, whole."""
+    texts = [letter * 100_000 for letter in "abcd"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(lambda text: durable.write_whole(tmp_path / "report.html", text), texts * 50))
+    assert (tmp_path / "report.html").read_text() in texts
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def failing_save(tensors: Any, path: Any, *_: Any, **__: Any) -> None:
+    Path(path).write_bytes(b"half")
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("kind", ["text", "state", "rows"])
+def test_what_a_killed_writer_leaves_is_removed_and_counts_for_nothing(kind, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+
+    def write() -> None:
+        store = RowStore(folder)
+        store["row"] = torch.ones(2)
+        {
+            "text": lambda: durable.write_whole(folder / "text", "text"),
+            "state": lambda: write_state(folder, {"a": torch.ones(2)}, {}),
+            "rows": store.flush,
+        }[kind]()
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(os, "replace", die)
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        write()
+    assert len(list(folder.iterdir())) == 1 and durable.contents(folder) == set()
+    durable.mark(folder)
+    assert durable.flaw(folder) is None
+    durable.remove_drafts(tmp_path)
+    assert [file.name for file in folder.iterdir()] == [durable.MARK_FILE] and durable.flaw(folder) is None
+    durable.unmark(folder)
+    write()
+    assert len(list(folder.iterdir())) == len(durable.contents(folder)) == 1
+
+
+def test_a_file_that_cannot_be_written_leaves_no_draft(tmp_path, monkeypatch):
+    monkeypatch.setattr("safetensors.torch.save_file", failing_save)
+    with pytest.raises(SafetensorError):
+        write_state(tmp_path, {"a": torch.ones(2)}, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- being asked to stop -----------------------------------------------------------------------------------------------

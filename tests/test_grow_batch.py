@@ -8,7 +8,7 @@ import torch
 from helpers import bert, make_trainer, rows, trainable_state
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from weightlora import AdaLoRA, ConfigError, GrowBatch, RLoRA, WeightLoRA, prepare
 from weightlora.savings.batch import merge
@@ -115,6 +115,54 @@ def test_by_itself_it_uses_the_memory_that_was_freed(tmp_path):
     trainer, passes = run(tmp_path, TopOnly(keep=2, after=3, gate_lr=1e-9), grow)
     assert all(".2." in adapter.name for adapter in list_adapters(trainer.model))
     assert grow.factor >= 2 and max(passes.rows) == 2 * grow.factor
+
+
+class BreakOff(TrainerCallback):
+    """Ends the first of several runs in its third step."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error: BaseException | None = error
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        error = self.error
+        if error is not None and state.global_step == 2:
+            self.error = None
+            raise error
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_run_after_one_that_was_broken_off(wrapped, tmp_path):
+    """Also where somebody has wrapped the Trainer's step since, and calls us."""
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 3, "optim": "sgd"}
+    model, outer = model_without_dropout(), []
+    trainer = make_trainer(tmp_path, GrowBatch(2), BreakOff(KeyboardInterrupt()), model=model, **settings)
+    passes = Passes(model)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    if wrapped:
+        inner = trainer.training_step
+        trainer.training_step = lambda *given: outer.append(1) or inner(*given)
+    del passes.rows[:]
+    trainer.train()
+    assert passes.rows == [4, 4] * 3 and len(outer) == 6 * wrapped
+    assert ("training_step" in vars(trainer)) == wrapped, "the Trainer is as it was"
+
+
+def test_a_run_that_starts_over_with_smaller_batches(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 4}
+    model = model_without_dropout()
+    trainer = make_trainer(
+        tmp_path,
+        RLoRA(keep=3, after=1),
+        GrowBatch(2),
+        BreakOff(torch.OutOfMemoryError("CUDA out of memory.")),
+        model=model,
+        auto_find_batch_size=True,
+        **settings,
+    )
+    passes = Passes(model)
+    trainer.train()
+    assert passes.rows == [4] * 4 + [8] * 4 + [6] * 8, "the cut stands, and the batches of four became three"
 
 
 def test_merged_batches_are_padded_as_each_field_asks():

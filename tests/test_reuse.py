@@ -264,10 +264,17 @@ def test_a_run_that_fails_leaves_no_files(tmp_path):
     assert not list(tmp_path.glob("frozen-prefix-*"))
 
 
-def test_what_a_killed_run_left_goes_when_the_next_one_starts(tmp_path):
-    (tmp_path / "frozen-prefix-old").mkdir()
-    make_trainer(tmp_path, ReusePrefix(), model=bert(3, layers_to_transform=[2]), max_steps=1).train()
-    assert not (tmp_path / "frozen-prefix-old").exists()
+@pytest.mark.parametrize("folder", [None, "caches"])
+def test_what_a_killed_run_left_goes_when_the_next_one_starts(folder, tmp_path):
+    """Where it is kept; what a run that lives keeps beside it stays."""
+    place = tmp_path / (folder or "out")
+    (place / "frozen-prefix-old").mkdir(parents=True)
+    with ReusePrefix(place).attach(bert(3, layers_to_transform=[2])) as living:
+        callback = ReusePrefix(folder and place)
+        model = bert(3, layers_to_transform=[2])
+        make_trainer(tmp_path / "out", callback, model=model, max_steps=1).train()
+        assert list(place.glob("frozen-prefix-*")) == [living._store.folder]
+    assert not list(place.glob("frozen-prefix-*"))
 
 
 def refused(trainer: Trainer, error: type[Exception], words: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from tiny_text import questions, recipe, write_jsonl
 
+from weightlora import durable
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.methods import prepare
 from weightlora.methods.stock import head_modules
@@ -60,7 +61,7 @@ def test_metrics_are_written_last(folder: Path, monkeypatch: pytest.MonkeyPatch)
     metrics = run(parse_recipe(recipe(folder, training=QUICK, output_dir=str(folder / "whole"))))
     card = (folder / "whole/adapter/README.md").read_text(encoding="utf-8")
     assert f"| accuracy | {metrics['before']['accuracy']:.4g} | {metrics['after']['accuracy']:.4g} |" in card
-    assert not list((folder / "whole").glob("*.tmp"))
+    assert {path.name for path in (folder / "whole").rglob(f"{durable.OURS}*")} <= {durable.LOCK_FILE}
 
 
 def test_the_saved_adapter_is_stock_and_scores_the_same(folder: Path) -> None:

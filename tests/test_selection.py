@@ -258,6 +258,20 @@ def test_backward_stops_under_checkpointing_too(reentrant):
         torch.testing.assert_close(with_checkpoints, without)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_the_input_of_one_block_alone_requires_a_gradient_after_several_cuts():
+    model = bert(layers=4)
+    blocks = model.get_base_model().bert.encoder.layer
+    if not hasattr(type(blocks[0]).forward, "__wrapped__"):
+        pytest.skip("before 5.23 transformers checkpoints the call of a block")
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for lowest in (1, 1, 3):
+        surgery.disconnect(model, [a for a in list_adapters(model) if int(a.name.split(".")[3]) < lowest])
+        surgery.release_inputs(model)
+        assert [len(block._forward_pre_hooks) for block in blocks] == [int(i == lowest) for i in range(4)]
+
+
 def test_budgets_of_parameters_and_bytes_hold():
     for keep in ("600 parameters", {"bytes": 2100}, 0.25):
         method = WeightLoRA(keep=keep, after=5)

@@ -36,24 +36,36 @@ SUITE_FILE = "suite.yaml"  # in the folder of a suite
 MARK_FILE = "complete.json"
 OURS = ".weightlora-"  # what is only there while a process is at work
 LOCK_FILE = f"{OURS}lock"
+_OLD = "-old"  # after the name of a draft: the folder that it replaces
 _CHECKPOINT = "checkpoint-"
 _LAST_OF_THE_TRAINER = "trainer_state.json"  # the last file that transformers writes into a checkpoint
 _WEIGHTS = ("adapter_model.", "model.", "model-", "pytorch_model", "zero_pp_rank", "mp_rank")
 _ZIPPED = (".pt", ".pth", ".bin")  # what `torch.save` writes is a zip archive, whose index comes last
 
 
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """The path of a draft beside a file, which takes its place once it is written; each writer has its own."""
+    draft = file.with_name(f"{OURS}{file.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        yield draft
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write the whole text or nothing, even if the process is killed."""
-    draft = file.with_name(f"{OURS}{file.name}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    with replacing(file) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A draft beside a folder, which takes its place once everything is written; if that fails nothing has changed.
 
-    Files get the permissions that the umask gives to new ones; some libraries write them for the user alone.
+    If the process is killed while they change places, the next one to write here, or `remove_drafts`, puts the folder
+    back. Files get the permissions that the umask gives to new ones; some libraries write them for the user alone.
 
     Raises:
         CheckpointError: a file could not be written.
@@ -63,7 +75,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _remove_orphans(folder.parent, folder.name)
         draft = folder.with_name(f"{OURS}{folder.name}.{os.getpid()}")
         draft.mkdir()
-    old = draft.with_name(f"{draft.name}-old")
+    old = draft.with_name(f"{draft.name}{_OLD}")
     try:
         with saving(str(folder)):
             yield draft
@@ -74,17 +86,29 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if folder.is_dir():
                 folder.replace(old)
             draft.replace(folder)
+            if old.is_dir():
+                old.replace(draft)  # what is called old is always whole
     finally:
+        _remove_draft(old)
+        _remove_draft(draft)
+
+
+def _remove_draft(draft: Path) -> None:
+    """Remove it; a folder that was to be replaced goes back instead, where nothing has taken its place."""
+    target = draft.with_name(draft.stem.removeprefix(OURS))
+    if draft.name.endswith(_OLD) and not target.exists():
+        with contextlib.suppress(OSError):  # it was not there, or stays for the next one to try
+            draft.replace(target)
+    else:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_orphans(parent: Path, name: str, *, besides: Container[str] = ()) -> None:
     """Remove drafts of this name whose process is gone; those in `besides` are this process's own."""
     for draft in parent.glob(f"{OURS}{glob.escape(name)}.*"):
-        number = draft.suffix[1:].removesuffix("-old")
+        number = draft.suffix[1:].removesuffix(_OLD)
         if number.isdigit() and draft.name not in besides and not _is_alive(int(number)):
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove_draft(draft)
 
 
 def _is_alive(process: int) -> bool:
@@ -103,7 +127,7 @@ def remove_drafts(folder: Path) -> None:
     """Remove what a killed process has left half-written in a folder that no other process works in."""
     for path in (*folder.glob(f"{OURS}*"), *folder.glob(f"{_CHECKPOINT}*/{OURS}*")):
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_draft(path)
         elif path.name != LOCK_FILE:
             path.unlink(missing_ok=True)
 
@@ -124,14 +148,15 @@ def mark(folder: Path) -> None:
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _hash(file)}
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and not file.name.startswith(OURS)
     }
     write_whole(folder / MARK_FILE, json.dumps({"files": files}, indent=1) + "\n")
 
 
 def unmark(folder: Path) -> None:
-    """Before a checkpoint is written again."""
-    (folder / MARK_FILE).unlink(missing_ok=True)
+    """Before a checkpoint is written again, without what a killed process left there."""
+    for path in (folder / MARK_FILE, *folder.glob(f"{OURS}*")):
+        path.unlink(missing_ok=True)
 
 
 def flaw(folder: Path, *, to_resume: bool = True) -> str | None:
@@ -252,20 +277,28 @@ def one_process(folder: Path, what: str) -> Iterator[None]:
     Raises:
         ConfigError: another process is at work in it.
     """
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
+    lock = hold(folder)
+    if lock is None:
         raise ConfigError(
             f"Another process is making {what} in {str(folder)!r}; wait for it, or choose another `output_dir`."
-        ) from None
+        )
     try:
         yield
     finally:
         lock.release()
+
+
+def hold(folder: Path) -> Any:
+    """A folder's lock, to be released from any thread; None where somebody holds it. A killed process releases it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        lock = FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
 
 
 _TRIAL = "trial"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
+from weightlora import durable
 from weightlora.adapters import attach, ordinary, seam, surgery
 from weightlora.adapters.attach import Adapter, ExpertAdapter, OtherAdapter
 from weightlora.adapters.structure import wrapped_at
@@ -32,9 +32,8 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: dict[str, An
     from safetensors.torch import save_file
 
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    temporary = folder / (STATE_FILE + ".tmp")
-    save_file(copies, temporary, metadata={"weightlora": json.dumps(facts)})
-    os.replace(temporary, folder / STATE_FILE)
+    with durable.replacing(folder / STATE_FILE) as draft:
+        save_file(copies, draft, metadata={"weightlora": json.dumps(facts)})
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

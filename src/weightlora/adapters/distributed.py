@@ -7,12 +7,16 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from weightlora.errors import UnsupportedError
+
+T = TypeVar("T")
 
 ENOUGH = 16  # backward passes, or steps, in which all was reached, so that it will be
 
@@ -44,6 +48,7 @@ class Wrapper:
         if self._ddp is None and not torch.compiler.is_compiling():
             running = getattr(DistributedDataParallel, "_active_ddp_module", None)
             if isinstance(running, DistributedDataParallel):
+                check_rewrap(running)
                 self.take(running)
         if next(iter(self._reached.values()), 0) >= ENOUGH:
             self._stop_counting()  # between two passes, so that all were counted in the same ones
@@ -70,7 +75,7 @@ class Wrapper:
         a mixture's experts, which a batch may miss, do.
         """
         self._stop_counting()
-        if (ddp := self.ddp) is not None and ddp.find_unused_parameters:
+        if (ddp := self.ddp) is not None and ddp.find_unused_parameters and _kept_from_rewrap(ddp) is None:
             self._steps, self._reached = 0, Counter()
             self._counting = [
                 p.register_post_accumulate_grad_hook(partial(self._count, name))
@@ -113,10 +118,16 @@ def rewrap(ddp: DistributedDataParallel) -> None:
     """Rebuild a DDP wrapper in place, after parameters of its module were removed or replaced.
 
     The reducer knows the parameters it was made with: it would wait for the gradients of removed ones and never
-    average those of new ones. The loop that holds `ddp` goes on using the same object. Call it between a step and
-    the next forward, on every process.
+    average those of new ones. The loop that holds `ddp` goes on using the same object, with its hooks. Call it between
+    a step and the next forward, on every process.
+
+    Raises:
+        UnsupportedError: as `check_rewrap`.
     """
+    check_rewrap(ddp)
     module, training = ddp.module, ddp.training
+    hooks = {name: vars(ddp)[name] for name in vars(nn.Module()) if "hook" in name}
+    communication, built_in = ddp._comm_hooks, _built_in_hook(ddp)
     settings = {
         "device_ids": ddp.device_ids,
         "output_device": ddp.output_device,
@@ -128,19 +139,64 @@ def rewrap(ddp: DistributedDataParallel) -> None:
         "gradient_as_bucket_view": ddp.gradient_as_bucket_view,
         "static_graph": ddp.static_graph,
     }
+    for name in ("skip_all_reduce_unused_params", "batched_grad_copy"):  # of newer versions
+        if getattr(ddp, name, False):
+            settings[name] = True
     del ddp.reducer, ddp.logger  # the old reducer takes its hooks off the parameters as it goes
     ddp.__init__(module, init_sync=False, **settings)
     ddp.train(training)
+    vars(ddp).update(hooks)  # the same dictionaries, from which handles remove
+    for hook, state in communication:
+        ddp.register_comm_hook(state, hook)
+    if built_in is not None:
+        ddp._register_builtin_comm_hook(built_in)
+
+
+def _built_in_hook(ddp: DistributedDataParallel) -> Any:
+    """One of PyTorch's in C++, of which the wrapper itself knows only what it logs."""
+    name = str(ddp._get_ddp_logging_data().get("comm_hook", ""))
+    kind, _, member = name.rpartition(".")
+    known: Any = dist
+    return getattr(known.BuiltinCommHookType, member) if kind == "BuiltinCommHookType" else None
+
+
+def check_rewrap(ddp: DistributedDataParallel) -> None:
+    """Call it before training, if the model will change.
+
+    Raises:
+        UnsupportedError: something in a DDP wrapper belongs to the parameters it was made with.
+    """
+    why = _kept_from_rewrap(ddp)
+    if why is not None:
+        raise UnsupportedError(f"the DDP wrapper is made anew when adapters change, and {why}.")
+
+
+def _kept_from_rewrap(ddp: DistributedDataParallel) -> str | None:
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+
+    if ddp._delay_all_reduce_params:
+        return "`delay_all_reduce_named_params` names parameters that may go; leave it out"
+    if any(isinstance(state, PowerSGDState) for _, state in ddp._comm_hooks):
+        return "PowerSGD remembers errors of the gradients before; use the `comm_hook` 'fp16' or 'bf16', or none"
+    if any(hook.__qualname__.startswith("_hook_then_optimizer") for hook, _ in ddp._comm_hooks):
+        return "an optimizer that is fused into it holds the parameters before; use one beside it"
+    if ddp.mixed_precision is not None:
+        return "its `mixed_precision` has left copies on the modules; use autocast, as `bf16=True` does, instead"
+    return None
 
 
 def from_first(values: list[float], parameters: Iterable[nn.Parameter]) -> list[float]:
     """Return the first process's numbers and copy its parameters in place; every process must call it."""
-    if not dist.is_initialized():
-        return values
-    shared = [values]
-    dist.broadcast_object_list(shared)
     for parameter in parameters:
-        dist.broadcast(parameter.data, 0)
+        share(parameter.data)
+    return of_first(values)
+
+
+def of_first(value: T) -> T:
+    """The first process's value, which is none on a device; every process must call it."""
+    shared = [value]
+    if processes() > 1:
+        dist.broadcast_object_list(shared)
     return shared[0]
 
 
@@ -168,6 +224,11 @@ def share(tensor: Tensor) -> None:
     """Replace a tensor by the first process's, in place."""
     if processes() > 1:
         dist.broadcast(tensor, src=0)
+
+
+def rank() -> int:
+    """This process's number among those that have found each other."""
+    return dist.get_rank() if processes() > 1 else 0
 
 
 def processes() -> int:

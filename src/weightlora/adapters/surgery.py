@@ -61,6 +61,9 @@ def release_inputs(model: nn.Module) -> None:
         # Where transformers checkpoints the call and not `forward`, a hook would run inside: then all stays as it is.
         if lowest is None or not hasattr(type(lowest).forward, "__wrapped__"):
             return
+        for module in base.modules():  # a block that is frozen since would make backward run through it
+            for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _require_input_gradient]:
+                del module._forward_pre_hooks[key]
         lowest.register_forward_pre_hook(_require_input_gradient)
     frozen: list[Any] = [block for stack in stacks for block in list(stack.blocks)[: stack.frozen]]
     for block in frozen:

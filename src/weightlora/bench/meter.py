@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,11 +35,19 @@ class Meter(TrainerCallback):
         self._rate = 0.0  # operations for a token
         self._counter: Any = None
         self._known: tuple[int, int] | None = None  # epoch and trained parameters of the last count
-        self._hook: Any = None
+        self._open = ExitStack()  # the hook, and in a counted step the counter
 
-    def hearing(self) -> AbstractContextManager[None]:
-        """Inside, count what is done beside steps; put it around the whole run, which may score before it trains."""
-        return measure.hearing(self._hear)
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """Inside, count what is done beside steps; put it around the whole run, which may score before it trains.
+
+        A run that fails in a counted step leaves a counter on the process; it goes with the end of this.
+        """
+        try:
+            with measure.hearing(self._hear):
+                yield
+        finally:
+            self._open.close()
 
     def _hear(self, operations: int) -> None:
         self.beside += operations
@@ -46,8 +55,11 @@ class Meter(TrainerCallback):
         self._in_step += operations
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._open.close()  # a run that starts over has not ended
+        self._counter = self._known = None
         if not args.torch_compile:
-            self._hook = kwargs["model"].register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+            hook = kwargs["model"].register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+            self._open.callback(hook.remove)
 
     def _count_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not measure.is_beside_steps():
@@ -60,20 +72,20 @@ class Meter(TrainerCallback):
         if now != self._known and not args.torch_compile:
             self._known = now
             self._counter = measure.flop_counter()
-            self._counter.__enter__()
+            self._counting = self._open.enter_context(ExitStack())
+            self._counting.enter_context(self._counter)
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (self.seconds if self._counter is None else self.slow).append(time.perf_counter() - self._started)
         if self._counter is not None:
-            self._counter.__exit__(None, None, None)
+            self._counting.close()
             self._rate = (self._counter.get_total_flops() - self._in_step) / max(1, self._tokens)
             self._counter = None
         self.operations += self._rate * self._tokens
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        self._open.close()
         loader, model = kwargs["train_dataloader"], kwargs["model"].train()
         size = min(args.per_device_train_batch_size, len(loader.dataset))
         batch = loader.collate_fn([loader.dataset[i] for i in range(size)])

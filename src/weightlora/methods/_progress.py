@@ -25,7 +25,7 @@ from weightlora.adapters import list_attached
 from weightlora.durable import reason
 from weightlora.errors import WeightLoRAError
 from weightlora.methods._step_costs import StepCosts
-from weightlora.methods._trainer import calling_trainer
+from weightlora.methods._trainer import calling_trainer, run_folder
 from weightlora.progress import FINISHED, PROGRESS_FILE, Now
 from weightlora.selection.costs import CostLimit
 from weightlora.selection.events import Event, EventLog
@@ -93,7 +93,7 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._look_at_costs(args)
-        self._open(Path(str(args.output_dir)) / PROGRESS_FILE, state)
+        self._open(run_folder(args) / PROGRESS_FILE, state)
         self._write("begin", steps=state.max_steps)
         self._tell(force=True)
 
@@ -201,7 +201,7 @@ class Progress(TrainerCallback):
         begins = self._fitting is None
         if begins:
             self._model, self._state = model, state
-            self._open(Path(str(args.output_dir)) / PROGRESS_FILE, state)
+            self._open(run_folder(args) / PROGRESS_FILE, state)
             self._written = -float("inf")
         self._fitting = done, of
         self._tell(force=begins)

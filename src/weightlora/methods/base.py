@@ -38,7 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from weightlora import durable, optim, options
 from weightlora.adapters import admission, checkpoint, structure, surgery
 from weightlora.adapters.attach import Adapter
-from weightlora.adapters.distributed import Wrapper, wait_for_all
+from weightlora.adapters.distributed import Wrapper, check_rewrap, wait_for_all
 from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, UnsupportedError
 from weightlora.methods._progress import follow
@@ -126,6 +126,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
         host = find_host(model)
         if isinstance(model, nn.DataParallel):
             admission.refuse_data_parallel(len(model.device_ids))
+        if isinstance(model, DistributedDataParallel):
+            check_rewrap(model)
         if self._engine is not None:
             self._engine.let_go()
         adapter_name = adapter_name or active_adapter(host)
@@ -164,8 +166,13 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
         Args:
             ddp: a wrapper that was made after `attach`, to be rebuilt at a cut.
+
+        Raises:
+            UnsupportedError: it cannot be.
         """
         if ddp is not None:
+            if not self.engine.done:
+                check_rewrap(ddp)
             self._wrapper.take(ddp)
         self.unbind()
         if self.engine.done and not self.acts_after_cut:

@@ -76,6 +76,8 @@ class GrowBatch(TrainerCallback):
         self._steps = 0  # of the Trainer's, that wait to be made as one
         self._items: Any = None  # tokens with a label in them
         self._decided = self._adds_up = False
+        self._trainer: Any = None
+        self._step: Callable[..., Tensor] | None = None  # takes the place of the Trainer's own while it trains
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse a run without accumulation, or whose batches cannot be merged, when the Trainer is built."""
@@ -110,14 +112,33 @@ class GrowBatch(TrainerCallback):
         self.factor, self._before, self._decided = 1, None, False
         self._waiting, self._seen, self._steps, self._items = [], 0, 0, None
         self._state, self._per_epoch = state, _steps_of_an_epoch(kwargs.get("train_dataloader"), args)
-        self._trainer: Any = trainer
-        self._train_on = trainer.training_step
-        trainer.training_step = self._training_step  # type: ignore[method-assign]
+        self._take_part(trainer)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        del self._trainer.training_step  # the class's own again
+        self._step_aside()
+
+    def _take_part(self, trainer: Any) -> None:
+        """In place of the Trainer's step as it is without us, though a run that was broken off has left us there."""
+        self._step_aside()
+        train_on = trainer.training_step
+
+        def step(model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
+            # Whoever has wrapped an earlier one of these still calls it, and it does nothing of its own any more.
+            work = self._training_step if self._step is step else train_on
+            return work(model, inputs, num_items_in_batch)
+
+        self._trainer, self._train_on, self._own = trainer, train_on, "training_step" not in vars(trainer)
+        self._step = trainer.training_step = step
+
+    def _step_aside(self) -> None:
+        if self._step is not None and vars(self._trainer).get("training_step") is self._step:
+            if self._own:
+                del self._trainer.training_step  # the class's own again
+            else:
+                self._trainer.training_step = self._train_on
+        self._step = None
 
     # -- the training step ---------------------------------------------------------------------------------------
 

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weightlora.adapters import surgery
+from weightlora import durable
+from weightlora.adapters import distributed, surgery
 from weightlora.adapters.blocks import find_stacks
 from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError, UnsupportedError
@@ -91,7 +92,8 @@ class ReusePrefix(TrainerCallback):
         peft = find_host(model)
         _check_model(model, peft)
         self._examples = examples
-        self._store = RowStore(self._make_home(Path(str(self.folder or folder or tempfile.gettempdir()))), rank=_rank())
+        home = self._make_home(Path(str(self.folder or folder or tempfile.gettempdir())))
+        self._store = RowStore(home, rank=distributed.rank())
         self._hooks = [
             peft.register_forward_pre_hook(self._before, with_kwargs=True),
             peft.register_forward_hook(self._after, always_call=True),
@@ -129,12 +131,11 @@ class ReusePrefix(TrainerCallback):
     ) -> None:
         """Refuse unsuitable data before the first step, and say how much will be kept."""
         self.on_init_end(args, state, control, model=kwargs["model"])  # it may have been added since
-        output_dir, loader = Path(str(args.output_dir)), kwargs["train_dataloader"]
-        for stale in output_dir.glob(f"{FOLDER_PREFIX}*") if state.is_world_process_zero else ():
-            shutil.rmtree(stale)  # left by a run that was killed
-        parent = Path(str(self.folder or output_dir))
+        parent = Path(str(self.folder or args.output_dir))
         parent.mkdir(parents=True, exist_ok=True)
-        examples = _announce(find_host(kwargs["model"]), loader, self.dtype, parent)
+        if state.is_world_process_zero:
+            _remove_what_killed_runs_left(parent)
+        examples = _announce(find_host(kwargs["model"]), kwargs["train_dataloader"], self.dtype, parent)
         self.attach(kwargs["model"], folder=parent, examples=examples)
 
     def on_epoch_end(
@@ -225,13 +226,11 @@ class ReusePrefix(TrainerCallback):
     def _make_home(self, parent: Path) -> Path:
         """A folder of our own, the same on every process; it is removed with the object, or when the program ends."""
         parent.mkdir(parents=True, exist_ok=True)
-        shared: list[str] = [""]
-        if _rank() == 0:
-            shared = [tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent)]
-            self._remove = weakref.finalize(self, shutil.rmtree, shared[0], ignore_errors=True)
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(shared)
-        home = Path(shared[0])
+        home = parent
+        if distributed.rank() == 0:
+            home = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
+            self._remove = weakref.finalize(self, _remove, home, _hold(home))
+        home = distributed.of_first(home)
         home.mkdir(exist_ok=True)  # on another machine it is another folder
         return home
 
@@ -244,8 +243,24 @@ def _row(name: str, place: int = 0) -> str:
     return f"{name}.{place}"
 
 
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+def _hold(home: Path) -> Any:
+    try:
+        return durable.hold(home)
+    except (OSError, NotImplementedError):  # a file system without locks, where nobody removes what is another's
+        return None
+
+
+def _remove(home: Path, lock: Any) -> None:
+    if lock is not None:
+        lock.release()
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _remove_what_killed_runs_left(parent: Path) -> None:
+    """Where several runs keep theirs, those that live hold their own."""
+    for home in parent.glob(f"{FOLDER_PREFIX}*"):
+        if home.is_dir() and (lock := _hold(home)) is not None:
+            _remove(home, lock)
 
 
 def _is_encoder_decoder(model: PeftModel) -> bool:

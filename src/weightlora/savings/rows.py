@@ -5,12 +5,13 @@ Several processes on one machine may share a folder: each writes files of its ow
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from weightlora import durable
 
 SHARD_BYTES = 64 * 2**20
 
@@ -60,8 +61,8 @@ class RowStore:
         if shutil.disk_usage(self.folder).free < 2 * self._waiting_bytes:
             raise OSError(f"the disk of {self.folder} is full")
         name = f"rows-{self._rank}-{len(self._files)}.safetensors"
-        save_file(self._waiting, self.folder / f"{name}.tmp")
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
+        with durable.replacing(self.folder / name) as draft:
+            save_file(self._waiting, draft)
         self._open(self.folder / name)
         self._waiting, self._waiting_bytes = {}, 0
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from weightlora.adapters import distributed
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.parts import Profile
 from weightlora.adapters.profile import take_profile
@@ -47,7 +47,8 @@ class Costs:
     @torch.compiler.disable
     def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training and torch.is_grad_enabled():
-            self._use(_of_first_process(take_profile(model, self._adapters, args, kwargs)))
+            # Batches differ in shape from process to process, and choices must not.
+            self._use(distributed.of_first(take_profile(model, self._adapters, args, kwargs)))
 
     def _use(self, profile: Profile) -> None:
         check_room(profile, self.keep)
@@ -274,12 +275,3 @@ def check_room(profile: Profile, keep: Budget) -> None:
             f"`keep={keep}` has no room for a single adapter: the cheapest of {len(table.names)} alone, "
             f"{table.names[table.alone.argmin()]}, takes {least:.1%} of the {keep.unit} of all; raise it above that."
         )
-
-
-def _of_first_process(profile: Profile) -> Profile:
-    """Batches differ in shape from process to process, and choices must not."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return profile
-    box = [profile.to_json()]
-    dist.broadcast_object_list(box)
-    return Profile.from_json(box[0])

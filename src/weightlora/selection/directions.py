@@ -197,16 +197,23 @@ class _Sketch:
         self._rows = x[:: max(1, len(x) // ROWS)][:ROWS]
 
     def restart(self) -> float | None:
-        """Give A its directions; returns the share of Y's squares that they hold, or None where no gradient came."""
+        """Give A its directions; returns the share of Y's squares that they hold, or None where no gradient came.
+
+        It may have come in other processes only: what is decided here is decided by means over all.
+        """
         distributed.average(self.Y)
         A, B = self.adapter.A.weight, self.adapter.B
-        if self._rows is None or not self.Y.any():
+        if not self.Y.any():
             return None
         U, S, _ = torch.linalg.svd(self.Y.double().cpu(), full_matrices=False)
         V = U[:, : self.adapter.r].to(A.device, torch.float32)
-        x = self._rows.float()
-        sizes = torch.stack([(x @ A.float().T).square().mean(), *(x @ V).square().mean(0)])
+        sizes = V.new_zeros(1 + V.shape[1])  # both sides of a ratio
+        if self._rows is not None:
+            x = self._rows.float()
+            sizes = torch.stack([(x @ A.float().T).square().mean(), *(x @ V).square().mean(0)])
         distributed.average(sizes)
+        if not sizes.any():
+            return None
         A[: V.shape[1]] = (V * (sizes[0] / sizes[1:].clamp(min=1e-30)).sqrt()).T.to(A)
         for parameter in B.parameters():
             parameter.zero_()

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
 from weightlora import optim, options
-from weightlora.adapters import attach, structure, surgery
+from weightlora.adapters import attach, distributed, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.blocks import find_stacks
 from weightlora.adapters.host import base_of
@@ -192,9 +191,7 @@ class LayerSearch(Engine):
         """dL_val/da, shape (L,), averaged over the validation batches of this step and over processes."""
         by_gate = self._gate_gradients()
         by_layer = torch.stack([part.sum() for part in by_gate.split([len(inside) for inside in self.layers.values()])])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(by_layer)
-            by_layer /= dist.get_world_size()
+        distributed.average(by_layer)
         (gradient,) = torch.autograd.grad(self.scales(self.a), self.a, by_layer.to(self.a))
         return gradient
 

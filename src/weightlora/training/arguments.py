@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean, short
 from weightlora.methods import MethodInfo
+from weightlora.names import lower_is_better
 from weightlora.training import ranks
 from weightlora.training.recipe import LORA_DEFAULTS
 
@@ -47,7 +48,6 @@ _ABOVE_ZERO = {
     "r",
     "lora_alpha",
 }
-_LOWER_IS_BETTER = {"mse", "perplexity"}  # those not named as a loss
 _NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
 
 
@@ -78,19 +78,12 @@ def training_arguments(
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     checked = check_fields("training", values, TrainingArguments)
-    best = str(checked.get("metric_for_best_model"))
-    if best.removeprefix("eval_") in _LOWER_IS_BETTER:  # of which transformers would take the highest
+    if lower_is_better(str(checked.get("metric_for_best_model"))):  # transformers knows this of names in "loss" alone
         defaults["greater_is_better"] = False
     built = _built("training", make, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
     if built.bf16 and built.device.type == "cpu" and not _computes_in_bf16():
         _warn_of_slow_bf16()
     return built
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric, by its name, is a loss or an error."""
-    name = metric.removeprefix("eval_")
-    return name in _LOWER_IS_BETTER or name.endswith("loss")
 
 
 def _computes_in_bf16() -> bool:

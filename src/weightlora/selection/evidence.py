@@ -422,25 +422,19 @@ class Effects:
         b = self.b[index]
         return 0.5 * float(b @ torch.linalg.solve(self._ridged[index][:, index], b))
 
-    def greedy(self, among: Sequence[int] | None = None, enough: float = math.inf) -> tuple[list[int], list[float]]:
-        """Adapters in the order in which each adds most to F, and F after each: a pivoted Cholesky factorisation.
-
-        Args:
-            among: those in question; default all.
-            enough: stop once F reaches this.
-        """
-        places = torch.arange(len(self.b)) if among is None else torch.tensor(list(among))
-        Q, b = self._ridged[places][:, places], self.b[places].clone()
-        left, free = Q.diagonal().clone(), torch.ones(len(places), dtype=torch.bool)
-        L = Q.new_zeros(0, len(places))
+    def greedy(self) -> tuple[list[int], list[float]]:
+        """Adapters in the order in which each adds most to F, and F after each: a pivoted Cholesky factorisation."""
+        Q, b, n = self._ridged, self.b, len(self.b)
+        left, free = Q.diagonal(), torch.ones(n, dtype=torch.bool)
+        L = Q.new_zeros(0, n)
         order: list[int] = []
         gains: list[float] = []
-        while len(order) < len(places) and (not gains or gains[-1] < enough):
+        while len(order) < n:
             worth = (b.square() / left.clamp(min=1e-300)).masked_fill(~free, -1.0)
             best = int(worth.argmax())
             root = left[best].clamp(min=1e-300).sqrt()
             row = (Q[best] - L[:, best] @ L) / root
-            order.append(int(places[best]))
+            order.append(best)
             gains.append((gains[-1] if gains else 0.0) + 0.5 * float(worth[best]))
             b = b - b[best] / root * row
             left, free[best] = (left - row.square()).clamp(min=0), False

@@ -293,6 +293,7 @@ class GrowingRanks(RankEngine):
             "ranks",
             self.global_step,
             ranks=dict(zip(names, self.effective, strict=True)),
+            parameters_after=self.parameters,
             scores=dict(zip(names, scores.tolist(), strict=True)),
         )
 

@@ -226,7 +226,8 @@ class RankAllocation(Engine):
         self.kept = sorted((a.name for a in self.adapters), key=lambda name: -values[name])
         self.dropped = [name for name, kept in pattern.items() if not any(kept)]
         self.record_cut(values, dropped=self.dropped, before=before)
-        self.events.add("ranks", self.global_step, ranks={a.name: a.r for a in self.adapters})
+        ranks = {a.name: a.r for a in self.adapters}
+        self.events.add("ranks", self.global_step, ranks=ranks, parameters_after=self.parameters)
         logger.info("step %d: kept %d of %d ranks", self.global_step, budget, len(together))
 
     def scores(self) -> dict[str, Tensor]:

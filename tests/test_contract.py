@@ -244,6 +244,16 @@ def test_names_in_the_optimizer_go_with_their_parameters(name):
         assert of_names and all(real.split(".lora_")[0] == said.split(".lora_")[0] for real, said in of_names)
 
 
+@every_acting_method
+def test_ranks_are_recorded_with_the_parameters_there_are_then(name):
+    model, method, inputs = made(name)
+    optimizer = begin(model, method, inputs)
+    go_on(model, method, inputs, optimizer)
+    found = [e["parameters_after"] for e in method.events if e["event"] == "ranks"]
+    assert all(0 < n for n in found) and found[-1:] in ([], [method.engine.parameters])
+    assert found or name not in {"adalora", "s2_lora", "increlora", "dynamic_lora", "sora", "alora"}
+
+
 # -- under the Trainer -------------------------------------------------------------------------------------------------
 
 

@@ -140,6 +140,15 @@ def test_the_readme_is_short_and_a_package_index_can_show_it():
     assert not re.findall(LINK, head) and "![" not in head and "https://" in head
 
 
+def test_the_core_is_about_as_long_as_it_says():
+    """`adapters/`, `selection/` and `optim.py`, to a twentieth."""
+    (said,) = re.findall(r"about ([\d,]+) lines", (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8"))
+    source = ROOT / "src/weightlora"
+    files = [*(source / "adapters").glob("*.py"), *(source / "selection").glob("*.py"), source / "optim.py"]
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    assert int(said.replace(",", "")) == pytest.approx(lines, rel=0.05)
+
+
 def test_the_notebook_is_kept_without_outputs():
     (file,) = (ROOT / "examples").glob("*.ipynb")
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]

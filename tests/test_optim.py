@@ -111,6 +111,18 @@ def test_dropped_parameters_leave_groups_and_state():
     optimizer.step()
 
 
+def test_a_hyperparameter_that_is_a_list_stays_whole():
+    """As long as `params`, and still not parallel to it."""
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.AdamW([("first", first), ("second", second)])
+    optimizer.param_groups[0]["betas"] = [0.9, 0.999]
+    optimizer.param_groups[0]["rates"] = [1.0, 2.0]
+    optim.drop_params(optimizer, [first])
+    (group,) = optimizer.param_groups
+    assert (group["params"], group["param_names"]) == ([second], ["second"])
+    assert (group["betas"], group["rates"]) == ([0.9, 0.999], [1.0, 2.0])
+
+
 def test_swapped_parameters_take_the_same_place_with_fresh_state():
     parameters, optimizer = stepped()
     new = nn.Parameter(torch.zeros(7, 2))

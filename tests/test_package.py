@@ -42,6 +42,7 @@ LAYERS = [
     "measure",
     "settings",
     "options",
+    "names",
     "paired",
     "against_cost",
     "progress",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from peft import PeftModel, get_peft_model
 from tiny import build, lora
 
 from weightlora import ConfigError, Fixed, RLoRA, list_adapters
+from weightlora.figures.pictures import place
 from weightlora.methods import create
+from weightlora.names import block_of
+from weightlora.selection.budgets import parse
 from weightlora.selection.placement import EVERYTHING as ALL
 from weightlora.selection.placement import WHERE, Placement
 
@@ -56,6 +61,43 @@ def test_stratified_takes_one_of_every_block_before_a_second():
     assert len(drawn) > 3
     again = [Fixed(keep=4, where="stratified", modules="all", seed=5).attach(bert()).kept for _ in range(2)]
     assert again[0] == again[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    {
+        "bert.encoder.layer.3.attention.self.query": ("bert.encoder.layer", 3, "attention.self.query"),
+        "dinov2.encoder.layer.3.attention.attention.query": ("dinov2.encoder.layer", 3, "attention.attention.query"),
+        "wav2vec2.encoder.layers.3.attention.q_proj": ("wav2vec2.encoder.layers", 3, "attention.q_proj"),
+        "layoutlmv3.encoder.layer.3.output.dense": ("layoutlmv3.encoder.layer", 3, "output.dense"),
+        "model.layers.31.self_attn.q_proj": ("model.layers", 31, "self_attn.q_proj"),
+        "transformer.h.11.attn.c_attn": ("transformer.h", 11, "attn.c_attn"),
+        "encoder.block.2.layer.0.SelfAttention.q": ("encoder.block", 2, "layer.0.SelfAttention.q"),
+        "decoder.block.2.layer.1.EncDecAttention.q": ("decoder.block", 2, "layer.1.EncDecAttention.q"),
+        "swinv2.encoder.layers.0.blocks.1.attention.self.query": (
+            "swinv2.encoder.layers",
+            0,
+            "blocks.1.attention.self.query",
+        ),
+        "0.attn": ("", 0, "attn"),
+        "wav2vec2.feature_projection.projection": ("", None, "wav2vec2.feature_projection.projection"),
+    }.items(),
+)
+def test_the_block_of_a_module(name, block):
+    """A digit inside a name, as in dinov2, counts no block."""
+    assert block_of(name) == block
+    stack, number, rest = block
+    assert place(name) == (("", rest) if number is None else (f"{stack.rpartition('.')[0]}.{number}", rest))
+
+
+@pytest.mark.parametrize("layer", ["dinov2.encoder.layer.{}.attention", "wav2vec2.encoder.layers.{}.attention"])
+def test_stratified_goes_through_the_blocks_of_models_with_a_digit_in_their_name(layer):
+    names = [f"{layer.format(block)}.{part}" for block in range(12) for part in ("query", "key", "value")]
+    adapters: Any = [SimpleNamespace(name=name, parameters=1, bytes=4) for name in names]
+    for seed in range(5):
+        scores = Placement("stratified", "all", parse(12), seed)(adapters)
+        first = scores.argsort(descending=True)[:12]
+        assert sorted(i // 3 for i in first.tolist()) == list(range(12))
 
 
 @pytest.mark.parametrize("where", WHERE)

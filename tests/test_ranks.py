@@ -32,7 +32,7 @@ from weightlora.methods.alora import hand_out
 from weightlora.methods.dynamic_lora import pruned, shares, variance_gradient
 from weightlora.methods.increlora import increments
 from weightlora.methods.ranks import NewRanks, reindex
-from weightlora.methods.sora import double_shrink, soft_threshold
+from weightlora.methods.sora import double_shrink
 
 
 def quiet(model: nn.Module) -> nn.Module:
@@ -225,9 +225,15 @@ def test_moments_of_b_follow_the_gates_that_are_folded_into_it():
 # -- SoRA --------------------------------------------------------------------------------------------------------
 
 
-def test_soft_threshold_by_hand():
+def soft_threshold(x: Tensor, xi: float) -> Tensor:
+    """T_xi as the paper writes it."""
+    return x.sign() * (x.abs() - xi).clamp(min=0)
+
+
+def test_the_soft_threshold_and_the_double_one_by_hand():
     x = torch.tensor([1.5, -3.0, 0.5, 1.0, 0.0])
-    assert soft_threshold(x, 1.0).tolist() == [0.5, -2.0, 0.0, 0.0, 0.0]
+    assert soft_threshold(x, 1.0).tolist() == SoRA().shrink(x, 1.0).tolist() == [0.5, -2.0, 0.0, 0.0, 0.0]
+    assert SoRA(compat=True).shrink is double_shrink
     assert double_shrink(x, 1.0).tolist() == [0.0, -2.0, 0.0, 0.0, 0.0]
     assert double_shrink(torch.tensor([2.0]), 1.0).tolist() == [1.0]
 

@@ -23,9 +23,9 @@ from tiny_text import recipe
 
 from weightlora import ConfigError, cli, write_report
 from weightlora.report.charts import Point, heat_map, readable
-from weightlora.report.comparison import _frontier, jaccard
+from weightlora.report.comparison import _frontier, compare, jaccard
 from weightlora.report.evidence import choice, evidence, final_ranks
-from weightlora.report.reading import Place, read_run
+from weightlora.report.reading import Place, name_apart, read_run
 from weightlora.report.svg import draw
 from weightlora.report.views import view
 from weightlora.selection import EventLog
@@ -378,6 +378,23 @@ def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
     points = [Point(i, str(i), x, y) for i, (x, y) in enumerate(places)]
     assert [p.group for p in _frontier(points, lower=False)] == [0, 1, 3, 5]
     assert [p.group for p in _frontier(points, lower=True)] == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"), [("mse", "fixed"), ("eval_loss", "fixed"), ("perplexity", "fixed"), ("spearman", "lora")]
+)
+def test_the_frontier_knows_which_way_a_metric_goes(metric: str, best: str, tmp_path: Path) -> None:
+    """Of two methods at equal cost it holds the better one alone."""
+    runs = []
+    for method, value in (("lora", 0.5), ("fixed", 0.1)):
+        write_run(tmp_path / method, llama(1), method=method)
+        file = tmp_path / method / "metrics.json"
+        metrics = json.loads(file.read_text()) | {"primary": metric, "after": {metric: value}}
+        file.write_text(json.dumps(metrics))
+        runs.append(read_run(Place(file.parent)))
+    name_apart(runs)
+    charts = [chart for _, part in compare(runs).charts for chart in part if chart.key.startswith("pareto-0-")]
+    assert charts and all([p.name for p in chart.best] == [f"mean of {best}"] for chart in charts)
 
 
 # -- many adapters ---------------------------------------------------------------------------------------------------

@@ -201,16 +201,11 @@ def drop_params(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
     gone = {id(p) for p in parameters}
     for group in optimizer.param_groups:
         stays = [id(p) not in gone for p in group["params"]]
-        for key, values in _beside_params(group):
-            group[key] = [value for value, kept in zip(values, stays, strict=True) if kept]
+        for key in ("params", "param_names"):  # the names of `AdamW(model.named_parameters())`
+            if key in group:
+                group[key] = [value for value, kept in zip(group[key], stays, strict=True) if kept]
     for parameter in [p for p in optimizer.state if id(p) in gone]:
         del optimizer.state[parameter]
-
-
-def _beside_params(group: dict[str, Any]) -> list[tuple[str, list[Any]]]:
-    """`params`, and the lists that run parallel to it, such as the names of `AdamW(model.named_parameters())`."""
-    length = len(group["params"])
-    return [(k, v) for k, v in group.items() if isinstance(v, list) and len(v) == length and k != "betas"]
 
 
 def is_at_boundary(optimizer: torch.optim.Optimizer | None) -> bool:

@@ -35,9 +35,9 @@ class Now:
         attached: adapters at the start. kept: those there now.
         parameters: weights in the adapters now. parameters_at_first: at the start.
         loss: training loss, the mean since the log before. scores: of the last evaluation.
-        step_s: seconds of a step, the mean of the last ones. step_s_at_first: the median of those with all adapters.
-        left_s: until the last step, at this pace.
+        step_s: seconds of a step, the mean of the last ones. step_s_at_first: the median of those with all adapters;
             None where those gathered evidence too, which LoRA's do not.
+        left_s: until the last step, at this pace.
         saved_s: what the steps since the first cut took less than as many with all adapters; below 0 they took more.
         saved_bytes: activations that a step keeps for backward. saved_bytes_of_all: with all adapters. Both at the
             shape of the run's first batch and the ranks at the start.

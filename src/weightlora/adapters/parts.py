@@ -86,9 +86,6 @@ class Sums:
             cost = self.sums.setdefault((adapters, only), [0, 0])
             cost[0], cost[1] = cost[0] + size, cost[1] + flops
 
-    def add_storage(self, size: int, adapters: int, only: int) -> None:
-        self.add(adapters, size=size, only=only)
-
     def add_part(self, part: Part) -> None:
         only = 0 if part.only is None else 1 << part.only
         self.add(bits_of(part.runs) or self.always, size=part.bytes, flops=part.flops, only=only)

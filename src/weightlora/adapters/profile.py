@@ -356,8 +356,8 @@ class _Record:
                 yield saved, edges[place], own if own in self.updating else 0
 
     def profile(self) -> Profile:
-        for found in self.storages.values():
-            self.costs.add_storage(*found)
+        for size, adapters, only in self.storages.values():
+            self.costs.add(adapters, size=size, only=only)
         idle = [name for name in (*self.names.values(), *self.leaves.values()) if name not in self.bits]
         return Profile((*self.bits, *idle), tuple(sorted(self.costs.parts(), key=repr)), bool(self.segments))
 
@@ -372,12 +372,12 @@ class _Record:
                 if storage not in self.owned:
                     kept.setdefault(storage, [size, 0, 0])[1] |= there
             within = Sums(self.always)
-            for storage, found in saved.items():
+            for storage, (size, adapters, only) in saved.items():
                 if storage not in outside and storage not in call.inputs:
-                    within.add_storage(*found)
+                    within.add(adapters, size=size, only=only)
             inside.append(within.parts())
-        for found in kept.values():
-            again.add_storage(*found)
+        for size, adapters, only in kept.values():
+            again.add(adapters, size=size, only=only)
         sizes = [size for block, saved in self.saved_in.items() if block is not None for size, *_ in saved.values()]
         around = [size for size, *_ in self.saved_in.get(None, {}).values()]
         frozen = tuple(call.frozen for call in self.calls)

@@ -29,6 +29,7 @@ from weightlora.bench.tuning import Search
 from weightlora.bench.workers import Job, Workers
 from weightlora.durable import SUITE_FILE
 from weightlora.errors import ConfigError
+from weightlora.names import lower_is_better
 from weightlora.tasks import get_task
 from weightlora.training.recipe import parse_recipe
 
@@ -218,8 +219,6 @@ def _tuned(suite: Suite, folder: Path, run: Run, report: Report | None) -> dict[
     """The best point of the grid for every group, tried on rows held out of the training data."""
     if suite.tune is None:
         return {}
-    from weightlora.training.arguments import lower_is_better
-
     searches = {}
     for group in groups(suite):
         entries = recipe(suite, group, {})

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from weightlora.errors import ConfigError
+from weightlora.names import block_of
 
 Place = tuple[str, str]  # block and projection
-_BLOCK = re.compile(r"^(?P<before>.*?)\.?(?P<number>\d+)\.(?P<part>.+)$")
 
 
 def place(module: str) -> Place:
     """The block of a module by the name of its list and its number, and the rest of the module's name."""
-    match = _BLOCK.match(module)
-    return ("", module) if match is None else (f"{match['before'].rpartition('.')[0]}.{match['number']}", match["part"])
+    stack, number, part = block_of(module)
+    return ("", module) if number is None else (f"{stack.rpartition('.')[0]}.{number}", part)
 
 
 def axes_of(modules: Iterable[str]) -> tuple[list[str], list[str]]:

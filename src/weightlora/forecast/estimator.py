@@ -225,7 +225,7 @@ def _method(method: str | Method) -> tuple[Method | None, str]:
         ConfigError: its adapters are no plain LoRA.
     """
     if isinstance(method, str):
-        acting, info = methods.create(method, {}) if methods.get_method(method) else None, methods.get_method(method)
+        acting, info = methods.create(method, {}), methods.get_method(method)
     else:
         acting, info = method, next(i for i in methods.list_methods() if i.callback is type(method))
     if info.name not in STOCK and not isinstance(acting, SelectionMethod):

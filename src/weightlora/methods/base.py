@@ -318,20 +318,17 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Report every problem with the schedule here, before the first step."""
-        trainer = calling_trainer()
+        trainer, model, optimizer = calling_trainer(), kwargs["model"], kwargs["optimizer"]
         refuse_sharding(trainer)
         follow(trainer)
         engine = self._engine
         over = engine is not None and not engine.done and state.global_step < engine.global_step and not self._resumed
-        if engine is not None and find_host(kwargs["model"]) is engine.model and over:
-            # The run starts over, as `auto_find_batch_size` does with a smaller batch.
-            self._reported = 0
-            over = not engine.start_over(kwargs["optimizer"])
-        if engine is None or over or find_host(kwargs["model"]) is not engine.model:
-            # The callback came after the trainer was built, `model_init` made a new model, or only a new engine can
-            # start over.
-            self.attach(kwargs["model"], seed=args.seed)
-            optim.follow(kwargs["optimizer"], kwargs["model"])
+        if engine is None or find_host(model) is not engine.model or (over and not engine.start_over(optimizer)):
+            # The callback came after the trainer was built, `model_init` made a new model, or the run starts over, as
+            # `auto_find_batch_size` does with a smaller batch.
+            self.attach(model, seed=args.seed)
+            optim.follow(optimizer, model)
+        self._reported = 0 if over else self._reported
         cuts = self.plan(state.max_steps, steps_per_epoch(state))
         if not self._resumed and state.global_step > self.engine.global_step and not self.engine.done:
             raise ConfigError(
@@ -345,7 +342,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         if self._resumed:  # a cut before the checkpoint is old news; its best model stands
             self._reported = len(self.engine.events.events)
         wrapped = getattr(trainer, "model_wrapped", None)
-        self.bind(kwargs["optimizer"], wrapped if isinstance(wrapped, DistributedDataParallel) else None)
+        self.bind(optimizer, wrapped if isinstance(wrapped, DistributedDataParallel) else None)
         if args.ddp_find_unused_parameters is None:  # the Trainer has switched it on for want of knowing better
             self._wrapper.find_out()
         self._finish_if_done()  # the Trainer has switched checkpointing on since

@@ -27,6 +27,7 @@ from weightlora import optim
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.methods._registry import Attach, MethodInfo, register
+from weightlora.methods._regulariser import regularise
 from weightlora.methods.ranks import RankEngine, RankMethod
 from weightlora.options import number, steps, steps_or_share, whole
 
@@ -155,11 +156,7 @@ class Components(RankEngine):
 
     def penalty(self) -> None:
         weight = self.options.eta / (2 * self._total)
-        for adapter in self.adapters if weight else ():
-            for parameter, rows in ((adapter.A.weight, adapter.A.weight), (adapter.B.weight, adapter.B.weight.T)):
-                gradient = variance_gradient(rows.float()).mul_(weight)
-                gradient = (gradient if rows is parameter else gradient.T).to(parameter)
-                parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)
+        regularise(((a.A.weight, a.B.weight) for a in self.adapters), weight, variance_gradient)
 
     def act(self, optimizer: torch.optim.Optimizer | None) -> bool:
         now = torch.cat([shares(adapter) for adapter in self.adapters])

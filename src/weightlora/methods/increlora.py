@@ -31,6 +31,7 @@ from weightlora.adapters import distributed, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods._registry import Attach, MethodInfo, register
+from weightlora.methods._regulariser import regularise
 from weightlora.methods.adalora.method import orthogonality_gradient
 from weightlora.methods.ranks import NewRanks, RankEngine, RankMethod, reindex
 from weightlora.options import number, whole
@@ -221,11 +222,7 @@ class GrowingRanks(RankEngine):
 
     def penalty(self) -> None:
         weight = self.options.orth_reg_weight / (2 * len(self.adapters))
-        for adapter in self.adapters if weight else ():
-            for parameter, rows in ((adapter.A.weight, adapter.A.weight), (adapter.B.weight, adapter.B.weight.T)):
-                gradient = weight * orthogonality_gradient(rows.float())
-                gradient = (gradient if rows is parameter else gradient.T).to(parameter)
-                parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)
+        regularise(((a.A.weight, a.B.weight) for a in self.adapters), weight, orthogonality_gradient)
 
     def _watch(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Have backward add this call's part of G, the sum over tokens of dy x^T."""
@@ -296,6 +293,7 @@ class GrowingRanks(RankEngine):
             "ranks",
             self.global_step,
             ranks=dict(zip(names, self.effective, strict=True)),
+            parameters_after=self.parameters,
             scores=dict(zip(names, scores.tolist(), strict=True)),
         )
 

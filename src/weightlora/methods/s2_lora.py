@@ -197,7 +197,8 @@ class Coefficients(ComputedEngine):
         self._disconnect(empty)
         structure.sync_config(self.model, self.key)
         self.done = True
-        self.events.add("ranks", self.global_step, ranks={a.name: a.r for a in self.adapters}, dropped=self.dropped)
+        facts = {"parameters_after": self.parameters, "dropped": self.dropped}
+        self.events.add("ranks", self.global_step, ranks={a.name: a.r for a in self.adapters}, **facts)
 
     def _disconnect(self, adapters: list[Adapter]) -> None:
         surgery.disconnect(self.model, adapters)

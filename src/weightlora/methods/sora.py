@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightlora import optim
 from weightlora.adapters import surgery
@@ -28,14 +28,9 @@ from weightlora.methods.ranks import RankEngine, RankMethod
 from weightlora.options import number, steps, steps_or_share
 
 
-def soft_threshold(x: Tensor, xi: float) -> Tensor:
-    """T_xi(x) = sign(x) max(|x| - xi, 0), entry by entry."""
-    return x.sign() * (x.abs() - xi).clamp(min=0)
-
-
 def double_shrink(x: Tensor, xi: float) -> Tensor:
     """The authors' code in place of T_xi: T_xi, and then everything below xi becomes 0 as well."""
-    shrunk = soft_threshold(x, xi)
+    shrunk = nn.functional.softshrink(x, xi)
     return torch.where(shrunk.abs() < xi, torch.zeros_like(x), shrunk)
 
 
@@ -81,7 +76,7 @@ class SoRA(RankMethod["SparseRanks"]):
         self.lambda1 = number("lambda1", lambda1)
         self.after = None if after is None else steps_or_share("after", after, least=1)
         self.decay_gates = decay_gates
-        self.shrink = double_shrink if compat else soft_threshold
+        self.shrink = double_shrink if compat else nn.functional.softshrink
 
     def start(self, model: PeftModel, adapter_name: str | None, seed: int) -> SparseRanks:
         return SparseRanks(model, adapter_name, seed, self)

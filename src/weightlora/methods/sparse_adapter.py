@@ -1,6 +1,6 @@
 """SparseAdapter in its LoRA mode: some elements of A and B, chosen once (He et al. 2022, arXiv 2210.04284).
 
-    dW = s (B o M_B) (A o M_A),      M_A, M_B in {0, 1},      SNIP: score = |theta dL/dtheta|, summed over batches
+    dW = s (B o M_B) (A o M_A),      M_A, M_B in {0, 1},      SNIP: score = |sum over batches of theta dL/dtheta|
 
 The elements with the largest scores stay, the others are exactly 0 from then on. In the order of a run:
 

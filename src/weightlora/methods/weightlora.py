@@ -273,7 +273,7 @@ register(
         title="RLoRA",
         paper=_PAPER,
         scores="a uniform random draw",
-        action="all but K adapters are disconnected before the first step",
+        action="all adapters train at first; after a tenth of the run, or `after`, all but K are disconnected",
         parameters="sum over the kept of r (d_in + d_out)",
         source="weightlora",
         callback=RLoRA,

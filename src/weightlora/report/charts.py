@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from weightlora.names import block_of
 from weightlora.report.evidence import digits
 
 MAX_COLUMNS, MAX_ROWS, MAX_CELLS = 40, 128, 2400
@@ -214,8 +215,6 @@ def kept_shares(chart: HeatMap) -> HeatMap | None:
 
 # -- layers and projections ------------------------------------------------------------------------------------------
 
-_LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.+)$")
-
 
 def heat_map(
     key: str, title: str, says: str, unit: str, values: Mapping[str, float | None], kept: set[str] | None
@@ -226,7 +225,7 @@ def heat_map(
         values: by module.
         kept: those that were kept; None if all are or if it is not the question.
     """
-    spots = [_spot(name) for name in values]
+    spots = [block_of(name) for name in values]
     stacks = list(dict.fromkeys(stack for stack, number, _ in spots if number is not None))
     short = _shortest_apart(stacks)
     columns = list(dict.fromkeys(rest for *_, rest in spots))
@@ -266,14 +265,6 @@ def heat_map(
     return HeatMap(key, title, says, unit, rows, labels, cells, note=note[:1].upper() + note[1:])
 
 
-def _spot(name: str) -> tuple[str, int | None, str]:
-    """The list of layers, the number in it, and the projection; a module outside of all lists has no number."""
-    match = _LAYER.match(name)
-    if match is None or len(match[2]) > 9:
-        return "", None, name
-    return match[1] or "", int(match[2]), match[3]
-
-
 def _range(layers: Sequence[tuple[str, int | None]], short: Mapping[str, str]) -> str:
     def label(layer: tuple[str, int | None]) -> str:
         return "no layer" if layer[1] is None else f"{short[layer[0]]} {layer[1]}".strip()
@@ -292,7 +283,7 @@ def _shortest_apart(stacks: Sequence[str]) -> dict[str, str]:
 
 def _short_names(names: Sequence[str]) -> list[str]:
     """`4 intermediate.dense` for bert.encoder.layer.4.intermediate.dense."""
-    spots = [_spot(name) for name in names]
+    spots = [block_of(name) for name in names]
     stacks = _shortest_apart(list(dict.fromkeys(stack for stack, number, _ in spots if number is not None)))
     projections = list(dict.fromkeys(rest for *_, rest in spots))
     tails = dict(zip(projections, _shortest_tails(projections), strict=True)) if len(projections) < 400 else {}

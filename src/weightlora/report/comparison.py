@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from weightlora import against_cost
 from weightlora.durable import METRICS_FILE, RESULT_FILE
 from weightlora.errors import ConfigError, did_you_mean
+from weightlora.names import lower_is_better
 from weightlora.paired import CONFIDENCE, difference
 from weightlora.report.charts import Cell, Chart, HeatMap, Line, Lines, Point, Points, Spread, Spreads, Table, heat_map
 from weightlora.report.evidence import choice, digits
@@ -173,7 +174,7 @@ def _costs(runs: Sequence[Run], names: Sequence[str], tasks: Sequence[str]) -> l
             f"Large: means of groups; small: runs. The line joins the means that no other beats in both. From {source}."
         )
         metric = known[0][0].metric
-        best = _frontier(means, lower=metric in ("loss", "perplexity"))
+        best = _frontier(means, lower=lower_is_better(metric))
         charts.append(
             Points(
                 f"pareto-{t}-{c}",

@@ -75,10 +75,7 @@ class Engine(ABC):
         return False
 
     def start_over(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """The run begins again, with weights as they are: forget what the aborted one knew, planned and recorded.
-
-        False: only a new engine can.
-        """
+        """The run begins again, with weights as they are: forget all but these. False: only a new engine can."""
         return False
 
     def let_go(self) -> None:  # noqa: B027

@@ -17,7 +17,8 @@
     share    modules that hold one adapter    shared: {type: [name, ...]}
     restart  adapters start afresh                adapters: names; where A reads the gradient's directions:
                                                shares: {name: share of the gradient's squares in them}
-    ranks    ranks that left or joined            ranks: {name: r}, parameters_after
+    ranks    ranks that left or joined            ranks: {name: r}, parameters_after; IncreLoRA: ranks without those in
+                                               reserve, parameters_after with them, scores
     round    ALoRA: ranks moved                   scores, closed: {name: ranks}, dropped
     stage    SoRA: one value of lambda is over    lambda2, ranks_on
     settle   the run is an ordinary LoRA now      gate: "fold" or "hold", gates: {name: value, or one for each rank}
@@ -108,7 +109,7 @@ class EventLog:
         self._path: Path | None = None
 
     def add(self, event: str, step: int, **facts: Any) -> Event:
-        """Record one event; a line is written whole or not at all."""
+        """Record one event, at once on disk too; a kill can cut that line, which `read_events` then leaves out."""
         record = {"event": event, "step": step, **facts}
         self.events.append(record)
         if self._path is not None:

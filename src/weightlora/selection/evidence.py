@@ -8,7 +8,8 @@ pass, and the sums of several processes add up to those of one.
 Notation, of one adapter: a = s A x, the adapter's output B a, d the gradient of a row's loss in it, g = E[d a'] that in
 B, and of a row of tokens t: u = sum_t d_t' D a_t along a step D, w = sum_t d_t' B a_t along B itself.
 
-    snr             <g of odd steps, g of even steps> / root mean square: what Adam's next steps do to the loss
+    snr             sum over B of g_1 g_2 / q^1/2 with the sums of its gradients in odd steps, g_1, and even ones, g_2,
+                    and of their squares in all, q: what Adam's next steps do to the loss, up to a common factor
     kfac            1/2 ||Gam^-1/2 g S^-1/2||^2 with S = E[a a'] and Gam = E[d d'], in the space that g spans
     coverage        the place in a greedy choice by the mean share of an adapter's u that those of a set explain
     gauss_newton    the place in a greedy choice by F(M) = 1/2 b_M' (Q_MM + ridge)^-1 b_M, b = -E[u]
@@ -38,7 +39,7 @@ from weightlora.measure import first_tensor
 
 RULES = ("snr", "kfac", "coverage", "gauss_newton", "leave_one_out", "output")
 OF_ROWS = ("coverage", "gauss_newton", "leave_one_out")  # need to know which tokens belong to a row
-DAMPING = 1e-2  # of K-FAC, as a share of the mean of each factor's diagonal
+DAMPING = 1e-2  # of K-FAC: each of its two factors gains the square root of it times the mean of its diagonal
 RIDGE = 0.05  # of Q's diagonal
 MOST = 4096  # adapters whose n^2 products are kept; beyond that, neither coverage nor gauss_newton
 
@@ -355,7 +356,7 @@ class _Sums:
 
 
 def _solve(factor: Tensor, right: Tensor) -> Tensor:
-    """factor^-1/2 right up to a rotation, the factor damped by a share of its mean diagonal."""
+    """factor^-1/2 right up to a rotation, the factor damped by DAMPING^1/2 times its mean diagonal."""
     size = factor.diagonal().mean().clamp(min=1e-30)
     L = torch.linalg.cholesky(factor.double() + DAMPING**0.5 * size * torch.eye(len(factor), device=factor.device))
     return torch.linalg.solve_triangular(L, right.double(), upper=False)
@@ -422,25 +423,19 @@ class Effects:
         b = self.b[index]
         return 0.5 * float(b @ torch.linalg.solve(self._ridged[index][:, index], b))
 
-    def greedy(self, among: Sequence[int] | None = None, enough: float = math.inf) -> tuple[list[int], list[float]]:
-        """Adapters in the order in which each adds most to F, and F after each: a pivoted Cholesky factorisation.
-
-        Args:
-            among: those in question; default all.
-            enough: stop once F reaches this.
-        """
-        places = torch.arange(len(self.b)) if among is None else torch.tensor(list(among))
-        Q, b = self._ridged[places][:, places], self.b[places].clone()
-        left, free = Q.diagonal().clone(), torch.ones(len(places), dtype=torch.bool)
-        L = Q.new_zeros(0, len(places))
+    def greedy(self) -> tuple[list[int], list[float]]:
+        """Adapters in the order in which each adds most to F, and F after each: a pivoted Cholesky factorisation."""
+        Q, b, n = self._ridged, self.b, len(self.b)
+        left, free = Q.diagonal(), torch.ones(n, dtype=torch.bool)
+        L = Q.new_zeros(0, n)
         order: list[int] = []
         gains: list[float] = []
-        while len(order) < len(places) and (not gains or gains[-1] < enough):
+        while len(order) < n:
             worth = (b.square() / left.clamp(min=1e-300)).masked_fill(~free, -1.0)
             best = int(worth.argmax())
             root = left[best].clamp(min=1e-300).sqrt()
             row = (Q[best] - L[:, best] @ L) / root
-            order.append(int(places[best]))
+            order.append(best)
             gains.append((gains[-1] if gains else 0.0) + 0.5 * float(worth[best]))
             b = b - b[best] / root * row
             left, free[best] = (left - row.square()).clamp(min=0), False

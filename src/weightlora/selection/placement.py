@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError
+from weightlora.names import block_of
 from weightlora.selection.budgets import Budget
 
 Where = Literal["spread", "first", "middle", "last", "random", "stratified"]
@@ -24,7 +25,6 @@ GROUPS = ("all", "attention", "feed-forward")
 
 # As in self_attn.q_proj, attention.output.dense, SelfAttention.q and attn.c_attn.
 _ATTENTION = re.compile(r"att(?:entio)?n", re.IGNORECASE)
-_BLOCK = re.compile(r"^.*?\.?\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,11 @@ class Placement:
 
 def _in_turn(adapters: Sequence[Adapter], drawn: Sequence[int]) -> list[int]:
     """The first of every block in the order they were drawn, then the second, and so on."""
-    turns: dict[str, int] = {}
+    turns: dict[tuple[str, int | str], int] = {}
     rounds = []
     for i in drawn:
-        block = found[0] if (found := _BLOCK.match(adapters[i].name)) else adapters[i].name
+        stack, number, rest = block_of(adapters[i].name)
+        block = stack, rest if number is None else number
         turns[block] = turns.get(block, -1) + 1
         rounds.append(turns[block])
     return [drawn[place] for place in sorted(range(len(drawn)), key=rounds.__getitem__)]

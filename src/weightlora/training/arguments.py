@@ -18,12 +18,13 @@ from transformers import TrainingArguments
 
 from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean, short
 from weightlora.methods import MethodInfo
+from weightlora.names import lower_is_better
 from weightlora.training import ranks
 from weightlora.training.recipe import LORA_DEFAULTS
 
 logger = logging.getLogger(__name__)
 
-_ELSEWHERE = {
+ELSEWHERE = {
     "training": {
         "output_dir": "set it at the top of the recipe",
         "seed": "set it at the top of the recipe",
@@ -38,8 +39,8 @@ _ELSEWHERE = {
         "auto_mapping": "PEFT writes it",
     },
 }
-_UNCHECKED = {"init_lora_weights"}  # its annotation leaves out the values with a number in them
-_ABOVE_ZERO = {
+UNCHECKED = {"init_lora_weights"}  # its annotation leaves out the values with a number in them
+ABOVE_ZERO = {
     "num_train_epochs",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -47,8 +48,7 @@ _ABOVE_ZERO = {
     "r",
     "lora_alpha",
 }
-_LOWER_IS_BETTER = {"mse", "perplexity"}  # those not named as a loss
-_NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
+NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
 
 
 def training_arguments(
@@ -78,19 +78,12 @@ def training_arguments(
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     checked = check_fields("training", values, TrainingArguments)
-    best = str(checked.get("metric_for_best_model"))
-    if best.removeprefix("eval_") in _LOWER_IS_BETTER:  # of which transformers would take the highest
+    if lower_is_better(str(checked.get("metric_for_best_model"))):  # transformers knows this of names in "loss" alone
         defaults["greater_is_better"] = False
     built = _built("training", make, {**defaults, **checked, "output_dir": output_dir, "seed": seed})
     if built.bf16 and built.device.type == "cpu" and not _computes_in_bf16():
         _warn_of_slow_bf16()
     return built
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric, by its name, is a loss or an error."""
-    name = metric.removeprefix("eval_")
-    return name in _LOWER_IS_BETTER or name.endswith("loss")
 
 
 def _computes_in_bf16() -> bool:
@@ -136,11 +129,11 @@ def check_fields(section: str, values: Mapping[str, Any], cls: type) -> dict[str
 
 def _checked(section: str, name: str, value: Any, defaults: dict[str, Any], hints: dict[str, Any]) -> Any:
     where = f"{section}.{name}"
-    if name in _ELSEWHERE[section]:
-        raise ConfigError(f"`{where}` cannot be set: {_ELSEWHERE[section][name]}.")
+    if name in ELSEWHERE[section]:
+        raise ConfigError(f"`{where}` cannot be set: {ELSEWHERE[section][name]}.")
     if name not in defaults:
         raise ConfigError(f"`{where}` is not a key of that section{did_you_mean(name, list(defaults))}.")
-    if (value is None and defaults[name] is None) or name in _UNCHECKED:
+    if (value is None and defaults[name] is None) or name in UNCHECKED:
         return value
     try:
         converted = TypeAdapter(hints[name]).validate_python(value)
@@ -154,9 +147,9 @@ def _checked(section: str, name: str, value: Any, defaults: dict[str, Any], hint
 def _check_range(where: str, name: str, value: float) -> None:
     if not math.isfinite(value):
         raise ConfigError(f"`{where}` is {value}; it must be finite.")
-    if name in _ABOVE_ZERO and value <= 0:
+    if name in ABOVE_ZERO and value <= 0:
         raise ConfigError(f"`{where}` is {value}; it must be above 0.")
-    if name in _NOT_NEGATIVE and value < 0:
+    if name in NOT_NEGATIVE and value < 0:
         raise ConfigError(f"`{where}` is {value}; it must not be negative.")
 
 

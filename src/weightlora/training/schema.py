@@ -16,8 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from pydantic import BaseModel, TypeAdapter
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
+from transformers import TrainingArguments
+
+from weightlora.training import recipe
+from weightlora.training.arguments import ABOVE_ZERO, ELSEWHERE, NOT_NEGATIVE, UNCHECKED
 
 FILE = Path(__file__).parents[1] / "recipe.schema.json"
 LINE = "# yaml-language-server: $schema={}"
@@ -25,11 +30,6 @@ LINE = "# yaml-language-server: $schema={}"
 
 def recipe_schema() -> dict[str, Any]:
     """The schema as JSON data, for the methods, tasks and fields that are installed."""
-    from peft import LoraConfig
-    from transformers import TrainingArguments
-
-    from weightlora.training import arguments, recipe
-
     schema = recipe.Recipe.model_json_schema()
     definitions = schema["$defs"]
     for name, definition in definitions.items():
@@ -49,7 +49,7 @@ def recipe_schema() -> dict[str, Any]:
             "title": name.capitalize(),
             "description": f"Fields of `{cls.__name__}`.",
             "type": ["object", "null"],
-            "properties": _fields(name, cls, arguments),
+            "properties": _fields(name, cls),
             "additionalProperties": False,
         }
     rank = properties["lora"]["properties"]
@@ -97,19 +97,19 @@ def _tasks() -> list[str]:
     return [task.name for task in tasks.list_tasks()]
 
 
-def _fields(section: str, cls: type, arguments: Any) -> dict[str, Any]:
+def _fields(section: str, cls: type) -> dict[str, Any]:
     """{field: its schema}; a field of which nothing can be said takes anything."""
     hints = typing.get_type_hints(cls)
     defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.init}
     return {
-        name: _field(name, hints[name], default, arguments)
+        name: _field(name, hints[name], default)
         for name, default in sorted(defaults.items())
-        if name not in arguments._ELSEWHERE[section]
+        if name not in ELSEWHERE[section]
     }
 
 
-def _field(name: str, hint: Any, default: Any, arguments: Any) -> dict[str, Any]:
-    if name in arguments._UNCHECKED:
+def _field(name: str, hint: Any, default: Any) -> dict[str, Any]:
+    if name in UNCHECKED:
         return {}
     try:
         schema: Mapping[str, Any] = TypeAdapter(hint).json_schema()
@@ -122,7 +122,7 @@ def _field(name: str, hint: Any, default: Any, arguments: Any) -> dict[str, Any]
     kinds = [{k: v for k, v in kind.items() if k in ("type", "enum", "const", "items")} for kind in kinds]
     if default is None and {"type": "null"} not in kinds:
         kinds.append({"type": "null"})
-    kinds = _in_order([_ranged(name, kind, arguments) for kind in kinds])
+    kinds = _in_order([_ranged(name, kind) for kind in kinds])
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
@@ -135,8 +135,8 @@ def _in_order(value: Any) -> Any:
     return sorted(map(_in_order, value), key=lambda own: json.dumps(own, sort_keys=True))
 
 
-def _ranged(name: str, kind: dict[str, Any], arguments: Any) -> dict[str, Any]:
+def _ranged(name: str, kind: dict[str, Any]) -> dict[str, Any]:
     if kind.get("type") not in ("integer", "number"):
         return kind
-    lowest = {"exclusiveMinimum": 0} if name in arguments._ABOVE_ZERO else {}
-    return {**kind, **lowest, **({"minimum": 0} if name in arguments._NOT_NEGATIVE else {})}
+    lowest = {"exclusiveMinimum": 0} if name in ABOVE_ZERO else {}
+    return {**kind, **lowest, **({"minimum": 0} if name in NOT_NEGATIVE else {})}

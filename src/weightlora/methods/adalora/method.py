@@ -34,6 +34,7 @@ from weightlora.adapters.attached import Attached, list_attached
 from weightlora.adapters.host import active_adapter, base_of
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods._registry import Attach, MethodInfo, register
+from weightlora.methods._regulariser import regularise
 from weightlora.methods.base import Method
 from weightlora.selection.engine import Engine
 
@@ -181,12 +182,8 @@ class RankAllocation(Engine):
         """Add the gradient of gamma * mean ||A A^T - I||_F to those of A and B."""
         self._regularised = True
         weight = self.config.orth_reg_weight / self._matrices
-        for adapter in self.adapters if weight else ():
-            parts = _factors(adapter)
-            for parameter, rows in ((parts["lora_A"], parts["lora_A"]), (parts["lora_B"], parts["lora_B"].T)):
-                gradient = weight * orthogonality_gradient(rows.float())
-                gradient = (gradient if rows is parameter else gradient.T).to(parameter)
-                parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)
+        factors = map(_factors, self.adapters)
+        regularise(((parts["lora_A"], parts["lora_B"]) for parts in factors), weight, orthogonality_gradient)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Count one optimizer step and score, mask or cut, while gradients are there. Returns whether it was cut."""
@@ -229,7 +226,8 @@ class RankAllocation(Engine):
         self.kept = sorted((a.name for a in self.adapters), key=lambda name: -values[name])
         self.dropped = [name for name, kept in pattern.items() if not any(kept)]
         self.record_cut(values, dropped=self.dropped, before=before)
-        self.events.add("ranks", self.global_step, ranks={a.name: a.r for a in self.adapters})
+        ranks = {a.name: a.r for a in self.adapters}
+        self.events.add("ranks", self.global_step, ranks=ranks, parameters_after=self.parameters)
         logger.info("step %d: kept %d of %d ranks", self.global_step, budget, len(together))
 
     def scores(self) -> dict[str, Tensor]:

@@ -132,6 +132,15 @@ def test_an_adapter_that_starts_inside_the_base_weights_is_refused_whoever_made_
 
 
 @every_acting_method
+def test_biases_that_only_adapters_bring_along_are_refused(name):
+    """PEFT saves those of layers that have an adapter, and these leave."""
+    model, method, _ = made(name)
+    model.peft_config["default"].bias = "lora_only"
+    with pytest.raises(UnsupportedError, match="bias='lora_only'"):
+        method.attach(model)
+
+
+@every_acting_method
 def test_a_config_that_somebody_else_holds_is_never_rewritten(name):
     model, method, inputs = made(name)
     assert isinstance(model, PeftModel)

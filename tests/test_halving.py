@@ -141,3 +141,14 @@ def test_too_few_steps_sets_or_losses_are_named(tmp_path: Path) -> None:
     trainer.compute_loss_func = lambda outputs, labels, **_: nn.functional.cross_entropy(outputs.logits, labels)
     with pytest.raises(ConfigError, match="Halving compares sets by the loss that the model returns"):
         trainer.train()
+
+
+def test_a_loss_outside_of_the_model_is_refused_before_the_first_step(tmp_path) -> None:
+    settings = {"max_steps": 40, "label_smoothing_factor": 0.1}
+    trainer = make_trainer(tmp_path, Halving(keep=3, sets=2, after=20), **settings)
+    with pytest.raises(ConfigError, match="label_smoothing_factor"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    method = Halving(keep=3, sets=2, after=4).validate_on([batch(8)])
+    make_trainer(tmp_path, method, **settings | {"max_steps": 6}).train()
+    assert len(method.kept) == 3

@@ -210,6 +210,30 @@ def pairs_run(folder: Path, kind: str, seed: int = 0, *, resume: Path | None = N
     return base, method
 
 
+def wrapped() -> nn.Module:
+    return get_peft_model(plain(), lora())
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 6
+
+
+def test_the_best_model_comes_back_with_what_the_method_knew(tmp_path):
+    """As for a PeftModel: gates too, by which the cut is made when training ends before it."""
+    runs = []
+    for kind in (added, wrapped):
+        method, folder = WeightLoRA(keep=3, after=20), tmp_path / kind.__name__
+        settings = {"max_steps": 40, "save_steps": 2, "load_best_model_at_end": True, "learning_rate": 5e-2}
+        trainer = make_trainer(folder, method, Stop(), model=kind(), **settings)
+        trainer.train()
+        best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+        runs.append((best, method.engine.global_step, len(method.kept)))
+        gates = next(e["gates"] for e in method.events if e["event"] == "cut")
+        assert 0 < sum(value > 0 for value in gates.values()) <= 3
+    assert all(best == step and kept == 3 for best, step, kept in runs)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["add_adapter", "a PeftModel inside"])
 def test_sentence_transformers_train_save_and_resume(kind, tmp_path):

@@ -299,6 +299,9 @@ def test_refusals_come_before_training(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedError, match="embeddings train"):
         make_trainer(tmp_path, ReusePrefix(), model=embedding)
 
+    with pytest.raises(UnsupportedError, match="would never see it"):
+        make_trainer(tmp_path, ReusePrefix(), model=model, neftune_noise_alpha=5.0)
+
     with pytest.raises(UnsupportedError, match="no list of blocks"):
         from peft import LoraConfig
 

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from weightlora import (
     ConfigError,
     DivergedError,
+    Fixed,
     RLoRA,
     UnsupportedError,
     WeightLoRA,
@@ -230,3 +231,23 @@ def test_saving_shows_the_model_as_it_is(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(stock(**batch()).logits, live(**batch()).logits, atol=1e-5, rtol=1e-5)
     assert isinstance(stock.peft_config["default"], LoraConfig)
+
+
+def test_neftune_goes_on_when_the_embeddings_lose_their_adapter(tmp_path, monkeypatch):
+    """Its hook is on what the embeddings were when training began, and goes with them."""
+    import transformers.integrations.neftune as neftune
+
+    noisy, stock = 0, neftune.neftune_post_forward_hook
+
+    def counted(module, inputs, output):
+        nonlocal noisy
+        noisy += module.training
+        return stock(module, inputs, output)
+
+    monkeypatch.setattr(neftune, "neftune_post_forward_hook", counted)
+    model = bert(target_modules=["word_embeddings", "query", "value"])
+    method = Fixed(keep=3, modules=["value"], after=4, init=None)
+    make_trainer(tmp_path, method, model=model, max_steps=8, neftune_noise_alpha=5.0).train()
+    assert noisy == 8 and not any("embed" in name for name in method.kept)
+    embeddings = model.get_input_embeddings()
+    assert not embeddings._forward_hooks and not hasattr(embeddings, "neftune_noise_alpha")

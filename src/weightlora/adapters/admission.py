@@ -25,7 +25,8 @@ def admit(model: PeftModel, key: str) -> None:
 
     Raises:
         ConfigError: the adapter is frozen, or there is none of that name.
-        UnsupportedError: it starts inside the base weights (PiSSA, OLoRA and the like).
+        UnsupportedError: it starts inside the base weights (PiSSA, OLoRA and the like), or trains the biases of the
+            layers that carry it.
     """
     config: Any = model.peft_config.get(key)
     if config is None:
@@ -37,6 +38,11 @@ def admit(model: PeftModel, key: str) -> None:
         raise UnsupportedError(
             f"adapter {key!r} was made with {made}, which moved a part of the base weights into it; what leaves the "
             "adapter would leave the model too. Start from `init_lora_weights=True`, or train it without this method."
+        )
+    if getattr(config, "bias", "none") == "lora_only":
+        raise UnsupportedError(
+            f"adapter {key!r} trains the biases of its layers (`bias='lora_only'`), and PEFT saves none but those: "
+            "where an adapter leaves, a trained bias would be lost. Give LoraConfig `bias='none'`, or 'all'."
         )
     attached = list_attached(model, key)
     if attached and not any(_is_trained(a.layer, key) for a in attached):

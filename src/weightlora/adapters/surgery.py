@@ -36,8 +36,16 @@ def disconnect(model: nn.Module, adapters: Iterable[Adapter]) -> list[nn.Paramet
         seam.remove_adapter(adapter.layer, adapter.key)
         if not adapter.layer.lora_A and not adapter.layer.lora_embedding_A:
             parent, _, child = path.rpartition(".")
-            setattr(base.get_submodule(parent), child, seam.bare(adapter.layer))
+            bare = seam.bare(adapter.layer)
+            setattr(base.get_submodule(parent), child, bare)
+            _hand_over_noise(adapter.layer, bare)
     return removed
+
+
+def _hand_over_noise(layer: Any, bare: Any) -> None:
+    """NEFTune's hook, which the Trainer put on what the embeddings were; it takes it off by the same dictionary."""
+    if hasattr(layer, "neftune_noise_alpha") and not bare._forward_hooks:
+        bare.neftune_noise_alpha, bare._forward_hooks = layer.neftune_noise_alpha, layer._forward_hooks
 
 
 # Names transformers and PEFT give the hook that makes the embeddings' output require a gradient.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from weightlora import durable
 from weightlora.adapters import admission
 from weightlora.adapters.checkpoint import STATE_FILE, load_adapter
 from weightlora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def steps_per_epoch(state: TrainerState) -> int | None:
@@ -90,7 +93,7 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
 
 
 def load_through(trainer: Trainer, method: Any) -> None:
-    """Let `method` load its checkpoints, for a model that the Trainer would resume as if it were whole.
+    """Let `method` load its checkpoints, the best one too, for a model that the Trainer takes to be whole.
 
     Raises:
         ConfigError: `save_pretrained` does not know that the model carries adapters. On loading: a `PeftModel` lies
@@ -118,7 +121,19 @@ def load_through(trainer: Trainer, method: Any) -> None:
         else:
             method.restore(folder, lambda: load_adapter(host, folder, key))
 
+    stock_best = trainer._load_best_model
+
+    def load_best() -> None:
+        best = trainer.state.best_model_checkpoint
+        if best is not None and (Path(best) / STATE_FILE).is_file():
+            load(best)
+        elif best is None or method.engine.done:
+            stock_best()
+        else:  # the Trainer has saved a module around the PeftModel, without gates
+            logger.warning("%s is from before the cut and holds no %s, so the last weights stay", best, STATE_FILE)
+
     trainer._load_from_checkpoint = load  # type: ignore[method-assign]
+    trainer._load_best_model = load_best  # type: ignore[method-assign]
 
 
 def _check_nothing_else_is_trained(model: Any, host: nn.Module) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim, options
 from weightlora.adapters import attach, distributed, seam, structure
@@ -27,6 +28,7 @@ from weightlora.adapters.host import active_adapter
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.measure import beside_steps
 from weightlora.methods._registry import MethodInfo, register
+from weightlora.methods._trainer import calling_trainer
 from weightlora.methods.base import Method
 from weightlora.selection import budgets
 from weightlora.selection.actions import Cut, Disconnect, Settle
@@ -111,8 +113,25 @@ class Halving(Method["SetSearch"]):
         search.held_out = self._batches
         return search
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As `Method.on_train_begin`; without batches of its own a loss outside of the model is refused."""
+        trainer = calling_trainer()
+        outside = trainer is not None and (trainer.label_smoother or getattr(trainer, "compute_loss_func", None))
+        if outside and not self._batches:
+            raise ConfigError(_NO_LOSS)
+        super().on_train_begin(args, state, control, **kwargs)
+
     def progress(self) -> dict[str, float]:
         return {"sets_left": float(len(self.engine.alive))}
+
+
+_NO_LOSS = (
+    "Halving compares sets by the loss that the model returns, and it returns none here: its rows need labels, and a "
+    "loss computed outside of the model (`label_smoothing_factor`, `compute_loss_func`) cannot be seen. Call "
+    "`validate_on(batches)` with batches that have labels."
+)
 
 
 # -- at work on a model ----------------------------------------------------------------------------------------------
@@ -347,11 +366,7 @@ class SetSearch(Engine):
         output = self.model(*(given.pop(k) for k in places), **given)
         loss = getattr(output, "loss", None)
         if loss is None:
-            raise ConfigError(
-                "Halving compares sets by the loss that the model returns, and it returns none here: its rows need "
-                "labels, and a loss computed outside of the model cannot be seen. Call `validate_on(batches)` with "
-                "batches that have labels."
-            )
+            raise ConfigError(_NO_LOSS)
         return float(loss.detach())
 
     def _cut(self, optimizer: torch.optim.Optimizer | None) -> None:

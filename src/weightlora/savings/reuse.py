@@ -124,6 +124,11 @@ class ReusePrefix(TrainerCallback):
         """Refuse an unsuitable model when the Trainer is built."""
         if args.torch_compile:
             raise UnsupportedError(f"{_CANNOT} a compiled model runs as one piece; leave `torch_compile` out.")
+        if args.neftune_noise_alpha is not None:
+            raise UnsupportedError(
+                f"{_CANNOT} `neftune_noise_alpha` draws new noise for the embeddings in every epoch, and what is kept "
+                "of a row would never see it; leave one of the two out."
+            )
         _check_model(kwargs["model"], find_host(kwargs["model"]))
 
     def on_train_begin(

@@ -86,11 +86,13 @@ def _no_logits(features: Any, config: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _no_spans(features: Any, config: Any) -> tuple[tuple[np.ndarray, np.ndarray], None]:
     tokens = max(len(ids) for ids in features["input_ids"])
-    return (np.zeros((len(features), tokens)),) * 2, None
+    logits = np.zeros((len(features), tokens))
+    return (logits, logits), None
 
 
 def _no_text(features: Any, config: Any) -> tuple[np.ndarray, np.ndarray]:
-    return (np.full((len(features), 1), IGNORED_LABEL),) * 2
+    tokens = np.full((len(features), 1), IGNORED_LABEL)
+    return tokens, tokens
 
 
 def _no_tokens(features: Any, config: Any) -> tuple[np.ndarray, None]:

@@ -441,6 +441,9 @@ def test_a_run_learns_to_answer_and_scores_what_stock_peft_scores(folder: Path) 
     from transformers import AutoTokenizer
 
     training = {"num_train_epochs": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    assert dry_run(parse_recipe(recipe(metric="token_accuracy"))).adapters
+    with pytest.raises(ConfigError, match="`metric` is 'f2'; choose one of: loss, perplexity, token_accuracy"):
+        dry_run(parse_recipe(recipe(metric="f2")))
     metrics = run(parse_recipe(recipe(method="lora", training=training)))
     assert metrics["primary"] == "perplexity" and metrics["adapters"]["attached"]
     assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"] / 10

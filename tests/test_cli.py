@@ -156,12 +156,15 @@ def test_export_of_several_runs_and_what_it_cannot_do(command: Callable[..., Any
     assert (tmp_path / "gguf/adapter.gguf").is_file()
     for arguments, says in (
         ([a], "takes a run and a folder to write to"),
+        (["nosuch", tmp_path / "c"], "'nosuch' does not exist; give the folder of a run, its `output_dir`"),
+        ([a / "adapter_config.json", tmp_path / "c"], "adapter_config.json' is a file; give the folder of a run"),
+        ([tmp_path, tmp_path / "c"], "holds no adapter"),
         ([a, b, tmp_path / "c"], "was given 2 runs; add --same-shape"),
         ([a, b, tmp_path / "c", "--same-shape", "--merged"], "leave out --merged, --gguf and --dtype"),
         ([a, tmp_path / "c", "--portable", "--gguf"], "forms of their own"),
-        ([tmp_path / "base", tmp_path / "c", "--gguf"], "export it without `gguf`"),
+        ([tmp_path / "base", tmp_path / "c", "--gguf"], "export it without gguf"),
         ([a, tmp_path / "c", "--merged", "--dtype", "float8"], "there are: float32, float16, bfloat16"),
-        ([a, tmp_path / "c", "--dtype", "float16"], "an adapter keeps its own"),
+        ([a, tmp_path / "c", "--dtype", "float16"], "A dtype is for merged models; an adapter keeps its own"),
     ):
         code, out_, err = command("export", *arguments)
         assert (code, out_) == (2, "") and says in err and "Traceback" not in err
@@ -187,6 +190,28 @@ def test_many_adapters_are_grouped(command: Callable[..., Any], folder: Path) ->
         (["recipe.yaml", "data.columns.text=qestion"], "did you mean 'question'?"),
         (["recipe.yaml", "lora.target_modules=[querry]"], "did you mean 'query'?"),
         (["recipe.yaml", "method={name: weightlora, keep: 99}"], "99"),
+        (["recipe.yaml", "method=nonesuch"], "Unknown method 'nonesuch' (there are: "),
+        (["recipe.yaml", "method=weightlora+"], "did you mean 'weightlora_plus'? (there are: "),
+        (["recipe.yaml", "method={name: lora, kep: 1}"], "Method 'lora' has no option 'kep' (it has: none)."),
+        (["recipe.yaml", "keep=5"], "did you mean `method.keep`?"),
+        (["recipe.yaml", "lora.rank=8"], "`lora.rank` is no field of LoraConfig; did you mean 'r'?\n"),
+        (["recipe.yaml", "lora.lora_rank=8"], "did you mean 'r'?\n"),
+        (["recipe.yaml", "lora.bananas=8"], "`lora.bananas` is no field of LoraConfig; leave it out.\n"),
+        (["recipe.yaml", "training.lr=1"], "no field of TrainingArguments; did you mean 'learning_rate'?\n"),
+        (["recipe.yaml", "training.batch_size=1"], "did you mean 'per_device_train_batch_size'?\n"),
+        (["suite.yaml"], "'suite.yaml' looks like a suite; `weightlora bench` takes it."),
+        (["recipe.yaml", "model=./gone"], "/gone); paths are relative to the folder you start from."),
+        (["recipe.yaml", "data.train=gone.csv"], "/gone.csv); paths are relative to the folder you start from."),
+        (["recipe.yaml", "data.columns={}"], "such as `data.columns: {text: question, label: topic}`."),
+        (
+            ["recipe.yaml", "metric=f2", "--dry-run"],
+            "`metric` is 'f2'; choose one of: loss, accuracy, macro_f1, matthews.",
+        ),
+        (["recipe.yaml", "metric=acuracy", "--dry-run"], "did you mean 'accuracy'? Choose one of: loss, accuracy, "),
+        (
+            ["recipe.yaml", "training.metric_for_best_model=f2", "--dry-run"],
+            "`training.metric_for_best_model` is 'f2'; choose one of: loss, accuracy, macro_f1, matthews.",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
@@ -197,11 +222,43 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
     says: str,
 ) -> None:
     monkeypatch.chdir(folder)
+    (folder / "suite.yaml").write_text("base: {}\ntasks: [glue/cola]\nmethods: [lora]\n", encoding="utf-8")
     code, out, err = command("train", *arguments)
     assert (code, out) == (2, "")
     assert says in err and err.startswith("weightlora: ")
     assert err.count("\n") == 1 and "Traceback" not in err
     assert not (folder / "run").exists()
+
+
+def test_what_a_command_takes_is_said_as_it_is_typed(
+    command: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for arguments, says in (
+        (["bench", "recipe.yaml"], "'recipe.yaml' looks like a recipe; `weightlora train` takes it."),
+        (["train", "recipe.yaml", "--keep", "5"], "; recipe entries are written `key=value`, such as `method.keep=5`."),
+        (["figure", "memory", "recipe.yaml", "out", "--keep=5"], "such as `method.keep=5`."),
+        (["schema", "model"], "'model' is a folder; give a file, such as 'model/recipe.schema.json'."),
+        (["schema", "gone/schema.json"], "'gone' is no folder"),
+    ):
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, "") and says in err and "Traceback" not in err, arguments
+    _, shown, _ = command("train", "--help")
+    assert "RECIPE} [KEY=VALUE]...\n" in shown and "[[" not in shown
+    _, shown, _ = command("export", "--help")
+    assert "which does not exist or is empty" in " ".join(shown.split())
+
+
+def test_a_list_is_all_that_is_printed() -> None:
+    """PEFT imports bitsandbytes, which speaks of kernels it would like to have."""
+    for arguments in (["list", "tasks"], ["schema"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "weightlora", *arguments],
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_missing_package_names_the_extra(

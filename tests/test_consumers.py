@@ -176,7 +176,7 @@ def test_what_their_readers_refuse_is_not_written(case, form, tmp_path):
     saved(tmp_path, name, **lora)
     with pytest.raises(ConfigError, match=says) as caught:
         export(tmp_path / "run", tmp_path / "out", **{form: True})
-    assert f"without `{form}`" in str(caught.value) and "`merged`" in str(caught.value)
+    assert f"without {form}" in str(caught.value) and "as a merged model" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -275,7 +275,7 @@ def test_an_empty_folder_is_filled(run, tmp_path):
 
 
 def test_one_form_at_a_time(run, tmp_path):
-    with pytest.raises(ConfigError, match="`portable` and `merged` are forms of their own"):
+    with pytest.raises(ConfigError, match="portable and merged are forms of their own"):
         export(run.folder, tmp_path / "out", portable=True, merged=True)
 
 

@@ -155,7 +155,7 @@ def test_rows_that_cannot_work(name: str, changes: dict[str, Any], says: str) ->
 def test_splits_and_columns_that_are_not_there(tmp_path: Path) -> None:
     write_hub("rte", tmp_path / "rte")
     (write_hub("mnli", tmp_path / "mnli") / "validation_matched-00000-of-00001.parquet").unlink()
-    assert "`data.columns.text` is 'question1', not a column of 'rte:train'" in refusal("qqp", Source("rte"))
+    assert "Task 'glue/qqp' reads a column 'question1', and 'rte:train' has" in refusal("qqp", Source("rte"))
     assert "'mnli:validation_matched' has no split 'validation_matched'" in refusal("mnli", Source("mnli"))
 
 
@@ -312,7 +312,7 @@ def test_an_unknown_metric_is_refused_before_training(tmp_path: Path) -> None:
     save_tiny_bert(tmp_path / "model")
     write_hub("cola", tmp_path / "data")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "mathews"}
-    says = r"`training.metric_for_best_model` is 'mathews'; did you mean 'matthews'\? \(there are: .*accuracy"
+    says = r"`training.metric_for_best_model` is 'mathews'; did you mean 'matthews'\? Choose one of: .*accuracy"
     with pytest.raises(ConfigError, match=says):
         run(recipe("glue/cola", "data", **best))
     assert not Path("run").exists()
@@ -325,7 +325,9 @@ def test_another_metric_counts(tmp_path: Path) -> None:
     save_tiny_bert(tmp_path / "model")
     write_hub("stsb", tmp_path / "data")
     entries = recipe("glue/stsb", "data", load_best_model_at_end=True)
-    with pytest.raises(ConfigError, match=r"`metric` is 'spearmen'; did you mean 'spearman'\? \(there are: .*pearson"):
+    with pytest.raises(
+        ConfigError, match=r"`metric` is 'spearmen'; did you mean 'spearman'\? Choose one of: .*pearson"
+    ):
         run(entries.model_copy(update={"metric": "spearmen"}))
     assert not Path("run").exists()
     metrics = run(entries.model_copy(update={"metric": "spearman"}))

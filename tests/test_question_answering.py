@@ -160,6 +160,9 @@ def test_a_run_from_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
     plan = dry_run(parse_recipe(recipe))
     assert plan.steps == 4 and plan.head == 2 * 32 + 2
+    assert dry_run(parse_recipe({**recipe, "metric": "f1"})).steps == 4
+    with pytest.raises(ConfigError, match="`metric` is 'f2'; choose one of: loss, exact_match, f1"):
+        dry_run(parse_recipe({**recipe, "metric": "f2"}))
     metrics = run(parse_recipe(recipe))
     assert metrics["primary"] == "f1" and 0 <= metrics["after"]["f1"] <= 100
     assert len(metrics["adapters"]["kept"]) == 2 and (tmp_path / "runs/qa/adapter/adapter_config.json").is_file()

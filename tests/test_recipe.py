@@ -101,7 +101,8 @@ def test_bad_overrides(file: Path, override: str, says: str) -> None:
     [
         ("model: [a\nb: }", "is not YAML"),
         ("- a\n- b\n", "holds a list"),
-        ("just words", "holds a str"),
+        ("just words", "holds plain text; it must be a mapping"),
+        ("5", "holds a number"),
         ("", "is empty"),
         ("model: \x00", "is not YAML"),
         ("seed: 1\nmodel: a\nseed: 2\n", "line 3.*the key 'seed' is there twice"),
@@ -182,6 +183,13 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
         ({"data": {"train": {"path": "a", "splt": "b"}}}, "did you mean 'split'?"),
         ({"data": {"train": "a", "validation": {"pth": "b"}}}, "`data.validation.pth`"),
         ({"model": {"nme": "a"}}, "did you mean 'name'?"),
+        ({"keep": 5}, "`keep` is not a recipe key; did you mean `method.keep`? (known here: model"),
+        ({"quantization": "4bit"}, "did you mean `model.quantization`?"),
+        ({"learning_rate": 1}, "did you mean `training.learning_rate`?"),
+        ({"lr": 1}, "did you mean `training.learning_rate`?"),
+        ({"r": 8}, "did you mean `lora.r`?"),
+        ({"target_r": 8, "method": "adalora"}, "did you mean `method.target_r`?"),
+        ({"name": "a"}, "`name` is not a recipe key (known here: "),  # of several sections
     ],
 )
 def test_an_unknown_key_names_the_nearest(raw: dict[str, Any], says: str) -> None:

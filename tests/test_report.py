@@ -25,7 +25,7 @@ from weightlora import ConfigError, cli, write_report
 from weightlora.report.charts import Point, heat_map, readable
 from weightlora.report.comparison import _frontier, compare, jaccard
 from weightlora.report.evidence import choice, evidence, final_ranks
-from weightlora.report.reading import Place, name_apart, read_run
+from weightlora.report.reading import Place, find_runs, name_apart, read_run
 from weightlora.report.svg import draw
 from weightlora.report.views import view
 from weightlora.selection import EventLog
@@ -639,6 +639,10 @@ def test_the_command(command: Callable[..., Any], tmp_path: Path, monkeypatch: p
     assert command("report", "run")[0] == 0  # an earlier report is replaced
     code, out, _ = command("report", "--help")
     assert code == 0 and "Example:" in out
+    write_run(tmp_path / "several/a", llama(1))
+    write_run(tmp_path / "several/b", llama(1), seed=1)
+    assert command("report", "several", "--out", "several.html")[0] == 0
+    assert {run.name for run in map(read_run, find_runs(["several"]))} == {"a", "b"}
     (tmp_path / "mine.html").write_text("<p>mine</p>")
     code, _, err = command("report", "run", "--out", "mine.html")
     assert code == 2 and "no report; choose another file, or pass --force" in err
@@ -652,6 +656,7 @@ def test_the_command(command: Callable[..., Any], tmp_path: Path, monkeypatch: p
         (["gone"], "'gone' does not exist"),
         (["recipe.yaml"], "is a file; give the folder of a run"),
         (["empty"], "'empty' is no run: it holds none of events.jsonl"),
+        (["other"], "no checkpoint and no run; give the `output_dir` of a run"),
         (["run", "empty"], "'empty' is no run"),
         (["run", "--out", "empty"], "is a folder; give a file, such as 'empty/report.html'"),
         (["run", "--figures", "other"], "holds other things than pictures"),

@@ -239,7 +239,7 @@ def test_steps_are_counted_as_the_trainer_counts(
         ({"method": {"name": "weightlora", "keep": 0}}, "keep"),
         ({"method": {"name": "weightlora", "keep": 14}}, "14"),
         ({"method": {"name": "weightlora", "keep": 3, "after": 4000}}, "4000"),
-        ({"lora": {"rnak": 8}}, "`lora.rnak` is not a key of that section"),
+        ({"lora": {"rnak": 8}}, "`lora.rnak` is no field of LoraConfig; leave it out."),
         ({"lora": {"lora_alhpa": 8}}, "did you mean 'lora_alpha'?"),
         ({"lora": {"r": 0}}, "`lora.r` is 0; it must be above 0"),
         ({"lora": {"r": "big"}}, "`lora.r` is 'big'; give a rank such as 8"),

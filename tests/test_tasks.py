@@ -267,7 +267,9 @@ def test_unknown_columns_are_answered_with_those_there_are() -> None:
 
 def test_pairs_need_two_texts_and_single_texts_refuse_a_second() -> None:
     write_jsonl(Path("a.jsonl"), questions())
-    assert "`data.columns.text_pair` is 'text_pair', not a column" in refusal("a.jsonl", task="pair-classification")
+    says = refusal("a.jsonl", task="pair-classification")
+    assert "reads a column 'text_pair', and 'a.jsonl' has question, topic; say which it is, such as" in says
+    assert "`data.columns: {text: question, text_pair: ..., label: topic}`" in says
     nothing = {**COLUMNS, "text_pair": None}
     assert "needs 'text_pair'" in refusal("a.jsonl", task="pair-classification", columns=nothing)
     says = refusal("a.jsonl", columns={**COLUMNS, "text_pair": "question"})

@@ -135,8 +135,14 @@ def test_text_is_written_during_training_if_asked_for(folder: Path) -> None:
     assert len([entry for entry in state["log_history"] if "eval_chrf" in entry]) == 3, "after each step"
     assert state["best_metric"] == pytest.approx(metrics["after"]["chrf"])
     without = {**entries, "generation": {}, "output_dir": str(folder / "other")}
-    with pytest.raises(ConfigError, match=r"`training.metric_for_best_model` is 'chrf' \(there are: loss"):
-        run(parse_recipe(without))
+    for make in (run, dry_run):
+        with pytest.raises(ConfigError, match=r"best_model` is 'chrf'; choose one of: loss; `gen.*training: true`"):
+            make(parse_recipe(without))
+    assert dry_run(parse_recipe({**entries, "output_dir": str(folder / "other")})).steps == metrics["steps"]
+    only = {"training": recipe(folder)["training"], "generation": {}, "output_dir": str(folder / "other")}
+    assert dry_run(parse_recipe({**entries, **only, "metric": "chrf"})).steps == metrics["steps"]
+    with pytest.raises(ConfigError, match=r"`metric` is 'f2'; choose one of: loss, rouge1, .*chrf"):
+        dry_run(parse_recipe({**entries, **only, "metric": "f2"}))
 
 
 def test_what_the_recipe_leaves_open_is_filled_in_from_the_task(folder: Path) -> None:
@@ -211,7 +217,7 @@ def refusal(folder: Path, **entries: Any) -> str:
         ),
         ({"data": {"prompt": "say it"}}, "`data.prompt` is 'say it', which has no {input}"),
         ({"data": {"columns": {"input": "fact", "target": "text"}}}, "did you mean 'facts'?"),
-        ({"data": {"columns": {"input": "facts"}}}, "`data.columns.target` is 'target', not a column"),
+        ({"data": {"columns": {"input": "facts"}}}, "such as `data.columns: {input: facts, target: text}`."),
     ],
 )
 def test_mistakes_in_a_recipe(folder: Path, entries: dict[str, Any], says: str) -> None:

@@ -16,7 +16,7 @@ try:
     from weightlora.commands.estimate import estimate
     from weightlora.commands.figure import figure
     from weightlora.commands.listing import listing
-    from weightlora.commands.shared import AsInTrain, Recipe, fail, interruptible, is_first, log_to_stderr
+    from weightlora.commands.shared import AsInTrain, Recipe, TakesEntries, fail, interruptible, is_first, log_to_stderr
 except ModuleNotFoundError as missing:
     raise SystemExit(f"The command needs the package {missing.name!r}: pip install 'weightlora[train]'") from None
 
@@ -61,7 +61,7 @@ app = typer.Typer(
 )
 app.add_typer(listing, name="list")
 app.add_typer(figure, name="figure")
-app.command()(estimate)
+app.command(cls=TakesEntries)(estimate)
 
 
 def main() -> None:
@@ -99,13 +99,13 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(cls=TakesEntries)
 def train(
     recipe: Recipe,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Replace entries, e.g. training.learning_rate=1e-3.",
             show_default=False,
         ),
@@ -155,7 +155,7 @@ def train(
         terminal.show_result(metrics, loaded.output_dir)
 
 
-@app.command()
+@app.command(cls=TakesEntries)
 def probe(
     recipe: Recipe,
     overrides: AsInTrain = None,
@@ -194,12 +194,12 @@ def probe(
         terminal.show_probe(found, loaded.output_dir)
 
 
-@app.command()
+@app.command(cls=TakesEntries)
 def select(
     recipe: Recipe,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. method.keep=5.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Replace entries, e.g. method.keep=5.", show_default=False),
     ] = None,
 ) -> None:
     """Choose where LoRA goes and stop there, for a run in another tool.
@@ -232,7 +232,11 @@ def select(
 def export(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN... OUT", help="A run's output_dir, and a folder that is new.", show_default=False),
+        typer.Argument(
+            metavar="RUN",
+            help="The output_dir of a run; the last one is the folder to write, which does not exist or is empty.",
+            show_default=False,
+        ),
     ],
     portable: Annotated[
         bool, typer.Option("--portable", help="One rank, one alpha and a list of names, for vLLM and SGLang.")
@@ -301,7 +305,9 @@ app.command()(bench)
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="The output_dir of runs, or of a suite.", show_default=False),
+        typer.Argument(
+            metavar="RUN", help="The output_dir of runs, of a suite, or a folder of runs.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
     figures: Annotated[
@@ -324,6 +330,7 @@ def report(
     \b
     Example: weightlora report runs/topics
              weightlora report runs/topics-* --out topics.html --figures paper/
+             weightlora report runs
              weightlora report runs/my-suite --reference lora
     """
     from weightlora.report import write_report
@@ -338,7 +345,7 @@ def watch(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="The output_dir of runs, of a suite, or a folder of runs; there or not.",
             show_default=False,
         ),
@@ -378,7 +385,7 @@ def watch(
 @app.command()
 def schema(
     out: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Written here; default: printed.", show_default=False)
+        Path | None, typer.Argument(metavar="FILE", help="Written here; default: printed.", show_default=False)
     ] = None,
 ) -> None:
     """The JSON schema of recipes, by which editors complete and check them.
@@ -389,6 +396,15 @@ def schema(
     Example: weightlora schema recipe.schema.json
              # yaml-language-server: $schema=recipe.schema.json
     """
+    if out is not None and out.is_dir():
+        raise ConfigError(
+            f"{short(str(out), 200)} is a folder; give a file, such as {str(out / 'recipe.schema.json')!r}."
+        )
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(
+            f"{short(str(out.parent), 200)} is no folder, so nothing can be written there; make it first."
+        )
+    log_to_stderr()
     from weightlora import durable
     from weightlora.training.schema import LINE, recipe_schema_text
 

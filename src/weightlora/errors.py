@@ -46,7 +46,7 @@ class DivergedError(WeightLoRAError):
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """`", did you mean 'keep'?"` for the known name nearest to `name`, or an empty string."""
+    """`"; did you mean 'keep'?"` for the known name nearest to `name`, or an empty string."""
     import difflib
 
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

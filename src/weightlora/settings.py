@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
@@ -21,6 +21,10 @@ MOST_LEVELS = 30
 MOST_SHOWN = 500  # characters of a message
 MOST_ENTRIES = 100_000  # counted with what aliases stand for
 
+# {what a file is: the keys at its top that no other has, and the command that takes it}
+_KINDS = {"recipe": ({"model", "task"}, "train"), "suite": ({"tasks", "methods"}, "bench")}
+_PLAIN = {str: "plain text", bool: "one word", int: "a number", float: "a number"}
+
 
 class Section(BaseModel):
     """A mapping in a settings file whose keys are all known.
@@ -34,6 +38,12 @@ class Section(BaseModel):
     shorthand: ClassVar[str | None] = None
     what: ClassVar[str] = "section"
     example: ClassVar[str] = "key: value"
+
+    @classmethod
+    def places(cls, key: str, raw: Mapping[str, Any]) -> list[str]:
+        """Where a key belongs that is none at the top: one level below, as `section.key`."""
+        parts = {name: _parts(field.annotation, BaseModel) for name, field in cls.model_fields.items()}
+        return [f"{name}.{key}" for name, found in parts.items() if any(key in part.model_fields for part in found)]
 
 
 def expand(key: str) -> BeforeValidator:
@@ -49,8 +59,8 @@ def read(path: Path, overrides: list[str] | None, root: type[Section], entries: 
         root: the settings in the whole file. entries: the sections that overrides lead into.
 
     Raises:
-        ConfigError: the file is missing, is not YAML or not a mapping, or an override is not `key=value` or leads
-            into a value.
+        ConfigError: the file is missing, is not YAML, not a mapping or of another kind, or an override is not
+            `key=value` or leads into a value.
     """
     named = f"{root.what.capitalize()} {str(path)!r}"
     if not path.is_file():
@@ -62,8 +72,11 @@ def read(path: Path, overrides: list[str] | None, root: type[Section], entries: 
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{named} is not YAML: {_one_line(error)}.") from None
     if not isinstance(raw, dict):
-        found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
+        found = "is empty" if raw is None else f"holds {_PLAIN.get(type(raw), 'a list')}"
         raise ConfigError(f"{named} {found}; it must be a mapping such as `{root.example}`.")
+    for what, (keys, command) in _KINDS.items():
+        if what != root.what and keys <= raw.keys():
+            raise ConfigError(f"{named} looks like a {what}; `weightlora {command}` takes it.")
     for override in overrides or []:
         keys, value = _parse_override(override)
         set_entry(raw, keys, value, entries, said=override)
@@ -75,7 +88,7 @@ def validate(raw: dict[str, Any], root: type[SectionT]) -> SectionT:
     try:
         return root.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explain(error, root)) from None
+        raise ConfigError(_explain(error, root, raw)) from None
 
 
 def set_entry(raw: dict[str, Any], keys: list[str], value: Any, root: type[BaseModel], said: str) -> None:
@@ -212,7 +225,7 @@ def _parts(annotation: Any, kind: type) -> list[type]:
     return [plain] if isinstance(plain, type) and issubclass(plain, kind) else []
 
 
-def _explain(error: ValidationError, root: type[Section]) -> str:
+def _explain(error: ValidationError, root: type[Section], raw: Mapping[str, Any]) -> str:
     """The first mistake pydantic found, unknown keys first since they often cause the others."""
     mistakes = error.errors(include_url=False)
     mistakes.sort(key=lambda mistake: mistake["type"] != "extra_forbidden")
@@ -223,7 +236,9 @@ def _explain(error: ValidationError, root: type[Section]) -> str:
         last = str(mistake["loc"][-1])
         known = list(section.model_fields) if section is not None else []
         key = ".".join([*keys, last])
-        return f"`{key}` is not a {root.what} key{did_you_mean(last, known)} (known here: {', '.join(known)})."
+        places = [] if keys else root.places(last, raw)
+        hint = f"; did you mean `{places[0]}`?" if len(places) == 1 else did_you_mean(last, known)
+        return f"`{key}` is not a {root.what} key{hint} (known here: {', '.join(known)})."
     key = ".".join(keys) or root.what
     if mistake["type"] == "missing":
         return f"The {root.what} lacks `{key}`; add it."

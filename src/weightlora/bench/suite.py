@@ -104,6 +104,11 @@ class Suite(Section):
     keep_weights: bool = False
     output_dir: str
 
+    @classmethod
+    def places(cls, key: str, raw: Mapping[str, Any]) -> list[str]:
+        """With the keys of a recipe, which go into `base`."""
+        return [*super().places(key, raw), *([f"base.{key}"] if key in Recipe.model_fields else [])]
+
     @field_validator("tasks", "settings", "methods")
     @classmethod
     def _are_names(cls, axis: dict[str, Patch]) -> dict[str, Patch]:

@@ -12,7 +12,7 @@ def bench(
     suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A YAML suite.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. seeds=[0,1].", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Replace entries, e.g. seeds=[0,1].", show_default=False),
     ] = None,
     jobs: Annotated[
         int,

@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from weightlora.commands.shared import Overrides, Recipe, fail, interruptible, log_to_stderr
+from weightlora.commands.shared import Overrides, Recipe, TakesEntries, fail, interruptible, log_to_stderr
 from weightlora.errors import ConfigError
 
 figure = typer.Typer(no_args_is_help=True, help="Draw a figure of the papers for a model and task of your own.")
 
 
-@figure.command("alignment")
+@figure.command("alignment", cls=TakesEntries)
 def alignment(
     recipe: Recipe,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
@@ -43,7 +43,7 @@ def alignment(
     print(f"Drawn in {out / ALIGNMENT_PICTURE}")
 
 
-@figure.command("memory")
+@figure.command("memory", cls=TakesEntries)
 def memory_figure(
     recipe: Recipe,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],
@@ -97,7 +97,7 @@ def memory_figure(
     print(f"Drawn in {out / MEMORY_PICTURE}")
 
 
-@figure.command("outputs")
+@figure.command("outputs", cls=TakesEntries)
 def outputs_figure(
     recipe: Recipe,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and pictures.", show_default=False)],
@@ -128,13 +128,13 @@ def outputs_figure(
         print(f"Drawn in {picture}")
 
 
-@figure.command("importance")
+@figure.command("importance", cls=TakesEntries)
 def importance_figure(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE... OUT [KEY=VALUE]...",
-            help="YAML recipes, a folder for numbers and picture, and entries to replace in all recipes.",
+            metavar="RECIPE",
+            help="YAML recipes, then a folder for numbers and picture, then KEY=VALUE to replace in all recipes.",
             show_default=False,
         ),
     ],
@@ -166,7 +166,7 @@ def importance_figure(
     print(f"Drawn in {out / IMPORTANCE_PICTURE}")
 
 
-@figure.command("samples")
+@figure.command("samples", cls=TakesEntries)
 def samples_figure(
     recipe: Recipe,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for numbers and picture.", show_default=False)],

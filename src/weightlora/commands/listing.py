@@ -2,6 +2,8 @@
 
 import typer
 
+from weightlora.commands.shared import log_to_stderr
+
 _SOURCES = {"weightlora": "ours", "peft": "PEFT", "transformers": "transformers"}
 
 listing = typer.Typer(no_args_is_help=True, help="Show what a recipe can name: methods or tasks.")
@@ -14,6 +16,7 @@ def list_methods() -> None:
     \b
     Example: method: {name: weightlora, keep: 5, after: 0.1}
     """
+    log_to_stderr()
     from weightlora import methods
 
     for info in methods.list_methods():
@@ -29,6 +32,7 @@ def list_tasks() -> None:
     \b
     Example: task: pair-classification
     """
+    log_to_stderr()
     from weightlora import tasks
 
     for task in tasks.list_tasks():

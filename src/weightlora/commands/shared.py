@@ -7,21 +7,36 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 _MOST_SHOWN = 2000  # characters of a message
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries of the recipe.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Replace entries of the recipe.", show_default=False),
 ]
 AsInTrain = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, as in train.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Replace entries, as in train.", show_default=False),
 ]
+
+
+class TakesEntries(TyperCommand):
+    """A command with entries of a recipe, which are no options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As any command, but where there is no such option it says how entries are written."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":  # of click, or of typer's own copy
+                said = f"{error.format_message()}; recipe entries are written `key=value`, such as `method.keep=5`."  # type: ignore[attr-defined]
+                error.message, error.possibilities = said, None  # type: ignore[attr-defined]
+            raise
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -160,7 +160,8 @@ def get_method(name: str) -> MethodInfo:
     """The record of a method; ConfigError with the nearest name if there is none."""
     if name not in _METHODS:
         known = list(_METHODS)
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}.")
+        hint = did_you_mean(name.replace("+", "_plus"), known)
+        raise ConfigError(f"Unknown method {name!r}{hint} (there are: {', '.join(known)}).")
     return _METHODS[name]
 
 
@@ -275,8 +276,8 @@ def _checked(name: str, options: Mapping[str, Any]) -> MethodInfo:
     for option in options:
         if option not in known:
             raise ConfigError(
-                f"method {name!r} has no option {option!r}{did_you_mean(option, known)}; "
-                f"it has {', '.join(known) or 'none'}."
+                f"Method {name!r} has no option {option!r}{did_you_mean(option, known)} "
+                f"(it has: {', '.join(known) or 'none'})."
             )
     return info
 

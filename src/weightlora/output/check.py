@@ -55,7 +55,7 @@ def compare_weights(expected: nn.Module, found: nn.Module) -> None:
             raise CheckpointError(f"the export was written, reloaded and gave another {name}. Nothing was kept.")
         if not tensor.isfinite().all():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{name} has values that {kind} cannot hold; choose another `dtype`.")
+            raise CheckpointError(f"{name} has values that {kind} cannot hold; choose another dtype.")
 
 
 def _difference(name: str, expected: Tensor, found: Tensor) -> float:

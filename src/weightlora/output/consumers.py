@@ -31,21 +31,22 @@ def check_servable(model: nn.Module, form: str) -> None:
     """Raises ConfigError unless the model is its base and the two factors of a LoRA on linear layers.
 
     Args:
-        form: the argument of `export` that asks for it.
+        form: the argument of `export` that asks for it; messages have its bare name, since on the command line it is
+            an option.
     """
+    form = form.replace("_", "-")
     if not isinstance(model, PeftModel):
-        raise ConfigError(f"this run has no adapter but a model of its own; export it without `{form}`.")
+        raise ConfigError(f"this run has no adapter but a model of its own; export it without {form}.")
     config: Any = model.peft_config[active_adapter(model)]
     kind = "DoRA" if getattr(config, "use_dora", False) else getattr(config.peft_type, "value", config.peft_type)
     if kind not in ("LORA", "ADALORA"):  # an AdaLoRA is exported as a LoRA
         raise ConfigError(
-            f"vLLM and llama.cpp read the two factors of a LoRA, and {kind} is not only that; export it for PEFT "
-            f"(without `{form}`), or `merged` into a plain model."
+            f"vLLM and llama.cpp read the two factors of a LoRA, and {kind} is not only that; export it for PEFT, "
+            f"without {form}, or as a merged model."
         )
     for problem in _more_than_two_factors(model, config):
         raise ConfigError(
-            f"{problem}, which {READERS} do not read; export it for PEFT (without `{form}`), or `merged` into a plain "
-            "model."
+            f"{problem}, which {READERS} do not read; export it for PEFT, without {form}, or as a merged model."
         )
 
 
@@ -83,8 +84,8 @@ def vllm_rank(r: int) -> int:
     found = next((most for most in VLLM_RANKS if most >= r), None)
     if found is None:
         raise ConfigError(
-            f"the largest rank of the adapter is {r}, and vLLM takes at most {VLLM_RANKS[-1]}; export it `merged`, or "
-            "for PEFT (without `portable`)."
+            f"the largest rank of the adapter is {r}, and vLLM takes at most {VLLM_RANKS[-1]}; export it as a "
+            "merged model, or for PEFT, without portable."
         )
     return found
 

@@ -86,7 +86,7 @@ def export(
     form = _form(portable=portable, merged=merged, gguf=gguf)
     if dtype is not None and (not merged or dtype not in _DTYPES):
         what = f"it is {dtype!r}, and there are: {', '.join(_DTYPES)}" if merged else "an adapter keeps its own"
-        raise ConfigError(f"`dtype` is for merged models; {what}.")
+        raise ConfigError(f"A dtype is for merged models; {what}.")
     refuse_used(out)
     folder = find_result(Path(run))
     kept, on_hub = None, hub_base
@@ -94,7 +94,9 @@ def export(
         named = records.adapter_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
         on_hub = hub.check(push_to_hub, hub_base or named)
     elif hub_base is not None:
-        raise ConfigError(f"`hub_base={hub_base!r}` is for what is pushed; add `push_to_hub`.")
+        raise ConfigError(
+            f"The base model's name on the hub, {hub_base!r}, is for what is pushed; name a repository too."
+        )
     if is_adapter(folder):
         kept = own_dtype(folder, base_model) if merged else None
         base_model = own_base(folder, base_model)
@@ -133,7 +135,7 @@ def _form(**wanted: bool) -> str:
     """The one form that is asked for, or none."""
     forms = [name for name, asked in wanted.items() if asked]
     if len(forms) > 1:
-        raise ConfigError(f"`{'` and `'.join(forms)}` are forms of their own; ask for one of them.")
+        raise ConfigError(f"{' and '.join(forms)} are forms of their own; ask for one of them.")
     return "".join(forms)
 
 
@@ -145,7 +147,7 @@ def refuse_used(out: Path) -> None:
 
 def _check_mergeable(model: PeftModel) -> None:
     """Raises ConfigError where an adapter lies on weights of two modules, both of which a merge would change."""
-    instead = "export it for PEFT (without `merged`)"
+    instead = "export it for PEFT, without merged"
     if getattr(model.peft_config[active_adapter(model)], "layer_replication", None):
         raise ConfigError(
             f"the adapter repeats layers of the base model (`layer_replication`), which share their weights; {instead}."

@@ -66,7 +66,7 @@ class _Layout:
         if self.kind not in ARCHITECTURES:
             raise ConfigError(
                 f"adapters of {self.kind!r} are not written as GGUF, only those of {', '.join(ARCHITECTURES)}; export "
-                "with `portable` and try llama.cpp's convert_lora_to_gguf.py, or `merged` and convert the model."
+                "it portable and try llama.cpp's convert_lora_to_gguf.py, or a merged model and convert that."
             )
         self.architecture = ARCHITECTURES[self.kind]
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -82,12 +82,13 @@ class _Layout:
         found = self._names.get_name(f"{adapter.name}.weight", try_suffixes=(".weight",))
         if found is None:
             raise ConfigError(
-                f"llama.cpp has no tensor for {adapter.name!r} of {self.kind!r}; export `merged` and convert the model."
+                f"llama.cpp has no tensor for {adapter.name!r} of {self.kind!r}; export a merged model and "
+                "convert that."
             )
         if found == "output.weight" and self._tied:
             raise ConfigError(
                 f"{adapter.name!r} shares its weight with the embeddings, and llama.cpp has no tensor of its own for "
-                "it; export `merged` and convert the model."
+                "it; export a merged model and convert that."
             )
         return found
 

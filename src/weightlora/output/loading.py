@@ -15,7 +15,7 @@ from torch import nn
 from weightlora import durable
 from weightlora.adapters import structure
 from weightlora.adapters.attached import list_attached
-from weightlora.errors import CheckpointError
+from weightlora.errors import CheckpointError, short
 from weightlora.output import records
 from weightlora.selection.events import EVENTS_FILE
 
@@ -35,6 +35,10 @@ def find_result(run: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    shown = short(str(run), 200)
+    if not run.is_dir():
+        what = "is a file" if run.exists() else "does not exist"
+        raise CheckpointError(f"{shown} {what}; give the folder of a run, its `output_dir`, or that of an adapter.")
     for folder in (run, run / "adapter", run / "model"):
         if _holds_weights(folder):
             return folder
@@ -42,7 +46,7 @@ def find_result(run: Path) -> Path:
     if checkpoint is not None and _holds_weights(checkpoint):
         return checkpoint
     raise CheckpointError(
-        f"{run} holds no adapter (adapter_config.json) and no model (config.json); give the folder of a finished run."
+        f"{shown} holds no adapter (adapter_config.json) and no model (config.json); give the `output_dir` of a run."
     )
 
 
@@ -149,7 +153,10 @@ def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) ->
         raise CheckpointError(f"{folder / 'adapter_config.json'} cannot be read ({error}); save it again.") from None
     source = base_model or config.base_model_name_or_path
     if not source:
-        raise CheckpointError(f"{folder} does not say which model it adapts; give `base_model`.")
+        raise CheckpointError(
+            f"{folder} does not say which model it adapts; name it in adapter_config.json, or in Python give "
+            "`base_model`."
+        )
     task = str(getattr(config.task_type, "value", config.task_type))
     cls = _model_class(task, (config.auto_mapping or {}).get("base_model_class"))
     head = _head_options(folder) if task in ("SEQ_CLS", "TOKEN_CLS") else {}
@@ -159,7 +166,10 @@ def load_base(folder: Path, base_model: str | Path | nn.Module | None = None) ->
         model = cls.from_pretrained(str(source), **head, **gguf_options(gguf_file(folder) if not base_model else None))
     except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"the base model {source} cannot be loaded ({reason}); give `base_model`.") from None
+        raise CheckpointError(
+            f"the base model {source} cannot be loaded ({reason}); say where it is in adapter_config.json, or in "
+            "Python give `base_model`."
+        ) from None
     if task == "SEQ_CLS":
         _set_padding(model, folder)
     return model

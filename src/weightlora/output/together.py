@@ -68,7 +68,7 @@ def export_together(
     """
     out = Path(out)
     if len(runs) < 2:
-        raise ConfigError("one shape is for several runs; give two or more, or use `export` with `portable`.")
+        raise ConfigError("one shape is for several runs; give two or more, or export one that is portable.")
     refuse_used(out)
     loaded = [_load(find_result(Path(run)), base_model) for run in runs]
     _check_one_base(loaded, given=base_model is not None)
@@ -116,7 +116,8 @@ def _check_one_base(runs: list[_Run], *, given: bool) -> None:
         if bases[0] != bases[1] and not given:
             raise ConfigError(
                 f"{first.folder} adapts {bases[0]!r} and {other.folder} {bases[1]!r}; adapters take each other's place "
-                "on one base model only. If the two are the same, give `base_model`."
+                "on one base model only. If the two are the same, name one in both adapter_config.json, or in Python "
+                "give `base_model`."
             )
         shapes = [{name: (A.shape[1], len(B)) for name, (A, B, _) in run.adapters.items()} for run in (first, other)]
         wrong = next((name for name in shapes[0] if shapes[1].get(name, shapes[0][name]) != shapes[0][name]), None)

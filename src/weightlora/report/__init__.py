@@ -30,7 +30,7 @@ def write_report(
     """Write one self-contained HTML file on one or more runs.
 
     Args:
-        runs: folders of runs, finished or not, or of a suite, which stands for all its runs.
+        runs: folders of runs, finished or not, or of a suite, which stands for all its runs, or one that holds runs.
         out: the file. An earlier report there is replaced.
         figures: a folder for every picture as PNG and SVG.
         reference: the group that differences are from; by default plain LoRA, else the first.

@@ -122,19 +122,31 @@ class Place(NamedTuple):
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Place]:
-    """The runs in these folders: each is one, or is that of a suite; a run that is named twice counts once.
+    """The runs in these folders: each is one, is that of a suite, or holds some; a run named twice counts once.
 
     Raises:
-        ConfigError: a folder is neither; the message names it.
+        ConfigError: a folder is none of these; the message names it.
     """
     found: dict[Path, Place] = {}
     for folder in map(Path, folders):
-        for run in _runs_of_suite(folder) if (folder / SUITE_FILE).is_file() else [Place(folder)]:
+        for run in _places(folder):
             _check_run(run.folder)
             found.setdefault(run.folder.resolve(), run)
     if not found:
         raise ConfigError("there is no run to report on; give the `output_dir` of one or more runs.")
     return list(found.values())
+
+
+def _places(folder: Path) -> list[Place]:
+    if (folder / SUITE_FILE).is_file():
+        return _runs_of_suite(folder)
+    inside = runs_inside(folder) if folder.is_dir() and not is_run(folder) else []
+    return [Place(run) for run in inside or [folder]]
+
+
+def runs_inside(folder: Path) -> list[Path]:
+    """The runs that lie in a folder side by side."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
 
 
 def _runs_of_suite(folder: Path) -> list[Place]:
@@ -154,8 +166,8 @@ def _check_run(folder: Path) -> None:
         raise ConfigError(f"{shown} is a file; give the folder of a run, its `output_dir`.")
     if not is_run(folder):
         raise ConfigError(
-            f"{shown} is no run: it holds none of {', '.join(FILES[:-1])} and no checkpoint; give the `output_dir` of "
-            "a run, or the folder of a suite."
+            f"{shown} is no run: it holds none of {', '.join(FILES[:-1])}, no checkpoint and no run; give the "
+            "`output_dir` of a run, the folder of a suite, or a folder of runs."
         )
 
 

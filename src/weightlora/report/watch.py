@@ -23,7 +23,7 @@ from weightlora import durable
 from weightlora.errors import ConfigError, short
 from weightlora.report import page
 from weightlora.report.comparison import compare
-from weightlora.report.reading import FILES, STATE_FILE, Place, find_runs, is_run, name_apart, read_run
+from weightlora.report.reading import FILES, STATE_FILE, Place, find_runs, is_run, name_apart, read_run, runs_inside
 from weightlora.report.views import view
 
 ADDRESS = "127.0.0.1"
@@ -36,7 +36,7 @@ class Watch:
     """A server of one page about runs, on `address`.
 
     Args:
-        runs: folders of runs or suites, there or not yet.
+        runs: folders of runs or suites, or of several runs, there or not yet.
         port: default: `PORT`, or any that is free; 0 picks one.
 
     Raises:
@@ -122,7 +122,7 @@ def _runs_in(folder: Path) -> list[Place]:
     """The run that it is, or those of the suite that it is, or those that lie in it side by side."""
     if (folder / durable.SUITE_FILE).is_file() or is_run(folder):
         return find_runs([folder])
-    runs = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
+    runs = runs_inside(folder)
     return find_runs(runs) if runs else []
 
 

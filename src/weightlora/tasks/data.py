@@ -114,6 +114,8 @@ def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) ->
     wanted = _wanted_columns(task, columns, source, rows.column_names)
     for role, column in wanted.items():
         if column not in rows.column_names:
+            if columns.get(role) is None:
+                raise ConfigError(_lacks(task, column, wanted, columns, source, rows.column_names))
             raise ConfigError(
                 f"`data.columns.{role}` is {column!r}, not a column of {source}"
                 f"{did_you_mean(column, rows.column_names)} (columns there: {', '.join(rows.column_names)})."
@@ -123,6 +125,24 @@ def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) ->
         if role in wanted:
             _check_text(rows[role][:], wanted[role], source)
     return rows
+
+
+def _lacks(
+    task: Task,
+    column: str,
+    wanted: Mapping[str, str],
+    columns: Mapping[str, str | None],
+    source: Source,
+    there: list[str],
+) -> str:
+    """What to say where the data has not the usual columns of a task, with a guess at those that are meant."""
+    free = iter(name for name in there if name not in wanted.values())
+    roles = {role: name if name in there else next(free, "...") for role, name in wanted.items()}
+    guess = ", ".join(f"{role}: {name}" for role, name in roles.items() if name != wanted[role] or columns.get(role))
+    return (
+        f"Task {task.name!r} reads a column {column!r}, and {source} has {', '.join(there)}; say which it is, such as "
+        f"`data.columns: {{{guess}}}`."
+    )
 
 
 def _renamed(rows: Dataset, wanted: dict[str, str]) -> Dataset:

@@ -23,6 +23,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
     ".parquet": ("parquet", {}),
 }
+FROM_HERE = "paths are relative to the folder you start from"
 MOST_ENTRIES = 10_000  # of a folder that is searched for rows
 
 
@@ -69,7 +70,7 @@ def _open(source: Source) -> Dataset:
         return _open_file(path, source)
     looks_like_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path)
     if path.suffix.lower() in _BUILDERS or not looks_like_hub_id or source.path.startswith("."):
-        raise ConfigError(f"Data file {source.path!r} does not exist (looked for {path.absolute()}).")
+        raise ConfigError(f"Data file {source.path!r} does not exist (looked for {path.absolute()}); {FROM_HERE}.")
     return _open_hub(source)
 
 

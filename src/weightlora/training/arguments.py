@@ -20,10 +20,11 @@ from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean, short
 from weightlora.methods import MethodInfo
 from weightlora.names import lower_is_better
 from weightlora.training import ranks
-from weightlora.training.recipe import LORA_DEFAULTS
+from weightlora.training.recipe import ALIASES, LORA_DEFAULTS
 
 logger = logging.getLogger(__name__)
 
+_CLASSES = {"lora": "LoraConfig", "training": "TrainingArguments"}
 ELSEWHERE = {
     "training": {
         "output_dir": "set it at the top of the recipe",
@@ -132,7 +133,9 @@ def _checked(section: str, name: str, value: Any, defaults: dict[str, Any], hint
     if name in ELSEWHERE[section]:
         raise ConfigError(f"`{where}` cannot be set: {ELSEWHERE[section][name]}.")
     if name not in defaults:
-        raise ConfigError(f"`{where}` is not a key of that section{did_you_mean(name, list(defaults))}.")
+        usual = ALIASES[section].get(name)
+        hint = f"; did you mean {usual!r}?" if usual in defaults else did_you_mean(name, list(defaults))
+        raise ConfigError(f"`{where}` is no field of {_CLASSES[section]}{hint or '; leave it out.'}")
     if (value is None and defaults[name] is None) or name in UNCHECKED:
         return value
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from peft import TaskType
 from torch import nn
@@ -45,6 +46,8 @@ class HeadKind:
         trainer: the class that trains it, by the model's config.
         arguments: builds the trainer's arguments from fields and values, by the model's config.
         outputs: (outputs, labels) -> the part of a batch's outputs that is kept for scoring.
+        nothing: (features, the model's config) -> outputs and labels of these rows that say nothing, as scores take
+            them.
         labels: the name of the targets in a batch.
         writes: whether it is scored by the text it writes.
     """
@@ -53,6 +56,7 @@ class HeadKind:
     task_type: Callable[[Any], TaskType]
     is_new: bool
     collator: Callable[[Any, Any], Any]
+    nothing: Callable[[Any, Any], tuple[Any, Any]]
     trainer: Callable[[Any], type[Trainer]] = lambda config: RunTrainer
     arguments: Callable[[Any], Callable[..., TrainingArguments]] = lambda config: TrainingArguments
     outputs: Callable[[Any, Any], Any] | None = None
@@ -74,6 +78,25 @@ def _token_scores(logits: Any, labels: Any) -> Any:
     scores = torch.zeros(*learnt.shape, 3, device=logits.device)
     scores[learnt] = torch.stack([losses, right, torch.ones_like(losses)], dim=-1)
     return scores.sum(dim=1)
+
+
+def _no_logits(features: Any, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((len(features), config.num_labels)), np.asarray(features["labels"][:])
+
+
+def _no_spans(features: Any, config: Any) -> tuple[tuple[np.ndarray, np.ndarray], None]:
+    tokens = max(len(ids) for ids in features["input_ids"])
+    logits = np.zeros((len(features), tokens))
+    return (logits, logits), None
+
+
+def _no_text(features: Any, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.full((len(features), 1), IGNORED_LABEL)
+    return tokens, tokens
+
+
+def _no_tokens(features: Any, config: Any) -> tuple[np.ndarray, None]:
+    return np.ones((len(features), 3)), None
 
 
 def _padding_on_the_right(tokenizer: Any) -> Any:
@@ -128,6 +151,7 @@ HEADS: dict[Head, HeadKind] = {
         is_new=True,
         collator=lambda tokenizer, model: DataCollatorWithPadding(tokenizer),
         outputs=_logits,
+        nothing=_no_logits,
     ),
     "question-answering": HeadKind(
         auto=lambda config: AutoModelForQuestionAnswering,
@@ -135,6 +159,7 @@ HEADS: dict[Head, HeadKind] = {
         is_new=True,
         collator=lambda tokenizer, model: DataCollatorWithPadding(_padding_on_the_right(tokenizer)),
         outputs=lambda outputs, labels: tuple(outputs[:2]),
+        nothing=_no_spans,
         labels=("start_positions", "end_positions"),
     ),
     # features: input_ids, attention_mask, labels (-100 where nothing is learnt); decoders shift the labels themselves
@@ -145,6 +170,7 @@ HEADS: dict[Head, HeadKind] = {
         collator=lambda tokenizer, model: DataCollatorForSeq2Seq(_padding_on_the_right(tokenizer), model),
         trainer=_text_trainer,
         arguments=_text_arguments,
+        nothing=_no_text,
         writes=True,
     ),
 }
@@ -153,5 +179,6 @@ HEADS["next-token"] = replace(
     HEADS["text-generation"],
     trainer=_decoder_trainer,
     outputs=_token_scores,
+    nothing=_no_tokens,
     writes=False,
 )

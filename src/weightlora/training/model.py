@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from weightlora.errors import ConfigError, did_you_mean, short
 from weightlora.methods.stock import head_modules
+from weightlora.tasks.files import FROM_HERE
 from weightlora.training.chat_templates import read_chat_template
 from weightlora.training.heads import HeadKind
 from weightlora.training.presets import PRESETS, by_tail, linear_modules, tails
@@ -38,7 +39,7 @@ def check_source(spec: ModelSpec) -> None:
     if folder.exists():
         raise ConfigError(f"Model {spec.name!r} is a file; give the folder that holds config.json.")
     if spec.name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
-        raise ConfigError(f"Model folder {spec.name!r} does not exist (looked for {folder.absolute()}).")
+        raise ConfigError(f"Model folder {spec.name!r} does not exist (looked for {folder.absolute()}); {FROM_HERE}.")
 
 
 def _check_gguf(folder: Path, spec: ModelSpec) -> None:

@@ -10,6 +10,7 @@ A task that is a benchmark knows its `data`. Everything else has a default; `Rec
 of a run shows all of them.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,31 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "logging_steps": 10,
     "report_to": "none",
+}
+# {section: {what other tools call a field: its name here}}
+ALIASES: dict[str, dict[str, str]] = {
+    "lora": {
+        "rank": "r",
+        "lora_rank": "r",
+        "lora_r": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "target": "target_modules",
+        "modules": "target_modules",
+    },
+    "training": {
+        "lr": "learning_rate",
+        "batch_size": "per_device_train_batch_size",
+        "train_batch_size": "per_device_train_batch_size",
+        "eval_batch_size": "per_device_eval_batch_size",
+        "epochs": "num_train_epochs",
+        "num_epochs": "num_train_epochs",
+        "steps": "max_steps",
+        "warmup": "warmup_steps",
+        "scheduler": "lr_scheduler_type",
+        "lr_scheduler": "lr_scheduler_type",
+        "optimizer": "optim",
+    },
 }
 
 
@@ -227,6 +253,25 @@ class Recipe(Section):
     on_nan: Literal["stop", "skip"] = "stop"
     output_dir: str
     seed: int = Field(42, ge=0, lt=2**32)
+
+    @classmethod
+    def places(cls, key: str, raw: Mapping[str, Any]) -> list[str]:
+        """With the fields of `lora` and `training`, and the options of the recipe's method, else of any."""
+        from weightlora.training.schema import FILE
+
+        schema = json.loads(FILE.read_text(encoding="utf-8"))
+        found = super().places(key, raw)
+        for section, aliases in ALIASES.items():
+            name = aliases.get(key, key)
+            found += [f"{section}.{name}"] if name in schema["properties"][section]["properties"] else []
+        options = schema["$defs"]["MethodSpec"]["anyOf"][1]
+        method = raw.get("method", MethodSpec().name)
+        method = method.get("name", MethodSpec().name) if isinstance(method, Mapping) else method
+        own = [entry["then"] for entry in options["allOf"] if entry["if"]["properties"]["name"]["const"] == method]
+        known = own[0]["propertyNames"]["enum"] if own else options["properties"]
+        if key != "name" and (key in known or (not found and key in options["properties"])):
+            found.append(f"method.{key}")
+        return found
 
     @field_validator("lora", "training", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from torch import nn
 
 from weightlora import optim
 from weightlora.adapters import residual
+from weightlora.adapters.attach import Adapter
 from weightlora.adapters.attached import list_attached
 from weightlora.errors import ConfigError, UnsupportedError
 
@@ -64,6 +65,24 @@ def refuse_frozen_parts(adapters: Iterable[tuple[str, Iterable[nn.Parameter]]]) 
             raise ConfigError(
                 f"{name}: a factor of its adapter is frozen, and this method resizes both; train A and B."
             )
+
+
+def is_fresh(adapters: Iterable[Adapter]) -> bool:
+    """Whether they add nothing yet: all B are 0, or all gates."""
+    return not any(a.B.weight.any() and (a.gate is None or a.gate.any()) for a in adapters)
+
+
+def require_fresh(adapters: Iterable[Adapter], key: str, method: str) -> None:
+    """For methods that say where gates and factors start.
+
+    Raises:
+        ConfigError: the adapters were trained already, and what they have learnt would be overwritten.
+    """
+    if not is_fresh(adapters):
+        raise ConfigError(
+            f"{method} sets where gates and factors start, and adapter {key!r} was trained already; start from a fresh "
+            "LoraConfig."
+        )
 
 
 def refuse_data_parallel(gpus: int) -> NoReturn:

@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from weightlora import optim
+from weightlora.adapters import admission
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError
 from weightlora.methods._registry import Attach, MethodInfo, register
@@ -118,7 +119,7 @@ class Components(RankEngine):
         self._target = options.target_r * len(self.adapters)
 
     def refuse(self) -> None:
-        self.require_fresh()
+        admission.require_fresh(self.adapters, self.key, self.method)
         self.require_rank(self.options.init_r)
         n, total = len(self.adapters), sum(a.r for a in self.adapters)
         if self.options.target_r * n >= total:

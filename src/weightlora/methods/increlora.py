@@ -27,7 +27,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from weightlora.adapters import distributed, structure, surgery
+from weightlora.adapters import admission, distributed, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods._registry import Attach, MethodInfo, register
@@ -131,7 +131,7 @@ class GrowingRanks(RankEngine):
         self._hooks = [layer.register_forward_hook(partial(self._watch, name)) for name, layer in layers.items()]
 
     def refuse(self) -> None:
-        self.require_fresh()
+        admission.require_fresh(self.adapters, self.key, self.method)
         self.require_rank(self.options.init_r)
         n, ranks = len(self.adapters), sum(a.r for a in self.adapters)
         if ranks >= self.options.target_r * n:

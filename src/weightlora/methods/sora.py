@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from weightlora import optim
-from weightlora.adapters import surgery
+from weightlora.adapters import admission, surgery
 from weightlora.errors import ConfigError
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.ranks import RankEngine, RankMethod
@@ -93,7 +93,7 @@ class SparseRanks(RankEngine):
         super().__init__(model, adapter_name, seed)
 
     def refuse(self) -> None:
-        self.require_fresh()
+        admission.require_fresh(self.adapters, self.key, self.method)
 
     def initialise(self) -> None:
         for adapter in self.adapters:

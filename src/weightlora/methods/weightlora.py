@@ -12,22 +12,16 @@ from typing import Any, Literal
 
 from weightlora import options
 from weightlora.adapters.attach import EXPERTS, Experts
-from weightlora.errors import ConfigError
+from weightlora.methods._gate_rule import FIRST_INFORMED_STEP, GateOptimizer, Mode, gate_rule
 from weightlora.methods._registry import MethodInfo, register
 from weightlora.methods.base import SelectionMethod
-from weightlora.optim import LARGEST, GateRule, Largest, StoGradMP, StoIHT
+from weightlora.optim import Largest
 from weightlora.selection import budgets
 from weightlora.selection.actions import Action, Disconnect, Expand, Settle
-from weightlora.selection.informed import ByEvidence, Rule, gains_for, parse
+from weightlora.selection.informed import Rule, gains_for, parse
 from weightlora.selection.schedules import After
 from weightlora.selection.scores import GateValue, RandomScore
 from weightlora.selection.selector import Strategy
-
-Mode = Literal["default", "paper"]
-GateOptimizer = Literal["stoiht", "stogradmp"]
-
-# The gradient of omega is exactly 0 at step 1, where B = 0.
-FIRST_INFORMED_STEP = 2
 
 
 class WeightLoRA(SelectionMethod):
@@ -81,7 +75,7 @@ class WeightLoRA(SelectionMethod):
         self.when = After(after, first=FIRST_INFORMED_STEP)
         self.settle = Settle(gate or ("hold" if mode == "paper" else "fold"))
         self.compat = compat
-        self.rule = _gate_rule(
+        self.rule = gate_rule(
             self.score, gate, mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat
         )
         super().__init__(seed=seed, share_dropout=share_dropout)
@@ -145,7 +139,7 @@ class WeightLoRAPlus(SelectionMethod):
         if compat:
             # FatAdamW does not project between its events, and unlike the plain optimizer it drops omega <= 0.
             project_every, largest = 0, largest or "positive"
-        self.rule = _gate_rule(
+        self.rule = gate_rule(
             self.score, gate, mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat
         )
         super().__init__(seed=seed, share_dropout=share_dropout)
@@ -197,48 +191,6 @@ class RLoRA(SelectionMethod):
             then=(Disconnect(),),
             experts=self.experts,
         )
-
-
-# Behaviour of the authors' code that `compat=True` reproduces and nothing in the paper asks for.
-AUTHORS_CODE = {
-    "initialisation": "A is uniform in +-1/sqrt(r), about sqrt(d/r) larger than LoRA's +-1/sqrt(d_in)",
-    "signed top-K": "plain WeightLoRA keeps the K largest signed omega, negative ones too, and multiplies by them",
-    "masked adapters move": "A and B of adapters with omega = 0 still follow momentum and weight decay",
-    "no dropout": "`lora_dropout` is ignored on the adapted layers",
-    "uniform noise": "WeightLoRA+ extends A with uniform [0, 1) noise that is not normalised",
-    "all double first": "at a WeightLoRA+ cut every adapter doubles its rank, then half of them are dropped",
-    "scaling": "the scaling stays alpha / r_start after growth (ours holds it too, and saves an alpha that says so)",
-    "omega drifts": "omega is a free scale and is neither 0 nor 1 (so is ours, until it is folded)",
-}
-
-
-def _gate_rule(
-    score: ByEvidence | None,
-    gate: str | None,
-    mode: Mode,
-    largest: Largest | None,
-    gate_lr: float | None,
-    gate_optimizer: GateOptimizer,
-    project_from: int,
-    project_every: int,
-    compat: bool,
-) -> GateRule:
-    given = (gate, mode, largest, gate_lr, gate_optimizer, project_from, project_every, compat)
-    if score and given != (None, "default", None, None, "stoiht", FIRST_INFORMED_STEP, 1, False):
-        raise ConfigError(
-            f"`score={score.rule!r}` trains no omega; leave out `mode`, `compat` and what is about omega."
-        )
-    largest = largest or ("signed" if compat else "positive")
-    lr = 5.0 if gate_lr is None else gate_lr
-    options.one_of("largest", largest, LARGEST)
-    options.one_of("gate_optimizer", gate_optimizer, ("stoiht", "stogradmp"))
-    options.number("gate_lr", lr, above=0, hint="the authors use 5.0")
-    options.whole("project_from", project_from, of="optimizer steps")
-    options.whole("project_every", project_every, 0, of="optimizer steps")
-    if gate_optimizer == "stogradmp":
-        return StoGradMP(lr=lr, largest=largest)
-    first, every = (1, 1) if mode == "paper" else (project_from, project_every)
-    return StoIHT(lr=lr, largest=largest, project_from=first, project_every=every)
 
 
 _PAPER = "Veprikov et al. 2025, WeightLoRA: Keep Only Necessary Adapters"

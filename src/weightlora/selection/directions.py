@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from weightlora import optim, options
-from weightlora.adapters import distributed, surgery
+from weightlora.adapters import admission, distributed, surgery
 from weightlora.adapters.attach import Adapter, OtherAdapter
 from weightlora.errors import ConfigError
 from weightlora.selection.selector import Selector
@@ -48,7 +48,7 @@ class DirectedSelector(Selector):
     def __init__(self, *args: Any, init_after: int | float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._init_after = init_after
-        self._starts_again = self.is_fresh
+        self._starts_again = admission.is_fresh(self.adapters)
         if not self._starts_again:
             logger.info("adapter %r was trained already, so it goes on from there: `init` does nothing", self.key)
         self.restart_at: int | None = None

@@ -92,19 +92,6 @@ class Engine(ABC):
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Restore `facts` and `tensors`; the model already has the structure and weights of that time."""
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the adapters add nothing yet: all B are 0, or all gates."""
-        return not any(a.B.weight.any() and (a.gate is None or a.gate.any()) for a in self.adapters)
-
-    def require_fresh(self) -> None:
-        """Refuse an adapter that was trained already, whose factors a method would overwrite."""
-        if not self.is_fresh:
-            raise ConfigError(
-                f"{self.method} sets where gates and factors start, and adapter {self.key!r} was trained already; "
-                "start from a fresh LoraConfig."
-            )
-
     # -- records -------------------------------------------------------------------------------------------------
 
     @property

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from weightlora import optim
-from weightlora.adapters import attach, structure, surgery
+from weightlora.adapters import admission, attach, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, DivergedError
@@ -100,7 +100,7 @@ class Selector(Engine):
         if strategy.check is not None:
             strategy.check(self.adapters)
         if strategy.reference_code:
-            self.require_fresh()
+            admission.require_fresh(self.adapters, self.key, self.method)
         self._limits = costs.limits(self.model, self.adapters, strategy.keep, strategy.when.rounds)
         surgery.fold_gates(self.adapters)
         attach.use_kernel(self.adapters, gates=strategy.gates is not None, share_dropout=share_dropout)

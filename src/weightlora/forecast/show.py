@@ -167,8 +167,8 @@ def _room(found: Estimate, room: Room) -> list[tuple[str, str]]:
         fits = f"all {n:,} adapters fit as the recipe says"
     else:
         fits = (
-            f"as the recipe says {room.adapters_spread:,} of {n:,} adapters fit where they are spread over the depth, "
-            f"{room.adapters_last:,} where they are the last ones"
+            f"with this micro-batch all {n:,} adapters do not fit; from the first step on, as few as "
+            f"{room.adapters_spread:,} do spread over the depth, or {room.adapters_last:,} in the last modules"
         )
     if room.choice is None:
         other = f"no micro-batch fits all of them: the smallest takes {room.smallest_bytes / 2**30:,.1f} GiB"
@@ -176,7 +176,7 @@ def _room(found: Estimate, room: Room) -> list[tuple[str, str]]:
         c = room.choice
         again = "" if c.checkpointing else "no "
         other = (
-            f"all of them with micro-batches of {c.batch:,}, {c.accumulation:,} to a step, and {again}checkpointing: "
+            f"with all of them: micro-batches of {c.batch:,}, {c.accumulation:,} to a step, and {again}checkpointing: "
             f"{c.peak_bytes / 2**30:,.1f} GiB"
         )
     rows = [(gib, fits), ("", other)]

@@ -29,7 +29,7 @@ class WeightLoRA(SelectionMethod):
 
     Args:
         keep: how much stays: a number of adapters (10), a share (0.25), '61440 parameters' or '2 MB'; or a share of
-            the cost of a step with all adapters: '40% memory' (activations) or '50% time' (operations). "auto": the set
+            the cost of a step with all adapters: '40% memory' (activations) or '70% time' (operations). "auto": the set
             with the cheapest step among those that cover 90% of what all do, see `score="coverage"`.
         after: T, the optimizer step of the cut, or a share of the run (0.1). Default: a tenth of the run and at most
             one epoch.

@@ -5,7 +5,7 @@ keep=0.25                a quarter of them            keep={"share": 0.25}
 keep="61440 parameters"  weights in A and B           keep={"parameters": 61440}
 keep="2 MB"              their size as stored         keep={"bytes": 2_000_000}
 keep="40% memory"        activations of a step        keep={"memory": 0.4}
-keep="50% time"          operations of a step         keep={"time": 0.5}
+keep="70% time"          operations of a step         keep={"time": 0.7}
 
 The last two are shares of the cost of a step with all adapters, not sums over adapters; see `costs`. keep="auto", and
 keep={"auto": 0.1} with its tolerance, leave the number to the evidence; see `informed`.

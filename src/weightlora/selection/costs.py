@@ -1,7 +1,7 @@
 """Budgets in cost: the best-scoring adapters whose training step fits into a share of the one with all adapters.
 
 keep="40% memory"     bytes kept from forward to backward
-keep="50% time"       floating point operations of a step, forward and backward
+keep="70% time"       floating point operations of a step, forward and backward
 
 Backward runs down to the lowest kept adapter, so a cost is no sum over adapters: it is what that one makes necessary
 plus what the others add to it (`adapters.profile`). Both are known exactly for the first batch, and as shares they

@@ -165,6 +165,16 @@ def test_a_run_that_starts_over_with_smaller_batches(tmp_path):
     assert passes.rows == [4] * 4 + [8] * 4 + [6] * 8, "the cut stands, and the batches of four became three"
 
 
+def test_a_loss_that_was_set_on_the_trainer_stays_there(tmp_path):
+    """A loss that adds up over all tokens is scaled for merged micro-batches, by another function in its place."""
+    growing, trainer = GrowBatch(2), make_trainer(tmp_path, model=model_without_dropout())
+    own = trainer.compute_loss = lambda *args, **kwargs: torch.ones(())  # type: ignore[method-assign]
+    growing._trainer = trainer
+    with growing._scaled_loss(0.5):
+        assert trainer.compute_loss() == 0.5
+    assert vars(trainer)["compute_loss"] is own
+
+
 def test_merged_batches_are_padded_as_each_field_asks():
     short = {"input_ids": torch.ones(2, 2), "attention_mask": torch.ones(2, 2), "labels": torch.ones(2, 2), "n": 3}
     long = {name: torch.ones(2, 3) for name in ("input_ids", "attention_mask", "labels")} | {"n": 3}

@@ -12,6 +12,7 @@ import tiny
 import torch
 from helpers import batch, bert, make_trainer, rows, trainable_state
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -315,13 +316,14 @@ def test_refusals_come_before_training(tmp_path, monkeypatch):
     refused(make_trainer(tmp_path, ReusePrefix(), model=model), ConfigError, "larger disk or `dtype='bfloat16'`")
 
 
-def test_a_disk_that_fills_up_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_disk_that_fills_up_does_not_stop_the_run(error, tmp_path, monkeypatch, caplog):
     model = bert(3, layers_to_transform=[2])
     callback = ReusePrefix()
     trainer = make_trainer(tmp_path, callback, model=model, num_train_epochs=2, max_steps=-1)
 
     def full(store):
-        raise OSError("No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr(RowStore, "flush", full)
     trainer.train()

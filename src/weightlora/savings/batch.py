@@ -273,14 +273,17 @@ class GrowBatch(TrainerCallback):
 
     @contextmanager
     def _scaled_loss(self, scale: float) -> Iterator[None]:
-        compute = self._trainer.compute_loss
-        if scale != 1:
-            self._trainer.compute_loss = lambda *args, **kwargs: compute(*args, **kwargs) * scale
+        if scale == 1:
+            yield
+            return
+        compute, own = self._trainer.compute_loss, vars(self._trainer).get("compute_loss")
+        self._trainer.compute_loss = lambda *args, **kwargs: compute(*args, **kwargs) * scale
         try:
             yield
         finally:
-            if scale != 1:
-                del self._trainer.compute_loss
+            del self._trainer.compute_loss
+            if own is not None:  # somebody's own, set on this Trainer alone
+                self._trainer.compute_loss = own
 
 
 def _steps_of_an_epoch(loader: Any, args: TrainingArguments) -> int | None:

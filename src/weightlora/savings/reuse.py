@@ -28,6 +28,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -180,7 +181,7 @@ class ReusePrefix(TrainerCallback):
         """No failure here may stop the run: it goes on as it would without this callback."""
         try:
             yield
-        except (UnsupportedError, OSError) as error:
+        except (UnsupportedError, OSError, SafetensorError) as error:
             logger.warning("frozen blocks run in every epoch from here on: %s", error)
             self.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from helpers import make_trainer
+from helpers import make_trainer, rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_methods import TABLE, made_ready
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from weightlora import ConfigError, Flexora, LoRADrop, UnsupportedError, last_checkpoint, read_events
 from weightlora.adapters import checkpoint
@@ -284,6 +285,46 @@ def test_the_log_is_the_one_of_a_stock_run_with_ours_beside_it(name, tmp_path):
     history = trainer.state.log_history
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [entry["step"] for entry in history if key in entry] == list(range(2, STEPS + 1, 2)), key
+
+
+class Groups(TrainerCallback):
+    """What the optimizer holds before the first step, by name."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        names = {id(p): n for n, p in kwargs["model"].named_parameters()}
+        self.of_trained = {n for n, p in kwargs["model"].named_parameters() if p.requires_grad}
+        groups = kwargs["optimizer"].param_groups
+        self.found = [[names[id(p)] for p in group["params"]] for group in groups]
+        control.should_training_stop = True
+
+
+def run_made(way: str, name: str, folder: Path) -> Trainer:
+    """A Trainer whose method is listed, or added later, or meets an optimizer that was made before."""
+    model, method, inputs = made(name, lora_dropout=0.0)
+    if isinstance(method, Flexora):
+        method.validate_on([inputs])
+    if way == "listed":
+        return make_trainer(folder, method, model=model, max_steps=STEPS, save_steps=4)
+    trainer = make_trainer(folder, model=model, max_steps=STEPS, save_steps=4)
+    if way == "given":
+        trainer.create_optimizer()
+        given = (trainer.optimizer, None)
+        return Trainer(model, trainer.args, train_dataset=rows(), callbacks=[method], optimizers=given)
+    trainer.add_callback(method)
+    return trainer
+
+
+@every_acting_method
+def test_the_optimizer_holds_the_same_in_the_same_order_however_it_was_made(name, tmp_path):
+    """Moments are saved by place, so that a run could not be resumed in another way than it was begun in."""
+    found = []
+    for way in ("listed", "added"):
+        trainer, groups = run_made(way, name, tmp_path), Groups()
+        trainer.add_callback(groups)
+        trainer.train()
+        assert set().union(*groups.found) == groups.of_trained, way
+        found.append(groups.found)
+    assert all(held == found[0] for held in found)
 
 
 @every_acting_method

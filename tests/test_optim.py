@@ -152,3 +152,57 @@ def test_lr_scale_follows_the_scheduler_of_the_gates_group():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 0.5, lambda _: 0.25])
     assert optim.lr_scale(own) == 0.25 and optim.lr_scale(other) == 0.5
     assert schedule.last_epoch == 0
+
+
+def two_layers() -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.ModuleDict({"A": nn.Linear(3, 2), "B": nn.Linear(2, 3)}) for name in ("low", "up")})
+
+
+def by_kind(model: nn.Module, named: bool) -> torch.optim.AdamW:
+    """Matrices A, matrices B with vectors that are no bias, and the biases, as PEFT's LoRA+ groups them."""
+    groups: list[list[tuple[str, nn.Parameter]]] = [[], [], []]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[2 if "bias" in name else 0 if "A.weight" in name else 1].append((name, p))
+    return torch.optim.AdamW([{"params": group if named else [p for _, p in group]} for group in groups])
+
+
+def places(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    return [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_new_parameters_join_where_an_optimizer_made_afterwards_has_them(named):
+    model = two_layers()
+    model["low"]["B"].bias.requires_grad_(False)
+    elsewhere = nn.Parameter(torch.ones(1))  # a loss's own, say
+    optimizer, before = by_kind(model, named), optim.names(model)
+    optimizer.param_groups[2]["params"].append(elsewhere)
+    if named:
+        optimizer.param_groups[2]["param_names"].append("elsewhere")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = model["up"]["B"].weight
+    for layer in model.values():
+        layer.gate = nn.Parameter(torch.ones(1))
+        layer["A"].weight = nn.Parameter(torch.ones(5, 3))
+    del model["up"]["B"].bias
+    optim.follow(optimizer, model, before)
+    expected = by_kind(model, named)
+    assert places(expected) == [[id(p) for p in g["params"] if p is not elsewhere] for g in optimizer.param_groups]
+    assert id(elsewhere) in places(optimizer)[2]
+    assert kept in optimizer.state and model["up"]["A"].weight not in optimizer.state
+    assert len(optimizer.state) == 4, "the matrices B and the biases of A are left as they were"
+    if named:
+        own = {p: name for name, p in model.named_parameters()} | {elsewhere: "elsewhere"}
+        for group in optimizer.param_groups:
+            assert group["param_names"] == [own[p] for p in group["params"]]
+
+
+def test_what_was_left_out_of_an_optimizer_stays_out():
+    model = two_layers()
+    optimizer = torch.optim.AdamW(p for name, p in model.named_parameters() if ".B." in name)
+    before, held = optim.names(model), places(optimizer)
+    optim.follow(optimizer, model, before)
+    assert places(optimizer) == held

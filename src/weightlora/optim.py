@@ -8,13 +8,15 @@ Two words to keep apart: *thresholding* sets a gate to 0, and it may come back; 
 
 from __future__ import annotations
 
+import heapq
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Largest = Literal["positive", "signed", "magnitude"]
 LARGEST: tuple[str, ...] = get_args(Largest)
@@ -214,18 +216,64 @@ def is_at_boundary(optimizer: torch.optim.Optimizer | None) -> bool:
     return state is None or bool(state.sync_gradients)
 
 
-def follow(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Make a live optimizer hold what a model trains: it forgets everything else, and new ones join its first group."""
-    wanted = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
-    groups = host(optimizer).param_groups
-    held = {id(p): p for group in groups for p in group["params"]}
-    drop_params(optimizer, [p for i, p in held.items() if i not in wanted])
-    new = [named for i, named in wanted.items() if i not in held]
-    groups[0]["params"] += [p for _, p in new]
-    if "param_names" in groups[0]:
-        groups[0]["param_names"] += [name for name, _ in new]
-    for _, p in new:
-        _start_afresh(host(optimizer), p)
+def names(model: nn.Module) -> MutableMapping[Tensor, str]:
+    """{parameter: name}, with "" for what is frozen; it keeps no parameter alive."""
+    found = WeakTensorKeyDictionary()
+    for name, p in model.named_parameters():
+        found[p] = name if p.requires_grad else ""
+    return found
+
+
+def follow(optimizer: torch.optim.Optimizer, model: nn.Module, before: Mapping[Tensor, str]) -> None:
+    """Make a live optimizer hold what one made now would hold, each parameter in its place.
+
+    A parameter that has taken another's name takes its place, too. One that is new joins the group that holds what is
+    next to it in the tree of modules, in the model's order. What was left out of the optimizer stays out.
+
+    Args:
+        before: `names` of the model before it was changed.
+    """
+    optimizer = host(optimizer)
+    groups, before = optimizer.param_groups, dict(before)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    now, held = set(trained.values()), {p for group in groups for p in group["params"]}
+    gone = {p: name for p, name in before.items() if name and p in held and p not in now}
+    swapped = {p: new for p, name in gone.items() if (new := trained.get(name)) is not None and new not in held}
+    swap_params(optimizer, swapped)  # type: ignore[arg-type]
+    groups_by_name = _groups_by_name(groups, gone | {p: name for name, p in trained.items()})
+    drop_params(optimizer, gone)  # type: ignore[arg-type]
+    taken = held | set(swapped.values())
+    joining: list[list[tuple[nn.Parameter, str]]] = [[] for _ in groups]
+    for name, p in trained.items():
+        if p not in before and p not in taken:
+            joining[_nearest(groups_by_name, name)].append((p, name))
+    place = {p: i for i, p in enumerate(model.parameters())}
+    for group, new in zip(groups, joining, strict=True):
+        named = list(zip(group["params"], group.get("param_names") or [""] * len(group["params"]), strict=True))
+        merged = list(heapq.merge(named, new, key=lambda pair: place.get(pair[0], -1)))
+        group["params"] = [p for p, _ in merged]
+        if "param_names" in group:
+            group["param_names"] = [name for _, name in merged]
+        forget(optimizer, [p for p, _ in new])
+
+
+def _groups_by_name(groups: list[dict[str, Any]], names: dict[Tensor, str]) -> dict[str, int]:
+    """{name of a module: group of the last matrix in it}, since a gate goes with B; of a vector where there is none."""
+    group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
+    found: dict[str, int] = {}
+    for p in sorted((p for p in names if p in group_of), key=lambda p: p.dim() > 1):
+        found |= dict.fromkeys(_above(names[p]), group_of[p])
+    return found
+
+
+def _nearest(groups: dict[str, int], name: str) -> int:
+    return next((groups[module] for module in _above(name) if module in groups), 0)
+
+
+def _above(name: str) -> list[str]:
+    """The modules that a parameter lies in, the innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
 
 
 def swap_params(optimizer: torch.optim.Optimizer, swapped: dict[nn.Parameter, nn.Parameter]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -110,6 +110,28 @@ def admit_optimizer(optimizer: torch.optim.Optimizer) -> None:
             f"{kind} steps A and B as pairs in the order of its parameters, which gates and a cut would break; use "
             "AdamW, after `requires_grad_(False)` on every `lora_A`."
         )
+
+
+def once_a_step(
+    closure: Callable[[], Any], optimizer: torch.optim.Optimizer, observe: Callable[[torch.optim.Optimizer], None]
+) -> Callable[[], Any]:
+    """The closure of an `optimizer.step`, with `observe` after it; UnsupportedError where it is called once more."""
+    calls = 0
+
+    def seen() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise UnsupportedError(
+                f"{type(optim.host(optimizer)).__name__} calls its closure more than once a step, so a step has no "
+                "gradient to select by; use AdamW or SGD."
+            )
+        with torch.enable_grad():
+            loss = closure()
+        observe(optimizer)
+        return loss
+
+    return seen
 
 
 def _is_trained(layer: nn.Module, key: str) -> bool:

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -40,7 +40,7 @@ from weightlora.adapters import admission, checkpoint, structure, surgery
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import Wrapper, check_rewrap, wait_for_all
 from weightlora.adapters.host import active_adapter, find_host
-from weightlora.errors import ConfigError, UnsupportedError
+from weightlora.errors import ConfigError
 from weightlora.methods._progress import follow
 from weightlora.methods._trainer import (
     calling_trainer,
@@ -81,6 +81,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._engine: E | None = None
         self._wrapper = Wrapper()
         self._hooks: list[Any] = []
+        self._before: Mapping[Tensor, str] = {}  # names of parameters as they were before `attach`
         self._planned: tuple[int, ...] = ()
         self._last: int | None = None  # step of the run
         self._resumed = False
@@ -132,6 +133,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             self._engine.let_go()
         adapter_name = adapter_name or active_adapter(host)
         admission.admit(host, adapter_name)
+        self._before = optim.names(model)
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
         self._engine = self.start(host, adapter_name, chosen)
         self._engine.arguments = self.arguments
@@ -183,7 +185,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             if closure is None:
                 self.observe(optimizer)
                 return None
-            seen = self._seeing(closure, optimizer)  # backward runs in there
+            seen = admission.once_a_step(closure, optimizer, self.observe)  # backward runs in there
             return ((args[0], seen, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": seen})
 
         def after(*_: Any) -> None:
@@ -192,24 +194,6 @@ class Method(TrainerCallback, ABC, Generic[E]):
         admission.admit_optimizer(optimizer)
         hooked = optim.host(optimizer)
         self._hooks = [hooked.register_step_pre_hook(before), hooked.register_step_post_hook(after)]
-
-    def _seeing(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-        calls = 0
-
-        def seen() -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > 1:
-                raise UnsupportedError(
-                    f"{type(optim.host(optimizer)).__name__} calls its closure more than once a step, so a step has no "
-                    "gradient to select by; use AdamW or SGD."
-                )
-            with torch.enable_grad():
-                loss = closure()
-            self.observe(optimizer)
-            return loss
-
-        return seen
 
     def unbind(self) -> None:
         """Take the hooks of `bind` off again."""
@@ -327,7 +311,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             # The callback came after the trainer was built, `model_init` made a new model, or the run starts over, as
             # `auto_find_batch_size` does with a smaller batch.
             self.attach(model, seed=args.seed)
-            optim.follow(optimizer, model)
+            optim.follow(optimizer, model, self._before)
         self._reported = 0 if over else self._reported
         cuts = self.plan(state.max_steps, steps_per_epoch(state))
         if not self._resumed and state.global_step > self.engine.global_step and not self.engine.done:

@@ -23,7 +23,7 @@ import numpy as np
 from studies.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results"
-RAW = (RESULTS / "h200.jsonl", RESULTS / "cpu.jsonl")
+RAW = (RESULTS / "h200.jsonl", RESULTS / "cpu.jsonl", RESULTS / "mpnet.jsonl")
 LARGER = "all-mpnet-base-v2"
 RANDOM = ("random", "random stratified", "random feed-forward", "random attention")
 Line = dict[str, Any]
@@ -362,15 +362,15 @@ def default(results: Results) -> str:
     tasks = results.with_part("starts")
     pick, columns = "spread feed-forward", [[], [], []]
     for task in tasks:
-        own = [_mean_above(results, task, pick, "gradient") or 0.0]
-        for start in ("", "gradient"):
-            random = _mean_above(results, task, "random", start) or 0.0
-            own.append((1 + own[0]) / (1 + random) - 1)
+        above = _mean_above(results, task, pick, "gradient")
+        assert above is not None
+        random = [_mean_above(results, task, "random", start) for start in ("", "gradient")]
+        own = [above, *(None if r is None else (1 + above) / (1 + r) - 1 for r in random)]
         for column, value in zip(columns, own, strict=True):
-            column.append(value)
+            column += [] if value is None else [value]
         seeds = len(results.seeds(task, "starts"))
         role = ", confirms" if TASKS[task].role == "confirm" else ""
-        rows.append([f"{task}{role}", str(seeds), *(f"{100 * v:+.1f}" for v in own)])
+        rows.append([f"{task}{role}", str(seeds), *("" if v is None else f"{100 * v:+.1f}" for v in own)])
     rows.append(["mean, 95 % interval over tasks", "", *map(_interval, columns)])
     return _markdown(rows)
 

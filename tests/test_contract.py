@@ -318,13 +318,41 @@ def run_made(way: str, name: str, folder: Path) -> Trainer:
 def test_the_optimizer_holds_the_same_in_the_same_order_however_it_was_made(name, tmp_path):
     """Moments are saved by place, so that a run could not be resumed in another way than it was begun in."""
     found = []
-    for way in ("listed", "added"):
+    for way in ("listed", "added", "given"):
         trainer, groups = run_made(way, name, tmp_path), Groups()
         trainer.add_callback(groups)
         trainer.train()
         assert set().union(*groups.found) == groups.of_trained, way
         found.append(groups.found)
     assert all(held == found[0] for held in found)
+
+
+@every_acting_method
+def test_a_run_with_an_optimizer_that_was_given_resumes_where_it_was(name, tmp_path):
+    torch.manual_seed(0)
+    whole = run_made("given", name, tmp_path)
+    whole.train()
+    for step in (4, 12):
+        torch.manual_seed(step)
+        again = run_made("given", name, tmp_path)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert same(trained(again.model), trained(whole.model)), step
+        held = {id(p) for group in again.optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in again.model.parameters() if p.requires_grad}
+
+
+@every_acting_method
+def test_an_optimizer_without_a_part_of_an_adapter_is_refused_before_the_first_step(name, tmp_path):
+    model, method, inputs = made(name)
+    if isinstance(method, Flexora):
+        method.validate_on([inputs])
+    trainer = make_trainer(tmp_path, method, model=model, max_steps=STEPS)
+    held = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    del held[next(n for n in held if "lora_" in n)]
+    trainer.optimizer = torch.optim.AdamW(held.values(), lr=1e-2)
+    with pytest.raises(ConfigError, match=r"AdamW does not hold lora_A.* of .*layer\.0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @every_acting_method

@@ -176,7 +176,7 @@ def test_new_parameters_join_where_an_optimizer_made_afterwards_has_them(named):
     model = two_layers()
     model["low"]["B"].bias.requires_grad_(False)
     elsewhere = nn.Parameter(torch.ones(1))  # a loss's own, say
-    optimizer, before = by_kind(model, named), optim.names(model)
+    optimizer, before = by_kind(model, named), optim.Names(model)
     optimizer.param_groups[2]["params"].append(elsewhere)
     if named:
         optimizer.param_groups[2]["param_names"].append("elsewhere")
@@ -203,6 +203,6 @@ def test_new_parameters_join_where_an_optimizer_made_afterwards_has_them(named):
 def test_what_was_left_out_of_an_optimizer_stays_out():
     model = two_layers()
     optimizer = torch.optim.AdamW(p for name, p in model.named_parameters() if ".B." in name)
-    before, held = optim.names(model), places(optimizer)
+    before, held = optim.Names(model), places(optimizer)
     optim.follow(optimizer, model, before)
     assert places(optimizer) == held

@@ -183,7 +183,7 @@ def test_optimizers_of_the_trainer(name, tmp_path):
 
 
 def test_an_optimizer_given_to_the_trainer_before_there_were_gates(tmp_path):
-    """`optimizers=(optimizer, None)`, here LoRA+: the gates are in none of its groups and follow its schedule."""
+    """`optimizers=(optimizer, None)`, here LoRA+: the gates join the group of B, as in one made afterwards."""
     found = []
     for given in (False, True):
         model = bert(lora_dropout=0.0)

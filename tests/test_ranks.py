@@ -943,6 +943,15 @@ def test_the_batch_is_held_out_of_the_training_data(tmp_path):
         late.train()
 
 
+@pytest.mark.parametrize("method", [SoRA, DynamicLoRA])
+def test_an_optimizer_for_matrices_is_refused_where_gates_are_trained(method, tmp_path):
+    model = bert(r=12)
+    trainer = make_trainer(tmp_path, method(), model=model, max_steps=12)
+    trainer.optimizer = torch.optim.Muon([p for p in model.parameters() if p.requires_grad and p.dim() == 2])
+    with pytest.raises(ConfigError, match="Muon moves matrices only, and a gate of every rank is a vector"):
+        trainer.train()
+
+
 def test_alora_refuses_what_cannot_work():
     with pytest.raises(ConfigError, match="close all of the model's 36 ranks"):
         ALoRA(36).attach(bert())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
@@ -216,36 +216,43 @@ def is_at_boundary(optimizer: torch.optim.Optimizer | None) -> bool:
     return state is None or bool(state.sync_gradients)
 
 
-def names(model: nn.Module) -> MutableMapping[Tensor, str]:
-    """{parameter: name}, with "" for what is frozen; it keeps no parameter alive."""
-    found = WeakTensorKeyDictionary()
-    for name, p in model.named_parameters():
-        found[p] = name if p.requires_grad else ""
-    return found
+class Names:
+    """What the parameters of a model are called, without keeping any of them alive.
+
+    Attributes:
+        trained: {parameter: name}, of those still there.
+        every: all names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.trained: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                self.trained[p] = name
+        self.every = {name for name, _ in model.named_parameters()}
 
 
-def follow(optimizer: torch.optim.Optimizer, model: nn.Module, before: Mapping[Tensor, str]) -> None:
+def follow(optimizer: torch.optim.Optimizer, model: nn.Module, before: Names) -> None:
     """Make a live optimizer hold what one made now would hold, each parameter in its place.
 
     A parameter that has taken another's name takes its place, too. One that is new joins the group that holds what is
     next to it in the tree of modules, in the model's order. What was left out of the optimizer stays out.
 
     Args:
-        before: `names` of the model before it was changed.
+        before: of the model before it was changed.
     """
     optimizer = host(optimizer)
-    groups, before = optimizer.param_groups, dict(before)
+    groups = optimizer.param_groups
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     now, held = set(trained.values()), {p for group in groups for p in group["params"]}
-    gone = {p: name for p, name in before.items() if name and p in held and p not in now}
+    gone = {p: name for p, name in before.trained.items() if p in held and p not in now}
     swapped = {p: new for p, name in gone.items() if (new := trained.get(name)) is not None and new not in held}
     swap_params(optimizer, swapped)  # type: ignore[arg-type]
     groups_by_name = _groups_by_name(groups, gone | {p: name for name, p in trained.items()})
     drop_params(optimizer, gone)  # type: ignore[arg-type]
-    taken = held | set(swapped.values())
     joining: list[list[tuple[nn.Parameter, str]]] = [[] for _ in groups]
     for name, p in trained.items():
-        if p not in before and p not in taken:
+        if p not in held and p not in before.trained and name not in before.every:
             joining[_nearest(groups_by_name, name)].append((p, name))
     place = {p: i for i, p in enumerate(model.parameters())}
     for group, new in zip(groups, joining, strict=True):

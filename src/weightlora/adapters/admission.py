@@ -112,6 +112,23 @@ def admit_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def admit_held(optimizer: torch.optim.Optimizer, adapters: Iterable[Any]) -> None:
+    """Refuse an optimizer that would leave a part of an adapter, or a gate, as it is.
+
+    Raises:
+        ConfigError: it does not hold something that takes a gradient.
+    """
+    kind = type(optim.host(optimizer)).__name__
+    held = {id(p) for group in optim.host(optimizer).param_groups for p in group["params"]}
+    for adapter in adapters:
+        out = next((n for n, p in _own(adapter.layer, adapter.key) if p.requires_grad and id(p) not in held), None)
+        if out is not None:
+            raise ConfigError(
+                f"{kind} does not hold {out} of {adapter.name}, which would take gradients and never move; make it of "
+                "all parameters that require a gradient, of the very model that is trained."
+            )
+
+
 def once_a_step(
     closure: Callable[[], Any], optimizer: torch.optim.Optimizer, observe: Callable[[torch.optim.Optimizer], None]
 ) -> Callable[[], Any]:
@@ -135,8 +152,13 @@ def once_a_step(
 
 
 def _is_trained(layer: nn.Module, key: str) -> bool:
-    own = [(n.split("."), p) for n, p in layer.named_parameters() if not n.startswith("base_layer.")]
-    return any(p.requires_grad for parts, p in own if key in parts)
+    return any(p.requires_grad for _, p in _own(layer, key))
+
+
+def _own(layer: nn.Module, key: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of an adapter on a layer, by name."""
+    own = [(n, p) for n, p in layer.named_parameters() if not n.startswith("base_layer.")]
+    return [(n, p) for n, p in own if key in n.split(".")]
 
 
 def _give_own_config(model: PeftModel, key: str) -> None:

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -81,7 +81,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._engine: E | None = None
         self._wrapper = Wrapper()
         self._hooks: list[Any] = []
-        self._before: Mapping[Tensor, str] = {}  # names of parameters as they were before `attach`
+        self._before = optim.Names(nn.Module())  # of the model as it was before `attach`
         self._planned: tuple[int, ...] = ()
         self._last: int | None = None  # step of the run
         self._resumed = False
@@ -97,7 +97,10 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
     def restore(self, folder: Path, load: Callable[[], Any]) -> Any:
         """Bring the model back to a checkpoint of this method; `load` loads the weights, and its result is returned."""
+        before, optimizer = optim.Names(self.engine.model), getattr(calling_trainer(), "optimizer", None)
         loaded = self.engine.restore(folder, load)
+        if optimizer is not None:  # it was given, or this is the best checkpoint
+            optim.follow(optimizer, self.engine.model, before)
         self._resumed = True
         self._finish_if_done()
         return loaded
@@ -133,7 +136,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
             self._engine.let_go()
         adapter_name = adapter_name or active_adapter(host)
         admission.admit(host, adapter_name)
-        self._before = optim.names(model)
+        self._before = optim.Names(model)
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
         self._engine = self.start(host, adapter_name, chosen)
         self._engine.arguments = self.arguments
@@ -291,6 +294,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """
         if not self._has_begun(kwargs["model"]):
             self.attach(kwargs["model"], seed=args.seed)
+            if (optimizer := kwargs.get("optimizer")) is not None:  # the user's, into which a checkpoint may be loaded
+                optim.follow(optimizer, kwargs["model"], self._before)
         if not isinstance(kwargs["model"], PeftModel) and (trainer := calling_trainer()) is not None:
             load_through(trainer, self)
 
@@ -311,7 +316,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
             # The callback came after the trainer was built, `model_init` made a new model, or the run starts over, as
             # `auto_find_batch_size` does with a smaller batch.
             self.attach(model, seed=args.seed)
-            optim.follow(optimizer, model, self._before)
+        optim.follow(optimizer, model, self._before)
+        admission.admit_held(optimizer, self.engine.adapters)
         self._reported = 0 if over else self._reported
         cuts = self.plan(state.max_steps, steps_per_epoch(state))
         if not self._resumed and state.global_step > self.engine.global_step and not self.engine.done:

@@ -346,6 +346,8 @@ class RankMethod(Method[R]):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        if self.engine.gates and type(optim.host(kwargs["optimizer"])).__name__ == "Muon":
+            raise ConfigError("Muon moves matrices only, and a gate of every rank is a vector; use AdamW.")
         self.engine.ends = None  # the Trainer may load its best checkpoint first; see `on_train_end`
 
     def on_step_begin(

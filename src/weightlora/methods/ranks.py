@@ -23,13 +23,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import optim
 from weightlora.adapters import admission, attach, structure, surgery
 from weightlora.adapters.attach import Adapter
-from weightlora.adapters.host import active_adapter
+from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.methods.base import Method
 from weightlora.selection.engine import Engine
@@ -341,6 +341,9 @@ class RankMethod(Method[R]):
     def adapters(self) -> list[Adapter]:
         """The adapters that are still attached."""
         return self.engine.adapters
+
+    def _has_begun(self, model: nn.Module) -> bool:  # once it was attached, gates may have values of their own
+        return self._engine is not None and self._engine.model is find_host(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

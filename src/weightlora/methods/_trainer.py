@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 
 from weightlora import durable
 from weightlora.adapters import admission
-from weightlora.adapters.checkpoint import STATE_FILE, load_adapter
+from weightlora.adapters.checkpoint import STATE_FILE, beside, load_adapter
 from weightlora.errors import ConfigError
 
 
@@ -68,7 +68,7 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
 
     method: Any = model._weightlora_method
     folder = Path(str(model_id))
-    if adapter_name != method.engine.key or not (folder / STATE_FILE).is_file():
+    if adapter_name != method.engine.key or not (beside(folder, adapter_name) / STATE_FILE).is_file():
         return load()
     return method.restore(folder, load)
 
@@ -112,13 +112,31 @@ def load_through(trainer: Trainer, method: Any) -> None:
             stock(resume_from_checkpoint, *args)
         elif isinstance(host, PeftModel):
             _check_nothing_else_is_trained(trainer.model, host)
-            host.load_adapter(str(folder), key, is_trainable=True)
+            named = folder / key
+            host.load_adapter(str(named if named.is_dir() else folder), key, is_trainable=True)
         elif own:
             method.restore(folder, lambda: stock(resume_from_checkpoint, *args))
         else:
             method.restore(folder, lambda: load_adapter(host, folder, key))
 
     trainer._load_from_checkpoint = load  # type: ignore[method-assign]
+
+
+def load_best_through(trainer: Trainer | None, method: Any) -> None:
+    """Have the best model loaded where its adapter has a name: the Trainer looks for one called "default"."""
+    if trainer is None:
+        return
+    stock = type(trainer)._load_best_model
+
+    def load() -> None:
+        host, key = method.engine.model, method.engine.key
+        named = Path(str(trainer.state.best_model_checkpoint)) / key
+        if host is trainer.model and isinstance(host, PeftModel) and (named / "adapter_config.json").is_file():
+            host.load_adapter(str(named), key)
+        else:
+            stock(trainer)
+
+    trainer._load_best_model = load  # type: ignore[method-assign]
 
 
 def _check_nothing_else_is_trained(model: Any, host: nn.Module) -> None:

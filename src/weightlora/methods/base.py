@@ -44,6 +44,7 @@ from weightlora.errors import ConfigError
 from weightlora.methods._progress import follow
 from weightlora.methods._trainer import (
     calling_trainer,
+    load_best_through,
     load_through,
     refuse_sharding,
     run_folder,
@@ -294,6 +295,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Report every problem with the schedule here, before the first step."""
         trainer = calling_trainer()
         refuse_sharding(trainer)
+        load_best_through(trainer, self)
         follow(trainer)
         engine = self._engine
         over = engine is not None and not engine.done and state.global_step < engine.global_step and not self._resumed

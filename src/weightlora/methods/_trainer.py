@@ -89,6 +89,24 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
         method.save_state(save_directory)
 
 
+def attach_new_models(trainer: Trainer, attach: Callable[[nn.Module], Any]) -> None:
+    """Attach to what `model_init` makes when training begins, so that a checkpoint can be loaded into it.
+
+    A trial of a search is left to `on_train_begin`: only then is its seed known.
+    """
+    stock = type(trainer).call_model_init
+
+    def make(trial: Any = None) -> nn.Module:
+        model = stock(trainer, trial)
+        if trial is None:
+            if trainer.place_model_on_device:
+                trainer._move_model_to_device(model, trainer.args.device)
+            attach(model)
+        return model
+
+    trainer.call_model_init = make  # type: ignore[method-assign]
+
+
 def load_through(trainer: Trainer, method: Any) -> None:
     """Let `method` load its checkpoints, for a model that the Trainer would resume as if it were whole.
 
@@ -96,7 +114,7 @@ def load_through(trainer: Trainer, method: Any) -> None:
         ConfigError: `save_pretrained` does not know that the model carries adapters. On loading: a `PeftModel` lies
             inside a model of which other parts are trained too.
     """
-    host, key = method.engine.model, method.engine.key
+    host = method.engine.model
     if isinstance(host, PreTrainedModel) and not host._hf_peft_config_loaded:
         raise ConfigError(
             f"the Trainer would save {type(host).__name__} whole, with its LoRA layers in it, and nothing loads such a "
@@ -108,6 +126,7 @@ def load_through(trainer: Trainer, method: Any) -> None:
 
     def load(resume_from_checkpoint: str, *args: Any) -> None:
         folder = Path(resume_from_checkpoint)
+        host, key = method.engine.model, method.engine.key  # `model_init` may have made another
         if not (folder / STATE_FILE).is_file():
             stock(resume_from_checkpoint, *args)
         elif isinstance(host, PeftModel):

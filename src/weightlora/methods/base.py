@@ -43,6 +43,7 @@ from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError
 from weightlora.methods._progress import follow
 from weightlora.methods._trainer import (
+    attach_new_models,
     calling_trainer,
     load_best_through,
     load_through,
@@ -286,8 +287,11 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self.attach(kwargs["model"], seed=args.seed)
         if (optimizer := kwargs.get("optimizer")) is not None:  # the user's, into which a checkpoint may be loaded
             optim.follow(optimizer, kwargs["model"], self._before)
-        if not isinstance(kwargs["model"], PeftModel) and (trainer := calling_trainer()) is not None:
-            load_through(trainer, self)
+        if (trainer := calling_trainer()) is not None:
+            if not isinstance(kwargs["model"], PeftModel):
+                load_through(trainer, self)
+            if trainer.model_init is not None:
+                attach_new_models(trainer, lambda model: self.attach(model, seed=args.seed))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

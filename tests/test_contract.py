@@ -342,6 +342,24 @@ def test_a_run_with_an_optimizer_that_was_given_resumes_where_it_was(name, tmp_p
 
 
 @every_acting_method
+def test_a_run_that_makes_its_model_resumes_where_it_was(name, tmp_path):
+    """`model_init`: the Trainer makes another model when training begins, and loads the checkpoint into that."""
+
+    def run() -> Trainer:
+        _, method, inputs = made(name)
+        if isinstance(method, Flexora):
+            method.validate_on([inputs])
+        return make_trainer(tmp_path, method, model=lambda: made(name)[0], max_steps=STEPS, save_steps=4)
+
+    whole = run()
+    whole.train()
+    for step in (4, 12):
+        again = run()
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert same(trained(again.model), trained(whole.model)), step
+
+
+@every_acting_method
 def test_an_optimizer_without_a_part_of_an_adapter_is_refused_before_the_first_step(name, tmp_path):
     model, method, inputs = made(name)
     if isinstance(method, Flexora):

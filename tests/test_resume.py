@@ -10,10 +10,22 @@ from typing import Any
 import pytest
 import torch
 from helpers import batch, bert, make_trainer, trainable_state
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import Trainer
 
-from weightlora import CheckpointError, ConfigError, RLoRA, WeightLoRA, WeightLoRAPlus, prepare, read_events
+from weightlora import (
+    CheckpointError,
+    ConfigError,
+    RLoRA,
+    WeightLoRA,
+    WeightLoRAPlus,
+    export,
+    last_checkpoint,
+    prepare,
+    read_events,
+    write_report,
+)
 from weightlora.methods import create, get_method
 
 # The method's name and, behind it, what is special; options as in a recipe.
@@ -89,6 +101,50 @@ def test_resuming_is_exact(row, tmp_path):
         assert len(part.optimizer.state) == len(whole.optimizer.state)
         patterns = [getattr(run.model.peft_config["default"], "rank_pattern", None) for run in (part, whole)]
         assert patterns[0] == patterns[1]
+
+
+def named_run(row: str, folder: Path, seed: int, **args: Any) -> Trainer:
+    """The same of an adapter that is not called "default", which PEFT saves into a folder of its own."""
+    bare = bert().unload()
+    torch.manual_seed(seed)
+    lora = {"r": 1 if row.startswith("increlora") else 4, "target_modules": ["query", "key", "value"]}
+    model = get_peft_model(bare, LoraConfig(task_type="SEQ_CLS", **lora), adapter_name="task")  # type: ignore[arg-type]
+    method: Any = create(row.split()[0], RUNS[row])
+    return make_trainer(folder, method, model=model, max_steps=15, save_steps=5, **args)
+
+
+NAMED = ["weightlora", "weightlora_plus", "fixed", "halving", "flexora", "sora", "increlora", "sparse_adapter"]
+
+
+@pytest.mark.parametrize("row", NAMED)
+def test_resuming_an_adapter_with_a_name_is_exact(row, tmp_path):
+    whole = named_run(row, tmp_path, seed=0)
+    whole.train()
+    expected = trainable_state(whole.model)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-15"
+    for step in (5, 10):
+        part = named_run(row, tmp_path, seed=step)
+        part.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        found = trainable_state(part.model)
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_best_model_of_an_adapter_with_a_name_is_loaded_and_exported(tmp_path):
+    bert().unload().save_pretrained(tmp_path / "base")
+    run = tmp_path / "run"
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = named_run("weightlora", run, seed=0, **best)
+    trainer.train()
+    assert (trainer.state.best_model_checkpoint or "").endswith("checkpoint-10")
+    expected = load_file(run / "checkpoint-10" / "task" / "adapter_model.safetensors")
+    found = get_peft_model_state_dict(trainer.model, adapter_name="task")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    for source, step in ((run, 15), (run / "checkpoint-10", 10)):
+        out = export(source, tmp_path / f"out-{step}", base_model=tmp_path / "base")
+        saved = load_file(run / f"checkpoint-{step}" / "task" / "adapter_model.safetensors")
+        exported = load_file(out / "adapter_model.safetensors")
+        assert exported.keys() == saved.keys() and all(torch.equal(exported[key], saved[key]) for key in saved)
+    assert "task" in write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_events_of_a_resumed_run_have_no_gap_and_no_repeat(tmp_path):

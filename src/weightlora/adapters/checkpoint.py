@@ -53,6 +53,15 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{file} cannot be read ({error}); resume from an earlier checkpoint.") from None
 
 
+def beside(adapter: Path, adapter_name: str) -> Path:
+    """The folder of the state that belongs to a saved adapter: its own, or for a named one the one around it.
+
+    PEFT writes an adapter called "default" into the folder that it is given, and others into one of their own in there.
+    """
+    named = adapter.name == adapter_name and not (adapter / STATE_FILE).is_file()
+    return adapter.parent if named else adapter
+
+
 def check_arguments(folder: Path, facts: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Compare a method's arguments with those of a checkpoint. A new `keep` counts while nothing has been cut.
 

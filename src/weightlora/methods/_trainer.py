@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 
 from weightlora import durable
 from weightlora.adapters import admission
-from weightlora.adapters.checkpoint import STATE_FILE, load_adapter
+from weightlora.adapters.checkpoint import STATE_FILE, beside, load_adapter
 from weightlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
 
     method: Any = model._weightlora_method
     folder = Path(str(model_id))
-    if adapter_name != method.engine.key or not (folder / STATE_FILE).is_file():
+    if adapter_name != method.engine.key or not (beside(folder, adapter_name) / STATE_FILE).is_file():
         return load()
     return method.restore(folder, load)
 
@@ -92,48 +92,85 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
         method.save_state(save_directory)
 
 
+def attach_new_models(trainer: Trainer, attach: Callable[[nn.Module], Any]) -> None:
+    """Attach to what `model_init` makes when training begins, so that a checkpoint can be loaded into it.
+
+    A trial of a search is left to `on_train_begin`: only then is its seed known.
+    """
+    stock = type(trainer).call_model_init
+
+    def make(trial: Any = None) -> nn.Module:
+        model = stock(trainer, trial)
+        if trial is None:
+            if trainer.place_model_on_device:
+                trainer._move_model_to_device(model, trainer.args.device)
+            attach(model)
+        return model
+
+    trainer.call_model_init = make  # type: ignore[method-assign]
+
+
 def load_through(trainer: Trainer, method: Any) -> None:
-    """Let `method` load its checkpoints, the best one too, for a model that the Trainer takes to be whole.
+    """Let `method` load its checkpoints, for a model that the Trainer would resume as if it were whole.
 
     Raises:
         ConfigError: `save_pretrained` does not know that the model carries adapters. On loading: a `PeftModel` lies
             inside a model of which other parts are trained too.
     """
-    host, key = method.engine.model, method.engine.key
+    host = method.engine.model
     if isinstance(host, PreTrainedModel) and not host._hf_peft_config_loaded:
         raise ConfigError(
             f"the Trainer would save {type(host).__name__} whole, with its LoRA layers in it, and nothing loads such a "
             "file back; give it the `PeftModel` itself, or attach the LoRA with `model.add_adapter(LoraConfig(...))`."
         )
     stock = trainer._load_from_checkpoint
-    # sentence-transformers' loads what lies around the host as well
-    own = type(trainer)._load_from_checkpoint is not Trainer._load_from_checkpoint
 
     def load(resume_from_checkpoint: str, *args: Any) -> None:
-        folder = Path(resume_from_checkpoint)
-        if not (folder / STATE_FILE).is_file():
-            stock(resume_from_checkpoint, *args)
-        elif isinstance(host, PeftModel):
-            _check_nothing_else_is_trained(trainer.model, host)
-            host.load_adapter(str(folder), key, is_trainable=True)
-        elif own:
-            method.restore(folder, lambda: stock(resume_from_checkpoint, *args))
+        if (Path(resume_from_checkpoint) / STATE_FILE).is_file():
+            _load_host(trainer, method, Path(resume_from_checkpoint), lambda: stock(resume_from_checkpoint, *args))
         else:
-            method.restore(folder, lambda: load_adapter(host, folder, key))
+            stock(resume_from_checkpoint, *args)
 
-    stock_best = trainer._load_best_model
+    trainer._load_from_checkpoint = load  # type: ignore[method-assign]
 
-    def load_best() -> None:
-        best = trainer.state.best_model_checkpoint
-        if best is not None and (Path(best) / STATE_FILE).is_file():
-            load(best)
-        elif best is None or method.engine.done:
-            stock_best()
+
+def load_best_through(trainer: Trainer | None, method: Any) -> None:
+    """Have the best model loaded as a checkpoint is, with what the method knew then.
+
+    The Trainer does so by itself where a `PeftModel` is all there is, and its adapter is called "default".
+    """
+    if trainer is None:
+        return
+    kind = type(trainer)
+
+    def load() -> None:
+        host, key = method.engine.model, method.engine.key
+        best = Path(trainer.state.best_model_checkpoint or "")
+        alone = host is trainer.model and isinstance(host, PeftModel)
+        if alone and (best / key / "adapter_config.json").is_file():
+            host.load_adapter(str(best / key), key)
+        elif not alone and (best / STATE_FILE).is_file():
+            _load_host(trainer, method, best, lambda: kind._load_from_checkpoint(trainer, str(best)))
+        elif alone or method.engine.done:
+            kind._load_best_model(trainer)
         else:  # the Trainer has saved a module around the PeftModel, without gates
             logger.warning("%s is from before the cut and holds no %s, so the last weights stay", best, STATE_FILE)
 
-    trainer._load_from_checkpoint = load  # type: ignore[method-assign]
-    trainer._load_best_model = load_best  # type: ignore[method-assign]
+    trainer._load_best_model = load  # type: ignore[method-assign]
+
+
+def _load_host(trainer: Trainer, method: Any, folder: Path, stock: Callable[[], Any]) -> None:
+    """Load a checkpoint of the method into what carries the adapter, for a model that the Trainer takes to be whole."""
+    host, key = method.engine.model, method.engine.key  # `model_init` may have made another
+    # sentence-transformers' loads what lies around the host as well
+    if isinstance(host, PeftModel):
+        _check_nothing_else_is_trained(trainer.model, host)
+        named = folder / key
+        host.load_adapter(str(named if named.is_dir() else folder), key, is_trainable=True)
+    elif type(trainer)._load_from_checkpoint is not Trainer._load_from_checkpoint:
+        method.restore(folder, stock)
+    else:
+        method.restore(folder, lambda: load_adapter(host, folder, key))
 
 
 def _check_nothing_else_is_trained(model: Any, host: nn.Module) -> None:

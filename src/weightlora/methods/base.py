@@ -43,7 +43,9 @@ from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError
 from weightlora.methods._progress import follow
 from weightlora.methods._trainer import (
+    attach_new_models,
     calling_trainer,
+    load_best_through,
     load_through,
     refuse_sharding,
     run_folder,
@@ -296,8 +298,11 @@ class Method(TrainerCallback, ABC, Generic[E]):
             self.attach(kwargs["model"], seed=args.seed)
             if (optimizer := kwargs.get("optimizer")) is not None:  # the user's, into which a checkpoint may be loaded
                 optim.follow(optimizer, kwargs["model"], self._before)
-        if not isinstance(kwargs["model"], PeftModel) and (trainer := calling_trainer()) is not None:
-            load_through(trainer, self)
+        if (trainer := calling_trainer()) is not None:
+            if not isinstance(kwargs["model"], PeftModel):
+                load_through(trainer, self)
+            if trainer.model_init is not None:
+                attach_new_models(trainer, lambda model: self.attach(model, seed=args.seed))
 
     def _has_begun(self, model: nn.Module) -> bool:
         engine = self._engine
@@ -309,6 +314,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Report every problem with the schedule here, before the first step."""
         trainer, model, optimizer = calling_trainer(), kwargs["model"], kwargs["optimizer"]
         refuse_sharding(trainer)
+        load_best_through(trainer, self)
         follow(trainer)
         engine = self._engine
         over = engine is not None and not engine.done and state.global_step < engine.global_step and not self._resumed

@@ -39,15 +39,23 @@ def find_result(run: Path) -> Path:
     if not run.is_dir():
         what = "is a file" if run.exists() else "does not exist"
         raise CheckpointError(f"{shown} {what}; give the folder of a run, its `output_dir`, or that of an adapter.")
+    attached = [e for e in records.events(run_folder(run)) if e["event"] == "attach"]
+    name = str(attached[-1].get("adapter", "")) if attached else ""
     for folder in (run, run / "adapter", run / "model"):
-        if _holds_weights(folder):
-            return folder
+        if (found := _holding(folder, name)) is not None:
+            return found
     checkpoint = durable.last_checkpoint(run, to_resume=False)
-    if checkpoint is not None and _holds_weights(checkpoint):
-        return checkpoint
+    if checkpoint is not None and (found := _holding(checkpoint, name)) is not None:
+        return found
     raise CheckpointError(
         f"{shown} holds no adapter (adapter_config.json) and no model (config.json); give the `output_dir` of a run."
     )
+
+
+def _holding(folder: Path, name: str) -> Path | None:
+    """The folder, or the one in it that PEFT writes an adapter into that is not called "default"."""
+    inside = [f for f in folder.iterdir() if f.name == name] if folder.is_dir() else []
+    return next((f for f in (*inside, folder) if _holds_weights(f)), None)
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -185,9 +193,10 @@ def _set_padding(model: Any, folder: Path) -> None:
 
 
 def run_folder(adapter: Path) -> Path:
-    """The folder with the records of the run an adapter belongs to: the adapter's own or the one above."""
+    """The folder with the records of the run an adapter belongs to: its own, or the one above it or its checkpoint."""
     names = (EVENTS_FILE, records.METRICS_FILE)
-    return next((f for f in (adapter, adapter.parent) if any((f / name).is_file() for name in names)), adapter)
+    above = [adapter.parent, *([adapter.parent.parent] if durable.is_checkpoint(adapter.parent) else [])]
+    return next((f for f in (adapter, *above) if any((f / name).is_file() for name in names)), adapter)
 
 
 def _model_class(task: str, recorded: str | None) -> Any:

@@ -172,7 +172,7 @@ class Engine(ABC):
             CheckpointError: the state cannot be read, or is of another model. ConfigError: it is of another method, or
             of other arguments that cannot be changed any more. In all cases nothing was touched.
         """
-        tensors, facts = checkpoint.read_state(folder)
+        tensors, facts = checkpoint.read_state(checkpoint.beside(folder, self.key))
         if facts.get("method") != self.method:
             raise ConfigError(
                 f"the checkpoint was written by method {facts.get('method')!r}, this run uses {self.method!r}; resume "

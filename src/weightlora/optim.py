@@ -181,9 +181,18 @@ def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, A
     return next((g for g in groups if any(p is parameter for p in g["params"])), groups[0])
 
 
+_START = "weightlora_start_lr"  # in a group, so that it is saved with it; PyTorch's schedulers go by their `initial_lr`
+
+
+def note_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Note what learning rates start at, before the first step: not every scheduler does."""
+    for group in host(optimizer).param_groups:
+        group[_START] = None if group["lr"] is None else float(group["lr"])
+
+
 def lr_scale(group: dict[str, Any]) -> float:
-    """How far a scheduler has moved a group's learning rate from where it started; 1 without a scheduler."""
-    initial = group.get("initial_lr")
+    """How far a scheduler, or the user, has moved a group's learning rate from where it started."""
+    initial = group.get("initial_lr", group.get(_START))
     return float(group["lr"] / initial) if initial else 1.0
 
 

@@ -320,7 +320,8 @@ def narrow_param(
         dim: None for entries of the flattened parameter.
         fresh: how many of the last entries are new, and only take the scale of their gradients (AdamW's second moment)
             from the old entry in `index`. AdamW counts steps by parameter: with a second moment of 0 in the middle of
-            a run their first steps would be up to six times too long.
+            a run their first steps would be up to six times too long. What is kept in units of the parameter, as
+            schedule-free's z, starts at the parameter's own values.
     """
     optimizer = host(optimizer)
     state = optimizer.state.pop(old, None)
@@ -329,10 +330,21 @@ def narrow_param(
     if state and all(v.shape == old.shape for v in tensors.values()):
         entries = {k: v.flatten()[index] if dim is None else v.index_select(dim, index) for k, v in tensors.items()}
         optimizer.state[new] = {**state, **entries}
-        for key in {"exp_avg", "momentum_buffer"} & entries.keys() if fresh else ():
-            entries[key].narrow(dim or 0, len(index) - fresh, fresh).zero_()
+        _start_entries(optimizer, new, dim or 0, fresh)
     else:
         _start_afresh(optimizer, new)
+
+
+def _start_entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, count: int) -> None:
+    """Have the state of the last entries along `dim` know nothing of their past but the scale of their gradients."""
+    state, first = optimizer.state[parameter], parameter.shape[dim] - count
+    for key, value in state.items() if count else ():
+        if not torch.is_tensor(value) or value.shape != parameter.shape:
+            continue
+        if key in ("exp_avg", "momentum_buffer") or (key != "exp_inf" and _power(optimizer, state, key) == 1):
+            value.narrow(dim, first, count).zero_()
+        elif _power(optimizer, state, key) == -1:
+            value.narrow(dim, first, count).copy_(parameter.detach().narrow(dim, first, count))
 
 
 # {optimizer: {id of a parameter: (group, place in it)}}, so that narrowing thousands of parameters takes one walk. No

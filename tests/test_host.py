@@ -116,11 +116,17 @@ class Watch(TrainerCallback):
         model.train()
 
 
-def run(folder: Path, method: Any, seed: int, *others: TrainerCallback, steps: int = 15) -> Trainer:
-    model = plain()
-    torch.manual_seed(seed)
-    model.add_adapter(lora(lora_dropout=0.05, modules_to_save=["classifier"]))
-    return make_trainer(folder, method, *others, model=model, max_steps=steps, save_steps=5)
+def run(
+    folder: Path, method: Any, seed: int, *others: TrainerCallback, steps: int = 15, init: bool = False, name: str = ""
+) -> Trainer:
+    def make() -> nn.Module:
+        with torch.random.fork_rng():  # the order of the rows is drawn from the same generator
+            model = plain()
+            torch.manual_seed(seed)
+            model.add_adapter(lora(lora_dropout=0.05, modules_to_save=["classifier"]), adapter_name=name or "default")
+        return model
+
+    return make_trainer(folder, method, *others, model=make if init else make(), max_steps=steps, save_steps=5)
 
 
 def test_every_checkpoint_is_what_transformers_loads(tmp_path):
@@ -141,14 +147,15 @@ def test_every_checkpoint_is_what_transformers_loads(tmp_path):
 @pytest.mark.parametrize(
     "method", [lambda: WeightLoRA(keep=3, after=8), lambda: Fixed(keep=3, init_after=7), lambda: SoRA(0.05, after=8)]
 )
-def test_resuming_is_exact(method, tmp_path):
-    whole = run(tmp_path / "whole", method(), 0)
+@pytest.mark.parametrize("made", [{}, {"init": True}, {"name": "task"}])
+def test_resuming_is_exact(method, made, tmp_path):
+    whole = run(tmp_path / "whole", method(), 0, **made)
     whole.train()
     expected = {n: p for n, p in whole.model.named_parameters() if p.requires_grad}
     for step in (5, 10):
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        part = run(folder, method(), step)
+        part = run(folder, method(), step, **made)
         part.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         found = {n: p for n, p in part.model.named_parameters() if p.requires_grad}
         assert found.keys() == expected.keys()

@@ -206,3 +206,15 @@ def test_what_was_left_out_of_an_optimizer_stays_out():
     before, held = optim.Names(model), places(optimizer)
     optim.follow(optimizer, model, before)
     assert places(optimizer) == held
+
+
+def test_a_rate_that_somebody_else_moves_is_measured_from_where_it_was_noted():
+    parameters, optimizer = stepped()
+    (first, second), lr = optimizer.param_groups, optimizer.param_groups[0]["lr"]
+    assert optim.lr_scale(first) == 1.0, "nothing was noted"
+    optim.note_rates(optimizer)
+    first["lr"] = lr / 4
+    assert (optim.lr_scale(first), optim.lr_scale(second)) == (0.25, 1.0)
+    again = torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:]}])
+    again.load_state_dict(optimizer.state_dict())
+    assert optim.lr_scale(again.param_groups[0]) == 0.25

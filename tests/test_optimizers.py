@@ -117,6 +117,26 @@ def test_state_that_nothing_can_match_starts_afresh(name):
     assert list(optimizer.state) == [swapped] and swapped.isfinite().all()
 
 
+@every_optimizer
+def test_new_entries_do_not_go_on_from_the_steps_of_the_old_ones(name):
+    """Without a gradient they move as in a new optimizer, by weight decay at most; the old ones keep their state."""
+    optimizer, parameter = stepped(name, 1)
+    before = copy.deepcopy(optimizer.state[parameter])
+    index = torch.tensor([*range(16), 15, 14])
+    start = torch.cat([parameter.detach(), torch.full((2, 32), 5.0)])
+    wide, fresh = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optim.narrow_param(optimizer, parameter, wide, index, 0, fresh=2)
+    for key, value in optimizer.state.get(wide, {}).items():
+        if torch.is_tensor(value) and value.shape == wide.shape:
+            assert torch.equal(value[:16], before[key]), key
+    other = OPTIMIZERS[name]([fresh])
+    for trained, its in ((wide, optimizer), (fresh, other)):
+        for _ in range(3):
+            trained.grad = torch.zeros_like(trained)
+            its.step()
+    torch.testing.assert_close(wide[16:], fresh[16:], rtol=0, atol=1e-5)
+
+
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
 RUNS = {**OPTIMIZERS, "LoRA+": None}

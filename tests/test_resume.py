@@ -12,7 +12,7 @@ import torch
 from helpers import batch, bert, make_trainer, trainable_state
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from weightlora import (
     CheckpointError,
@@ -22,6 +22,7 @@ from weightlora import (
     WeightLoRAPlus,
     export,
     last_checkpoint,
+    optim,
     prepare,
     read_events,
     write_report,
@@ -145,6 +146,39 @@ def test_the_best_model_of_an_adapter_with_a_name_is_loaded_and_exported(tmp_pat
         exported = load_file(out / "adapter_model.safetensors")
         assert exported.keys() == saved.keys() and all(torch.equal(exported[key], saved[key]) for key in saved)
     assert "task" in write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+class Rates(TrainerCallback):
+    """By step: the rate of A and B as a share of the first one, and that of the gates."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[float, float]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        group = kwargs["optimizer"].param_groups[0]
+        self.seen[state.global_step] = (group["lr"] / args.learning_rate, optim.lr_scale(group))
+
+
+@pytest.mark.parametrize("kind", ["linear", "reduce_lr_on_plateau"])
+def test_the_rate_of_the_gates_follows_the_schedule_and_goes_on_where_it_was(kind, tmp_path):
+    plateau = {"patience": 0, "threshold": 10.0, "factor": 0.5}  # nothing counts as better
+    options = {"lr_scheduler_kwargs": plateau} if kind.startswith("reduce") else {}
+    runs = []
+    for resume in (None, str(tmp_path / "checkpoint-6")):
+        rates = Rates()
+        trainer = make_trainer(
+            tmp_path,
+            *(WeightLoRA(keep=3, after=11), rates),
+            **{"max_steps": 12, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3},
+            **{"lr_scheduler_type": kind, **options},
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        runs.append((trainable_state(trainer.model), rates.seen))
+    (whole, rates), (part, resumed) = runs
+    assert len({lr for lr, _ in rates.values()}) > 2
+    assert all(gates == pytest.approx(lr) for seen in (rates, resumed) for lr, gates in seen.values())
+    assert resumed == {step: seen for step, seen in rates.items() if step > 6}
+    assert part.keys() == whole.keys() and all(torch.equal(part[key], value) for key, value in whole.items())
 
 
 def test_events_of_a_resumed_run_have_no_gap_and_no_repeat(tmp_path):

@@ -191,9 +191,18 @@ def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, A
     return next((g for g in groups if any(p is parameter for p in g["params"])), groups[0])
 
 
+_START = "weightlora_start_lr"  # in a group, so that it is saved with it; PyTorch's schedulers go by their `initial_lr`
+
+
+def note_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Note what learning rates start at, before the first step: not every scheduler does."""
+    for group in host(optimizer).param_groups:
+        group[_START] = None if group["lr"] is None else float(group["lr"])
+
+
 def lr_scale(group: dict[str, Any]) -> float:
-    """How far a scheduler has moved a group's learning rate from where it started; 1 without a scheduler."""
-    initial = group.get("initial_lr")
+    """How far a scheduler, or the user, has moved a group's learning rate from where it started."""
+    initial = group.get("initial_lr", group.get(_START))
     return float(group["lr"] / initial) if initial else 1.0
 
 
@@ -316,7 +325,8 @@ def narrow_param(
         dim: None for entries of the flattened parameter.
         fresh: how many of the last entries are new, and only take the scale of their gradients (AdamW's second moment)
             from the old entry in `index`. AdamW counts steps by parameter: with a second moment of 0 in the middle of
-            a run their first steps would be up to six times too long.
+            a run their first steps would be up to six times too long. What is kept in units of the parameter, as
+            schedule-free's z, starts at the parameter's own values.
     """
     optimizer = host(optimizer)
     state = optimizer.state.pop(old, None)
@@ -325,10 +335,21 @@ def narrow_param(
     if state and all(v.shape == old.shape for v in tensors.values()):
         entries = {k: v.flatten()[index] if dim is None else v.index_select(dim, index) for k, v in tensors.items()}
         optimizer.state[new] = {**state, **entries}
-        for key in {"exp_avg", "momentum_buffer"} & entries.keys() if fresh else ():
-            entries[key].narrow(dim or 0, len(index) - fresh, fresh).zero_()
+        _start_entries(optimizer, new, dim or 0, fresh)
     else:
         _start_afresh(optimizer, new)
+
+
+def _start_entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, count: int) -> None:
+    """Have the state of the last entries along `dim` know nothing of their past but the scale of their gradients."""
+    state, first = optimizer.state[parameter], parameter.shape[dim] - count
+    for key, value in state.items() if count else ():
+        if not torch.is_tensor(value) or value.shape != parameter.shape:
+            continue
+        if key in ("exp_avg", "momentum_buffer") or (key != "exp_inf" and _power(optimizer, state, key) == 1):
+            value.narrow(dim, first, count).zero_()
+        elif _power(optimizer, state, key) == -1:
+            value.narrow(dim, first, count).copy_(parameter.detach().narrow(dim, first, count))
 
 
 # {optimizer: {id of a parameter: (group, place in it)}}, so that narrowing thousands of parameters takes one walk. No

@@ -209,6 +209,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call after backward, before `optimizer.step()`; idle while `accelerator.accumulate` only accumulates."""
         if optim.is_at_boundary(optimizer) and not self._is_over:
+            if optimizer is not None and self.engine.global_step == 0:
+                optim.note_rates(optimizer)
             self.engine.observe(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:

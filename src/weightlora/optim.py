@@ -264,7 +264,7 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module, before: Names) ->
         if p not in held and p not in before.trained and name not in before.every:
             joining[_nearest(groups_by_name, name)].append((p, name))
     place = {p: i for i, p in enumerate(model.parameters())}
-    for group, new in zip(groups, joining, strict=True):
+    for group, new in ((group, new) for group, new in zip(groups, joining, strict=True) if new):
         named = list(zip(group["params"], group.get("param_names") or [""] * len(group["params"]), strict=True))
         merged = list(heapq.merge(named, new, key=lambda pair: place.get(pair[0], -1)))
         group["params"] = [p for p, _ in merged]

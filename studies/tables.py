@@ -519,7 +519,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), results), encoding="utf-8")
         return
     for name, table in TABLES.items():
-        print(f"<!-- {name} -->\n{table(results)}\n")
+        try:
+            shown = table(results)
+        except (AssertionError, ValueError):  # a statistic of nothing, or nothing to compare with
+            shown = "(not enough runs yet)"
+        print(f"<!-- {name} -->\n{shown}\n")
 
 
 if __name__ == "__main__":

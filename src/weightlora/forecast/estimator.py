@@ -349,8 +349,7 @@ class Estimator:
             )
             return found
         if isinstance(strategy.score, Placement):
-            place = {a.name: i for i, a in enumerate(self.adapters)}
-            scores = strategy.score(self.adapters)[[place[name] for name in costs.names]]
+            scores = strategy.score(self.adapters)
             return found | {"kept": sets.best_scored(costs.profile, self.adapters, strategy.keep, scores)}
         return found | sets.possible_sets(costs.profile, self.adapters, strategy.keep)
 

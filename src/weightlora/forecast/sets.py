@@ -10,7 +10,7 @@ import torch
 from weightlora.adapters.attach import Adapter
 from weightlora.adapters.parts import Profile
 from weightlora.selection.budgets import Budget, Limit
-from weightlora.selection.costs import CostTable, check_room
+from weightlora.selection.costs import CostTable, table_with_room
 
 
 def possible_sets(profile: Profile, adapters: Sequence[Adapter], keep: Budget) -> dict[str, np.ndarray]:
@@ -21,7 +21,7 @@ def possible_sets(profile: Profile, adapters: Sequence[Adapter], keep: Budget) -
     """
     if keep.in_cost:
         return {"chosen": best_scored(profile, adapters, keep, torch.ones(len(profile.names)))}
-    ordered = _as_they_run(profile, adapters)
+    ordered = [adapters[i] for i in _as_they_run(profile, adapters)]
     limit, n = keep.resolve(ordered), len(ordered)
     own = CostTable(profile, "memory").own.copy()
     own[0] = own.max() + 1  # backward goes all the way
@@ -35,21 +35,26 @@ def possible_sets(profile: Profile, adapters: Sequence[Adapter], keep: Budget) -
 def best_scored(profile: Profile, adapters: Sequence[Adapter], keep: Budget, scores: torch.Tensor) -> np.ndarray:
     """Mask (n,) of the best scored adapters, in the order of execution; those at -inf are never kept.
 
+    Args:
+        scores: (n,), in the order of `adapters`.
+
     Raises:
         ConfigError: the budget has no room for one.
     """
+    order = _as_they_run(profile, adapters)
+    scores = scores[order]
     eligible = scores > -torch.inf
     if not keep.in_cost:
-        return keep.resolve(_as_they_run(profile, adapters)).choose(scores, eligible).numpy()
-    check_room(profile, keep)
-    table = CostTable(profile, keep.unit)
+        return keep.resolve([adapters[i] for i in order]).choose(scores, eligible).numpy()
+    table = table_with_room(profile, keep)
     worth = scores.double().masked_fill(~eligible, 0).numpy()
     return table.choose(worth, eligible.numpy(), keep.limit * table.total)
 
 
-def _as_they_run(profile: Profile, adapters: Sequence[Adapter]) -> list[Adapter]:
+def _as_they_run(profile: Profile, adapters: Sequence[Adapter]) -> list[int]:
+    """Places among `adapters`."""
     place = {a.name: i for i, a in enumerate(adapters)}
-    return [adapters[place[name]] for name in profile.names]
+    return [place[name] for name in profile.names]
 
 
 def spread(limit: Limit, n: int) -> np.ndarray:

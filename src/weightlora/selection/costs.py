@@ -41,6 +41,7 @@ class Costs:
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter], keep: Budget) -> None:
         self.keep = keep
         self.profile: Profile | None = None
+        self._table: CostTable | None = None
         self._adapters = list(adapters)
         self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -51,23 +52,22 @@ class Costs:
             self._use(distributed.of_first(take_profile(model, self._adapters, args, kwargs)))
 
     def _use(self, profile: Profile) -> None:
-        check_room(profile, self.keep)
-        self.profile = profile
+        self.profile, self._table = profile, table_with_room(profile, self.keep)
         self._hook.remove()
 
     def let_go(self) -> None:
         """Stop waiting for a forward pass."""
         self._hook.remove()
 
-    @functools.cached_property
+    @property
     def table(self) -> CostTable:
         """The profile in the unit of the budget."""
-        if self.profile is None:
+        if self._table is None:
             raise ConfigError(
                 f"`keep={self.keep}` needs to see what adapters cost, but the PEFT model was not called in training "
                 "yet; call the model itself (not a module inside it) before `step`, or give `keep` in adapters."
             )
-        return CostTable(self.profile, self.keep.unit)
+        return self._table
 
     def predicted(self, kept: Sequence[str]) -> dict[str, float]:
         """Memory and time of these adapters as shares of all, at the ranks of the profile."""
@@ -261,8 +261,8 @@ class CostTable:
         return float(total[best]), mask
 
 
-def check_room(profile: Profile, keep: Budget) -> None:
-    """Raise ConfigError if a budget in cost has no room for one adapter, or limits nothing."""
+def table_with_room(profile: Profile, keep: Budget) -> CostTable:
+    """The profile in the unit of a budget in cost; ConfigError if it has no room for one adapter, or limits nothing."""
     if keep.unit == "memory" and profile.checkpointing:
         raise ConfigError(
             f"`keep={keep}` counts activations, and under gradient checkpointing these are the inputs of the blocks, "
@@ -275,3 +275,4 @@ def check_room(profile: Profile, keep: Budget) -> None:
             f"`keep={keep}` has no room for a single adapter: the cheapest of {len(table.names)} alone, "
             f"{table.names[table.alone.argmin()]}, takes {least:.1%} of the {keep.unit} of all; raise it above that."
         )
+    return table

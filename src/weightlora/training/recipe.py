@@ -40,6 +40,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "report_to": "none",
 }
+SCHEMA_FILE = Path(__file__).parents[1] / "recipe.schema.json"  # what `schema` writes
+
 # {section: {what other tools call a field: its name here}}
 ALIASES: dict[str, dict[str, str]] = {
     "lora": {
@@ -257,9 +259,7 @@ class Recipe(Section):
     @classmethod
     def places(cls, key: str, raw: Mapping[str, Any]) -> list[str]:
         """With the fields of `lora` and `training`, and the options of the recipe's method, else of any."""
-        from weightlora.training.schema import FILE
-
-        schema = json.loads(FILE.read_text(encoding="utf-8"))
+        schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
         found = super().places(key, raw)
         for section, aliases in ALIASES.items():
             name = aliases.get(key, key)

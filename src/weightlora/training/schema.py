@@ -13,7 +13,6 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -24,7 +23,7 @@ from transformers import TrainingArguments
 from weightlora.training import recipe
 from weightlora.training.arguments import ABOVE_ZERO, ELSEWHERE, NOT_NEGATIVE, UNCHECKED
 
-FILE = Path(__file__).parents[1] / "recipe.schema.json"
+FILE = recipe.SCHEMA_FILE
 LINE = "# yaml-language-server: $schema={}"
 
 

@@ -43,6 +43,7 @@ LAYERS = [
     "settings",
     "options",
     "names",
+    "instead",
     "paired",
     "against_cost",
     "progress",

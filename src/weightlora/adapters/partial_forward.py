@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import nn
 
 from weightlora.adapters.blocks import Stack, find_stacks
 from weightlora.adapters.host import base_of, find_host
+from weightlora.instead import instead
 
 
 class Lower:
@@ -68,7 +68,7 @@ class Lower:
             return False
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
@@ -77,32 +77,17 @@ def _output_of(block: nn.Module, run: Callable[[], float]) -> Any:
 
     def catch(module: nn.Module, args: Any, output: Any) -> None:
         caught.append(output)
-        raise _Reached
+        raise Reached
 
-    hook = block.register_forward_hook(catch)
-    try:
+    with block.register_forward_hook(catch), suppress(Reached):
         run()
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
     return caught[0]
 
 
 @contextmanager
 def _answering(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
     """Make blocks return `output` whatever their input."""
-    own = [block.__dict__.get("forward") for block in blocks]  # another library's wrapper, such as Accelerate's
-    for block in blocks:
-        block.forward = partial(_answer, output)
-    try:
+    with ExitStack() as inside:
+        for block in blocks:
+            inside.enter_context(instead(block, "forward", lambda *_, **__: output))
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-def _answer(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output

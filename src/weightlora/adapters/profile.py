@@ -28,6 +28,7 @@ from weightlora import measure
 from weightlora.adapters import kernel, surgery
 from weightlora.adapters.attach import Adapter, OtherAdapter
 from weightlora.adapters.parts import Profile, Recomputed, Sums
+from weightlora.instead import instead
 
 # Operations of two operands, by the names of what they save: the gradient of one needs the other and not itself.
 _PRODUCTS = {
@@ -177,16 +178,16 @@ class _Record:
         with ExitStack() as stack:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             stack.enter_context(self.counter)
-            stack.enter_context(_replaced(kernel, "add_update", functools.partial(self._update, kernel.add_update)))
+            stack.enter_context(instead(kernel, "add_update", functools.partial(self._update, kernel.add_update)))
             for module in self.model.modules():
                 if "_gradient_checkpointing_func" in vars(module):
-                    stack.enter_context(_replaced(module, "_gradient_checkpointing_func", self._checkpoint))
+                    stack.enter_context(instead(module, "_gradient_checkpointing_func", self._checkpoint))
             for other in self.others:
                 starts = functools.partial(self._other_starts, other.name)
-                stack.callback(other.layer.register_forward_pre_hook(starts).remove)  # type: ignore[attr-defined]
+                stack.enter_context(other.layer.register_forward_pre_hook(starts))  # type: ignore[attr-defined]
             for block in self.blocks:
-                stack.callback(block.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(self._leave).remove)
+                stack.enter_context(block.register_forward_pre_hook(self._enter, with_kwargs=True))
+                stack.enter_context(block.register_forward_hook(self._leave))
             yield
 
     def _starts(self, name: str) -> int:
@@ -396,13 +397,3 @@ def _saved_attributes(node: type) -> list[str]:
     """For C++ nodes `_saved_...`, one for each saved tensor; for Python nodes the tuple of all."""
     names = [n for n in dir(node) if n.startswith("_saved_") and "_sym_" not in n]
     return ["saved_tensors"] if issubclass(node, BackwardCFunction) else names
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

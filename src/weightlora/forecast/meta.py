@@ -8,7 +8,7 @@ kernel that serves it. Inside `computing_as` these are the ones of that device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from weightlora import measure
 from weightlora.adapters import kernel
+from weightlora.instead import instead
 
 Device = Literal["cpu", "cuda"]
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
@@ -48,7 +49,7 @@ def computing_as(device: Device, autocast: torch.dtype | None = None) -> Iterato
     Args:
         autocast: the dtype of `torch.autocast`, which does not know the meta device.
     """
-    products, products_for, autocast_dtype = _AnyProducts(), kernel._products_for, kernel._autocast_dtype
+    products, products_for = _AnyProducts(), kernel._products_for
     mode, real_autocast = _As(device, autocast), torch.autocast
 
     def autocast_of(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
@@ -60,16 +61,15 @@ def computing_as(device: Device, autocast: torch.dtype | None = None) -> Iterato
         # A GPU's kernel casts what it has loaded, so it serves mixed types; a CPU's leaves them to PyTorch.
         return products if device == "cuda" or products_for(base, x, A, dtype, shared) is not None else None
 
-    kernel._products_for, kernel._autocast_dtype = chosen, lambda x: mode.autocast
-    torch.autocast = autocast_of  # type: ignore[assignment, misc]
-    try:
-        # `labels >= 0` and the like hold everywhere.
-        settings: Any = shape_settings
-        with settings.patch(meta_nonzero_assume_all_nonzero=True), mode:
-            yield
-    finally:
-        kernel._products_for, kernel._autocast_dtype = products_for, autocast_dtype
-        torch.autocast = real_autocast  # type: ignore[misc]
+    settings: Any = shape_settings
+    with (
+        instead(kernel, "_products_for", chosen),
+        instead(kernel, "_autocast_dtype", lambda x: mode.autocast),
+        instead(torch, "autocast", autocast_of),
+        settings.patch(meta_nonzero_assume_all_nonzero=True),  # `labels >= 0` and the like hold everywhere
+        mode,
+    ):
+        yield
 
 
 class _AnyProducts(kernel.TorchProducts):
@@ -129,13 +129,8 @@ class _As(TorchFunctionMode):
         self.device: Device = device
         self.autocast = autocast
 
-    @contextmanager
-    def without_autocast(self) -> Iterator[None]:
-        was, self.autocast = self.autocast, None
-        try:
-            yield
-        finally:
-            self.autocast = was
+    def without_autocast(self) -> AbstractContextManager[None]:
+        return instead(self, "autocast", None)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

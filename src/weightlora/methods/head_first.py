@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.generic import ModelOutput
 
@@ -30,6 +31,7 @@ from weightlora.adapters.blocks import evaluating
 from weightlora.adapters.distributed import from_first
 from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError, DivergedError, UnsupportedError
+from weightlora.instead import instead
 from weightlora.measure import beside_steps
 from weightlora.methods._progress import Progress, follow
 from weightlora.methods._trainer import calling_trainer, sharded_by
@@ -245,19 +247,13 @@ class _Head:
     def outputs(self, loss: Loss, batch: Any, *, grad: bool = True) -> list[Tensor]:
         """Everything the model puts out for a batch that is no loss."""
         caught: list[Any] = []
-        hook = self.model.register_forward_hook(lambda module, args, output: caught.append(output))
-        try:
-            with torch.set_grad_enabled(grad):
-                loss(self.model, batch)
-        finally:
-            hook.remove()
+        with _catching(self.model, caught), torch.set_grad_enabled(grad):
+            loss(self.model, batch)
         return _outputs(caught[0])
 
-    @contextmanager
-    def reading(self, output: Any) -> Iterator[None]:
+    def reading(self, output: Any) -> AbstractContextManager[None]:
         """Inside, the body does not run, and the head reads this output."""
-        with _instead(self.body, lambda *_, **__: output):
-            yield
+        return instead(self.body, "forward", lambda *_, **__: output)
 
 
 def _transformers_model(model: nn.Module) -> Any:
@@ -273,16 +269,9 @@ def _method_on(model: nn.Module) -> Any:
     return next((method for method in found if method is not None), None)
 
 
-@contextmanager
-def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+def _catching(module: nn.Module, caught: list[Any]) -> RemovableHandle:
+    """Inside, what `module` returns comes into `caught`."""
+    return module.register_forward_hook(lambda module, args, output: caught.append(output))
 
 
 # -- features --------------------------------------------------------------------------------------------------------
@@ -354,11 +343,8 @@ def _features(head: _Head, batch: Any, rows: int, loss: Loss, check: bool) -> _F
     """One pass, and what of the body's output the head reads: where the gradient of all it puts out is not 0."""
     wrong = f"HeadFirst cannot fit the head of {type(_transformers_model(head.model)).__name__}:"
     caught: list[Any] = []
-    hook = head.body.register_forward_hook(lambda module, args, output: caught.append(output))
-    try:
+    with _catching(head.body, caught):
         plain = head.outputs(loss, batch, grad=False)
-    finally:
-        hook.remove()
     if len(caught) != 1:
         raise UnsupportedError(f"{wrong} its body runs {len(caught)} times in a pass.")
     tensors = {place: tensor for place, tensor in _tensors(caught[0]).items() if tensor.is_floating_point()}

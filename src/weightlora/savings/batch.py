@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 from weightlora import optim, options
 from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError
+from weightlora.instead import instead
 from weightlora.measure import beside_steps, saved_bytes
 from weightlora.methods._trainer import calling_trainer, refuse_rows_that_belong_together
 
@@ -158,19 +159,14 @@ class GrowBatch(TrainerCallback):
         batches = self._merged(model, waiting)
         parts = len(waiting) / len(batches)
         # A loss that is a mean over its micro-batch is divided by their number, of which a merged one is several.
-        self._trainer.current_gradient_accumulation_steps = total / parts
-        try:
-            with self._scaled_loss(parts if self._adds_up else 1):
-                return torch.stack([self._train_on(model, dict(batch), num_items_in_batch) for batch in batches]).sum()
-        finally:
-            self._trainer.current_gradient_accumulation_steps = total
+        with self._dividing(total / parts), self._scaled_loss(parts if self._adds_up else 1):
+            return torch.stack([self._train_on(model, dict(batch), num_items_in_batch) for batch in batches]).sum()
 
     def _part_of_a_larger_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Tensor:
         """A micro-batch of several steps that are made as one: without gradients the optimizer does nothing."""
         self._waiting.append(inputs)
         self._seen += 1
-        total = self._trainer.current_gradient_accumulation_steps
-        if self._seen >= total:
+        if self._seen >= self._trainer.current_gradient_accumulation_steps:
             self._seen, self._steps = 0, self._steps + 1
             if num_items_in_batch is not None:
                 self._items = num_items_in_batch + (0 if self._items is None else self._items)
@@ -180,15 +176,11 @@ class GrowBatch(TrainerCallback):
         self._waiting, self._steps, self._items = [], 0, None
         groups = [waiting[i : i + self.factor] for i in range(0, len(waiting), self.factor)]
         losses = []
-        try:
-            for group in groups:
-                batches = self._merged(model, group)
-                parts = len(group) / len(batches)
-                self._trainer.current_gradient_accumulation_steps = len(waiting) / parts
-                with self._scaled_loss(parts / steps if self._adds_up else 1):
-                    losses += [self._train_on(model, dict(batch), items) for batch in batches]
-        finally:
-            self._trainer.current_gradient_accumulation_steps = total
+        for group in groups:
+            batches = self._merged(model, group)
+            parts = len(group) / len(batches)
+            with self._dividing(len(waiting) / parts), self._scaled_loss(parts / steps if self._adds_up else 1):
+                losses += [self._train_on(model, dict(batch), items) for batch in batches]
         return torch.stack(losses).sum() * steps  # logged as a mean over the Trainer's steps
 
     def _is_due(self) -> bool:
@@ -271,19 +263,15 @@ class GrowBatch(TrainerCallback):
             prepared = self._trainer._prepare_inputs(dict(inputs))
             return self._trainer.compute_loss(bare, prepared, num_items_in_batch=num_items_in_batch)
 
-    @contextmanager
-    def _scaled_loss(self, scale: float) -> Iterator[None]:
+    def _dividing(self, by: float) -> AbstractContextManager[None]:
+        """Inside, the Trainer divides losses by this number."""
+        return instead(self._trainer, "current_gradient_accumulation_steps", by)
+
+    def _scaled_loss(self, scale: float) -> AbstractContextManager[None]:
         if scale == 1:
-            yield
-            return
-        compute, own = self._trainer.compute_loss, vars(self._trainer).get("compute_loss")
-        self._trainer.compute_loss = lambda *args, **kwargs: compute(*args, **kwargs) * scale
-        try:
-            yield
-        finally:
-            del self._trainer.compute_loss
-            if own is not None:  # somebody's own, set on this Trainer alone
-                self._trainer.compute_loss = own
+            return nullcontext()
+        compute = self._trainer.compute_loss
+        return instead(self._trainer, "compute_loss", lambda *args, **kwargs: compute(*args, **kwargs) * scale)
 
 
 def _steps_of_an_epoch(loader: Any, args: TrainingArguments) -> int | None:

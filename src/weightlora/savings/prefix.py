@@ -8,7 +8,7 @@ blocks before it pass their input on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from weightlora.adapters.blocks import Stack, evaluating, find_stacks
 from weightlora.adapters.host import base_of, find_host
+from weightlora.adapters.partial_forward import Reached
 from weightlora.errors import UnsupportedError
+from weightlora.instead import instead
 
 
 class Prefix:
@@ -62,30 +64,20 @@ class Prefix:
     @torch.no_grad()
     def compute(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Hidden states (batch, length, d) that leave each stack's frozen blocks; no dropout, and nothing else runs."""
-        with evaluating(self._model), self._catching(stop=True) as caught:
-            try:
-                self._model.forward(**inputs)
-            except _Reached:
-                pass
+        with evaluating(self._model), self._catching(stop=True) as caught, suppress(Reached):
+            self._model.forward(**inputs)
         return caught
 
     @contextmanager
     def serving(self, hidden: list[Tensor]) -> Iterator[None]:
         """Forward passes inside start from `hidden`, as `compute` returns it."""
-        replaced: list[tuple[nn.Module, Any]] = []
-        for stack, states, width in zip(self.stacks, hidden, self._widths, strict=True):
-            *below, last = _prefix(stack)
-            answers = [*((block, partial(_pass_on, width)) for block in below), (last, partial(_answer, states, width))]
-            for block, answer in answers:
-                replaced.append((block, block.__dict__.get("forward")))
-                block.forward = answer
-        try:
+        with ExitStack() as inside:
+            for stack, states, width in zip(self.stacks, hidden, self._widths, strict=True):
+                *below, last = _prefix(stack)
+                for block in below:
+                    inside.enter_context(instead(block, "forward", partial(_pass_on, width)))
+                inside.enter_context(instead(last, "forward", partial(_answer, states, width)))
             yield
-        finally:
-            for block, forward in replaced:
-                del block.forward
-                if forward is not None:  # another library's wrapper, such as Accelerate's
-                    block.forward = forward
 
     @contextmanager
     def _catching(self, *, stop: bool) -> Iterator[list[Tensor]]:
@@ -99,14 +91,12 @@ class Prefix:
             self.dtype, self.device = states.dtype, states.device
             caught.append(states)
             if stop and len(caught) == len(self.stacks):
-                raise _Reached
+                raise Reached
 
-        hooks = [_prefix(s)[-1].register_forward_hook(partial(catch, i)) for i, s in enumerate(self.stacks)]
-        try:
+        with ExitStack() as inside:
+            for i, stack in enumerate(self.stacks):
+                inside.enter_context(_prefix(stack)[-1].register_forward_hook(partial(catch, i)))
             yield caught
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _check(self, inputs: Mapping[str, Any]) -> None:
         """Run a batch both ways: the model above may depend on nothing but what is caught."""
@@ -123,10 +113,6 @@ class Prefix:
                 raise UnsupportedError(
                     "what follows its frozen blocks reads more than the hidden states that leave them"
                 )
-
-
-class _Reached(Exception):
-    """Ends a forward pass whose rest is not needed."""
 
 
 def _prefix(stack: Stack) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trai
 from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
 from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.instead import instead
 from weightlora.methods import Progress
 from weightlora.tasks.base import Encoded
 from weightlora.training import fitting
@@ -71,12 +72,8 @@ def evaluate(trainer: Trainer, rows: Encoded, *, scored: bool = True, file: Path
     """Loss of these rows and, if they are `scored`, their metrics; without timings. Generated texts go into `file`."""
     if file is not None and not trainer.is_world_process_zero():
         file = None
-    usual, trainer.compute_metrics = trainer.compute_metrics, _scored_by(rows, file) if scored else None
-    try:
-        found = trainer.evaluate(rows.features)
-    finally:
-        trainer.compute_metrics = usual
-    return evaluated(found)
+    with instead(trainer, "compute_metrics", _scored_by(rows, file) if scored else None):
+        return evaluated(trainer.evaluate(rows.features))
 
 
 def evaluated(found: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from weightlora.adapters import attach
 from weightlora.forecast.estimator import Estimator, Memory, Training, with_adapters
-from weightlora.forecast.sets import evenly
+from weightlora.selection.placement import evenly
 
 PLACEMENTS = ("first", "spread", "last")
 
@@ -31,11 +31,7 @@ class Point(NamedTuple):
 
 def chosen(placement: str, kept: int, n: int) -> np.ndarray:
     """Mask (n,) of `kept` of n modules in the order of execution: the "first", the "last", or "spread" evenly."""
-    mask = np.zeros(n, dtype=bool)
-    if placement == "spread":
-        return evenly(kept, n) if kept else mask
-    mask[:kept] = True
-    return mask if placement == "first" else mask[::-1].copy()
+    return {"first": np.arange(n) < kept, "spread": evenly(kept, n), "last": np.arange(n) >= n - kept}[placement]
 
 
 def curve(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weightlora.forecast.sets import evenly
+from weightlora.selection.placement import evenly
 
 Peak = Callable[[np.ndarray, int, bool], int]
 """(mask of adapters (n,), rows of the micro-batch, checkpointing) -> bytes at the worst moment of a step."""

@@ -11,6 +11,7 @@ from weightlora.adapters.attach import Adapter
 from weightlora.adapters.parts import Profile
 from weightlora.selection.budgets import Budget, Limit
 from weightlora.selection.costs import CostTable, table_with_room
+from weightlora.selection.placement import spread
 
 
 def possible_sets(profile: Profile, adapters: Sequence[Adapter], keep: Budget) -> dict[str, np.ndarray]:
@@ -25,8 +26,9 @@ def possible_sets(profile: Profile, adapters: Sequence[Adapter], keep: Budget) -
     limit, n = keep.resolve(ordered), len(ordered)
     own = CostTable(profile, "memory").own.copy()
     own[0] = own.max() + 1  # backward goes all the way
+    even = spread(limit.costs, limit.limit)
     return {
-        "spread": spread(limit, n),
+        "spread": even if even.any() else _best(limit, -np.array(limit.costs)),
         "least": _best(limit, np.arange(n)),
         "most": _best(limit, own),
     }
@@ -55,22 +57,6 @@ def _as_they_run(profile: Profile, adapters: Sequence[Adapter]) -> list[int]:
     """Places among `adapters`."""
     place = {a.name: i for i, a in enumerate(adapters)}
     return [place[name] for name in profile.names]
-
-
-def spread(limit: Limit, n: int) -> np.ndarray:
-    """As many as fit, in the middles of equal parts; see `placement`."""
-    for count in range(n, 0, -1):
-        mask = evenly(count, n)
-        if sum(cost for cost, kept in zip(limit.costs, mask, strict=True) if kept) <= limit.limit:
-            return mask
-    return _best(limit, -np.array(limit.costs))
-
-
-def evenly(count: int, n: int) -> np.ndarray:
-    """Mask (n,) of `count` places in the middles of equal parts."""
-    mask = np.zeros(n, dtype=bool)
-    mask[[(2 * i + 1) * n // (2 * count) for i in range(count)]] = True
-    return mask
 
 
 def _best(limit: Limit, worth: np.ndarray) -> np.ndarray:

@@ -5,12 +5,12 @@ At equal parameters an even spread over the depth is hard to beat (docs/study.md
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +90,9 @@ class Placement:
         n = len(found)
         random = torch.Generator().manual_seed(self.seed)
         if self.where == "spread":
-            return self._spread(adapters, found)
+            limit = self.keep.resolve(adapters)
+            chosen = [found[i] for i in np.flatnonzero(spread([limit.costs[i] for i in found], limit.limit))]
+            return chosen or found  # the cheapest that fits is left to the budget
         if self.where == "first":
             return found
         if self.where == "last":
@@ -100,16 +102,19 @@ class Placement:
         drawn = [found[i] for i in torch.randperm(n, generator=random).tolist()]
         return drawn if self.where == "random" else _in_turn(adapters, drawn)
 
-    def _spread(self, adapters: Sequence[Adapter], found: list[int]) -> list[int]:
-        """As many as the budget has room for, at equal distances: the middles of equal parts."""
-        limit, n = self.keep.resolve(adapters), len(found)
-        cheapest = itertools.accumulate(sorted(limit.costs[i] for i in found))
-        most = sum(total <= limit.limit for total in cheapest)  # more than these fit in no pattern
-        for count in range(most, 0, -1):
-            chosen = [found[(2 * i + 1) * n // (2 * count)] for i in range(count)]
-            if sum(limit.costs[i] for i in chosen) <= limit.limit:
-                return chosen
-        return found  # the cheapest that fits is left to the budget
+
+def evenly(count: int, n: int) -> np.ndarray:
+    """Mask (n,) of `count` places at equal distances: the middles of equal parts."""
+    mask = np.zeros(n, dtype=bool)
+    mask[[(2 * i + 1) * n // (2 * count) for i in range(count)]] = True
+    return mask
+
+
+def spread(costs: Sequence[int], limit: int) -> np.ndarray:
+    """Mask (n,) of as many places as the limit has room for, evenly; of none where not even the middle one fits."""
+    most = int((np.cumsum(np.sort(costs)) <= limit).sum())  # more than the cheapest fit in no pattern
+    masks = (evenly(count, len(costs)) for count in range(most, -1, -1))
+    return next(mask for mask in masks if np.asarray(costs)[mask].sum() <= limit)
 
 
 def _in_turn(adapters: Sequence[Adapter], drawn: Sequence[int]) -> list[int]:

@@ -305,24 +305,28 @@ def reindex(
 
     Args:
         index: (r',), in order.
-        trained: how many of the first gates have moments that are worth keeping; default all of `index`.
+        trained: of how many of the first ranks the gate has moments that are worth keeping; default all of `index`.
     """
-    k = 0 if new is None else len(new.A)
     A, B, gate = adapter.A.weight, adapter.B.weight, adapter.gate
     index = index.to(A.device)
-    parts = [(A, 0, k), (B, 1, k)]
-    rows, columns = A[index], B[:, index]
+
+    rows, columns, values = A[index], B[:, index], None if gate is None else gate[index]
     if new is not None:
         rows, columns = torch.cat([rows, new.A.to(A)]), torch.cat([columns, new.B.to(B)], dim=1)
-    swapped = surgery.resize(adapter, rows, columns)
+        if values is not None and new.gate is not None:
+            values = torch.cat([values, new.gate.to(values)])
+    swapped: Any = surgery.resize(adapter, rows, columns)
     if gate is not None:
-        values = gate[index] if new is None or new.gate is None else torch.cat([gate[index], new.gate.to(gate)])
-        swapped[gate].copy_(values)  # type: ignore[index]
-        parts.append((gate, 0, len(values) - (len(index) if trained is None else trained)))  # type: ignore[arg-type]
-    for old, dim, fresh in parts if optimizer is not None else ():
-        own = index if fresh <= k else index[: len(index) + k - fresh]
-        like = own.flip(0)[torch.arange(fresh, device=own.device) % len(own)]
-        optim.narrow_param(optimizer, old, swapped[old], torch.cat([own, like]), dim, fresh)  # type: ignore[arg-type]
+        swapped[gate].copy_(values)
+    if optimizer is None:
+        return
+    parameters: list[Any] = [(A, 0, index), (B, 1, index)]  # with the dimension of the ranks, and those with moments
+    if gate is not None:
+        parameters.append((gate, 0, index[:trained]))
+    for old, dim, kept in parameters:
+        fresh = adapter.r - len(kept)
+        like = kept.flip(0)[torch.arange(fresh, device=kept.device) % len(kept)]
+        optim.narrow_param(optimizer, old, swapped[old], torch.cat([kept, like]), dim, fresh)
 
 
 R = TypeVar("R", bound=RankEngine)

@@ -24,7 +24,7 @@ from studies import rules, sets
 from studies.backbones import FEED_FORWARD, Decoder, Encoder
 from studies.bank import MOST, Bank, fit_head
 from studies.tasks import TASKS, Rows, Task
-from weightlora.selection.evidence import Effects
+from weightlora.selection.effects import Effects
 
 RATES = (3e-4, 1e-3, 3e-3, 9e-3)
 SCOUTING = 0.2  # of the run's steps

@@ -19,6 +19,7 @@ from transformers import BertConfig, DataCollatorWithPadding, default_data_colla
 
 from weightlora import ConfigError, Fixed, HeadFirst, LoRADrop, UnsupportedError, read_events
 from weightlora.methods import head_first
+from weightlora.methods._head import Head, read_features
 from weightlora.methods.stock import head_modules
 from weightlora.progress import PROGRESS_FILE, Now
 from weightlora.training.plan import prepare
@@ -112,8 +113,8 @@ def test_a_decoder_that_classifies_and_an_encoder_decoder() -> None:
     torch.manual_seed(0)
     llama = adapted(transformers.LlamaForSequenceClassification(config))
     check(llama, data)
-    head = head_first._Head(llama)
-    kept = head_first._features(head, data[0], 8, head_first.model_loss, check=True).kept["last_hidden_state"]
+    head = Head(llama)
+    kept = read_features(head, data[0], 8, head_first.model_loss, check=True).kept["last_hidden_state"]
     assert kept.values is not None and len(kept.values) == 8  # a token of each row is all that is kept
 
     sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}

@@ -24,8 +24,9 @@ from weightlora.errors import ConfigError, UnsupportedError, did_you_mean
 from weightlora.selection import budgets
 from weightlora.selection.budgets import Budget
 from weightlora.selection.costs import Costs
+from weightlora.selection.effects import Effects
 from weightlora.selection.events import finite
-from weightlora.selection.evidence import OF_ROWS, RULES, Effects, Evidence
+from weightlora.selection.evidence import OF_ROWS, RULES, Evidence
 from weightlora.selection.selector import Selector, Strategy
 
 logger = logging.getLogger(__name__)

@@ -261,7 +261,7 @@ EXPERTS = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 def test_adapters_on_experts_are_seen_as_what_they_keep(checkpointing):
     settings = {"batch": 4, "length": 32}
     found = estimate(mixture(), EXPERTS, method=WeightLoRA(keep=4), checkpointing=checkpointing, **settings)
-    meta, _ = with_adapters(mixture(), EXPERTS, "lora", None)
+    meta, _ = with_adapters(mixture(), EXPERTS, None)
     adapters = list_adapters(meta, linear=False)
     attach.use_kernel(list_adapters(meta), gates=False)
     costs = take_costs(Base(meta), adapters, "fp32", 4, 32, None, "cpu", None)
@@ -300,7 +300,7 @@ DEEP = {"gpt2": {"n_layer": 6}, "mixture": {}}
 def deep(name: str, **lora: Any) -> PeftModel:
     """A model of six blocks on the meta device, with our kernel."""
     if name == "mixture":
-        model, _ = with_adapters(mixture(num_hidden_layers=6), {**EXPERTS, **lora}, "lora", None)
+        model, _ = with_adapters(mixture(num_hidden_layers=6), {**EXPERTS, **lora}, None)
     else:
         made = tiny.build(name, **DEEP.get(name, {"num_hidden_layers": 6}))
         with torch.device("meta"):

@@ -43,7 +43,7 @@ def curve(
         model: its class and config are used. lora: fields of `LoraConfig`.
         counts: numbers of adapters, or about how many of them, from 0 to all.
     """
-    peft, notes = with_adapters(model, copy.deepcopy(dict(lora)), "lora", None)
+    peft, notes = with_adapters(model, copy.deepcopy(dict(lora)), None)
     estimator = Estimator(peft, "lora", None, training, notes)
     attach.use_kernel(estimator.adapters, gates=False)
     costs = estimator.costs(training.precision)

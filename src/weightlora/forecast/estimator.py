@@ -210,7 +210,7 @@ def estimate(
     """
     setting = training or Training(**settings)
     acting, name = _method(method)
-    peft, notes = with_adapters(model, lora, name, model_class)
+    peft, notes = with_adapters(model, lora, model_class)
     return Estimator(peft, name, acting, setting, notes).estimate(precisions, memory_bytes, against_peft)
 
 
@@ -244,9 +244,7 @@ def _is_known(info: methods.MethodInfo) -> bool:
     return info.name in STOCK or (info.callback is not None and issubclass(info.callback, SelectionMethod))
 
 
-def with_adapters(
-    model: PretrainedConfig | nn.Module, lora: Any, method: str, model_class: Any
-) -> tuple[PeftModel, list[str]]:
+def with_adapters(model: PretrainedConfig | nn.Module, lora: Any, model_class: Any) -> tuple[PeftModel, list[str]]:
     """The model on the meta device with stock adapters on it, and what there is to say about it."""
     fields = models.lora_fields(lora) if lora is not None or not isinstance(model, PeftModel) else {}
     if isinstance(model, PeftModel):

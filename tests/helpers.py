@@ -104,6 +104,17 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if any(w in n for w in wanted)}
 
 
+def take_step(loss: Tensor, method: Any, optimizer: torch.optim.Optimizer) -> None:
+    """One step of a plain loop, with the method's two calls if there is a method."""
+    loss.backward()
+    if method is not None:
+        method.observe(optimizer)
+    optimizer.step()
+    if method is not None:
+        method.step(optimizer)
+    optimizer.zero_grad()
+
+
 def train(
     model: nn.Module, method: Any, steps: int, *, of: int = 1000, lr: float = 1e-2, **attach: Any
 ) -> torch.optim.Optimizer:
@@ -112,11 +123,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     method.plan(total_steps=of)
     for step in range(steps):
-        model(**batch(start=8 * (step % 8))).loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(model(**batch(start=8 * (step % 8))).loss, method, optimizer)
     return optimizer
 
 
@@ -126,9 +133,5 @@ def losses_of(model: nn.Module, method: Any, optimizer: torch.optim.Optimizer, b
     for x, y in batches:
         loss = nn.functional.cross_entropy(model(x), y)
         losses.append(loss.item())
-        loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(loss, method, optimizer)
     return losses

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import batch, bert, losses_of, make_trainer, rows
+from helpers import batch, bert, losses_of, make_trainer, rows, take_step
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
@@ -262,11 +262,7 @@ def test_the_published_counts():
     assert trainable_parameters(model) == 36 * 12 * (2 * 768 + 1) == 663_984
     method, optimizer = start(model, 4)
     for _ in range(4):
-        model(torch.randn(2, 768)).square().mean().backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(model(torch.randn(2, 768)).square().mean(), method, optimizer)
     assert trainable_parameters(model) == 36 * 8 * (2 * 768 + 1) == 442_656
 
 
@@ -298,11 +294,7 @@ def test_transposed_and_half_precision_base_layers(architecture, dtype):
     model = prepare("adalora", made.model.to(dtype), lora, target_r=2)
     method, optimizer = start(model, 8)
     for _ in range(8):
-        model(**made.batch).loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(model(**made.batch).loss, method, optimizer)
     x = {a.name: torch.randn(3, a.in_features) for a in list_attached(model)}
     with torch.no_grad():
         expected = {a.name: a.update(x[a.name]) for a in list_attached(model)}
@@ -427,11 +419,7 @@ def test_a_model_made_with_stock_peft_is_driven_too():
     model = get_peft_model(tiny.build("bert").model, config)
     method, optimizer = start(model, 6)
     for _ in range(6):
-        model(**tiny.build("bert").batch).loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(model(**tiny.build("bert").batch).loss, method, optimizer)
     assert sum(a.r for a in list_attached(model)) == 2 * 3
 
 

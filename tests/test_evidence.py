@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, bert, make_trainer, train, trainable_state
+from helpers import batch, bert, make_trainer, take_step, train, trainable_state
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from weightlora import ConfigError, WeightLoRA, WeightLoRAPlus, list_adapters, read_events
 from weightlora.errors import UnsupportedError
 from weightlora.selection.budgets import deal
-from weightlora.selection.evidence import DAMPING, RULES, Effects, Evidence
+from weightlora.selection.effects import Effects
+from weightlora.selection.evidence import DAMPING, RULES, Evidence
 from weightlora.selection.informed import cheapest
 
 CUT = 8
@@ -197,11 +198,7 @@ def test_every_rule_finds_what_was_changed(score):
     for rows in x:
         wanted = teacher(rows).detach()
         loss = (model(rows) - wanted - 0.3 * torch.randn(wanted.shape, generator=noise)).square().sum(-1).mean()
-        loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(loss, method, optimizer)
     assert {name.rsplit(".", 1)[-1] for name in method.kept} == {str(i) for i in changed}
 
 
@@ -392,11 +389,7 @@ def test_a_module_that_mixes_rows_is_refused_by_the_rules_that_need_them_only():
         method.plan(8)
         for step in range(4):
             x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(step))
-            model(x).square().mean().backward()
-            method.observe(optimizer)
-            optimizer.step()
-            method.step(optimizer)
-            optimizer.zero_grad()
+            take_step(model(x).square().mean(), method, optimizer)
         return method
 
     with pytest.raises(UnsupportedError, match=r"expert sees tokens of several rows at once.*use score='kfac'"):

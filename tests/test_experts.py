@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import take_step
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from test_others import CASES, HEADS, SIZE, Case, go_on, outputs, randomise, train
@@ -188,11 +189,7 @@ def test_an_expert_at_rest_does_not_move():
         at_rest = [a for a in method.adapters if a.gate == 0]
         before = [p.clone() for a in at_rest for p in a.weights]
         torch.manual_seed(step)
-        outputs(model, case).square().mean().backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(outputs(model, case).square().mean(), method, optimizer)
         assert all(torch.equal(a, b) for a, b in zip(before, [p for a in at_rest for p in a.weights], strict=True))
         rested += sum(isinstance(a, ExpertAdapter) for a in at_rest)
     assert rested > 20

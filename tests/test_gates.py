@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, bert, train
+from helpers import batch, bert, take_step, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -141,10 +141,6 @@ def test_a_model_cast_after_attach_trains_its_gates_in_float32():
     optimizer = torch.optim.AdamW(model.to(torch.bfloat16).parameters(), lr=1e-2)
     method.plan(1000)
     for step in range(6):
-        model(**batch(start=8 * step)).loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(model(**batch(start=8 * step)).loss, method, optimizer)
     omega = torch.tensor(list(method.engine.gate_values().values()))
     assert (omega != omega.bfloat16().float()).any()  # there are steps that bfloat16 would lose

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, bert, make_trainer, trainable_state
+from helpers import batch, bert, make_trainer, take_step, trainable_state
 from peft import PeftModel
 from torch import nn
 
@@ -25,13 +25,7 @@ def calm(**lora: Any) -> PeftModel:
 
 def steps_of(model: nn.Module, optimizer: Any, numbers: Any, method: Any = None) -> None:
     for step in numbers:
-        model(**batch(8, (8 * step) % 64)).loss.backward()
-        if method is not None:
-            method.observe(optimizer)
-        optimizer.step()
-        if method is not None:
-            method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(model(**batch(8, (8 * step) % 64)).loss, method, optimizer)
 
 
 def begun(method: Halving, model: PeftModel, total: int) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from helpers import take_step
 from peft import LoraConfig, VeraConfig
 from tiny_text import questions, recipe, save_tiny_bert, write_jsonl
 from torch import Tensor, nn
@@ -203,13 +204,7 @@ def train(model: nn.Module, method: Any, inputs: dict[str, Tensor], steps: int =
     if method is not None:
         method.plan(total_steps=steps)
     for _ in range(steps):
-        model(**inputs).loss.backward()
-        if method is not None:
-            method.observe(optimizer)
-        optimizer.step()
-        if method is not None:
-            method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(model(**inputs).loss, method, optimizer)
 
 
 @torch.no_grad()

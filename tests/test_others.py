@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from helpers import check_gates
+from helpers import check_gates, take_step
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -459,11 +459,7 @@ def go_on(
     seen = {}
     for step in range(first, last + 1):
         torch.manual_seed(step)
-        outputs(model, case).square().mean().backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(outputs(model, case).square().mean(), method, optimizer)
         if step in (3, last):
             model.eval()
             seen[step] = outputs(model, case).detach()

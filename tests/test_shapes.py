@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import batch, bert, make_trainer, train
+from helpers import batch, bert, make_trainer, take_step, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_counts import deberta_v3_base
 from test_quantised import four_bit_layer, hqq_layer
@@ -386,11 +386,7 @@ def test_in_rounds_the_density_falls_by_equal_factors():
 def train_on(model: nn.Module, method: Any, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
-        model(**batch(start=8 * step)).loss.backward()
-        method.observe(optimizer)
-        optimizer.step()
-        method.step(optimizer)
-        optimizer.zero_grad()
+        take_step(model(**batch(start=8 * step)).loss, method, optimizer)
 
 
 def test_scores_wait_until_b_has_moved():

@@ -77,7 +77,13 @@ class Strategy:
 
 
 class Selector(Engine):
-    """The one object that changes: a strategy at work on a model."""
+    """The one object that changes: a strategy at work on a model.
+
+    Attributes:
+        cuts: steps of the cuts, once planned.
+        rounds_done: how many of them were made.
+        capacity: parameters of all adapters at the start, which those that grow may fill.
+    """
 
     linear = False  # but the authors' code starts no others, and what a step costs is known of linear layers alone
 
@@ -108,8 +114,8 @@ class Selector(Engine):
             for adapter in self.adapters:
                 surgery.start_as_authors(adapter, seed)
         self._list_parameters()
-        self.capacity = sum(a.parameters for a in self.adapters)
-        self._cuts: tuple[int, ...] | None = (0,) if strategy.when.after == 0 else None
+        self.capacity = self.parameters
+        self.cuts: tuple[int, ...] | None = (0,) if strategy.when.after == 0 else None
         self._observed: tuple[torch.Tensor, torch.Tensor] | None = None  # omega and its gradient
         # While B = 0 (a warm-up from a rate of 0 prolongs that) all gates are equal; a cut waits until one has moved.
         self._informed = strategy.gates is None
@@ -117,21 +123,16 @@ class Selector(Engine):
         # and would be kept before those that learn.
         self._reached = torch.zeros(len(self.adapters), dtype=torch.bool, device=self._weights[0][0].device)
         self.record_attach()
-        if self._cuts == (0,):
+        if self.cuts == (0,):
             self._cut(None)
 
     # -- planning ------------------------------------------------------------------------------------------------
 
     def plan(self, total_steps: int, steps_per_epoch: int | None = None) -> tuple[int, ...]:
         """Fix the steps of the cuts for a run of `total_steps` optimizer steps; raises ConfigError as `After.steps`."""
-        if self._cuts is None:
-            self._cuts = self.strategy.when.steps(total_steps, steps_per_epoch)
-        return self._cuts
-
-    @property
-    def cuts(self) -> tuple[int, ...] | None:
-        """Steps of the cuts, once planned."""
-        return self._cuts
+        if self.cuts is None:
+            self.cuts = self.strategy.when.steps(total_steps, steps_per_epoch)
+        return self.cuts
 
     # -- the training step ---------------------------------------------------------------------------------------
 
@@ -191,13 +192,13 @@ class Selector(Engine):
         """
         if self.done:
             return False
-        if self._cuts is None:
+        if self.cuts is None:
             raise ConfigError("the length of the run is not known; call `plan(total_steps)` or give `after` in steps.")
         self.global_step += 1
         if self._observed is not None:
             self._move_gates(*self._observed, optimizer)
             self._observed = None
-        if self.global_step < self._cuts[self.rounds_done] or not self._informed:
+        if self.global_step < self.cuts[self.rounds_done] or not self._informed:
             return False
         self._cut(optimizer)
         return True
@@ -217,7 +218,7 @@ class Selector(Engine):
             return range(len(self.adapters))
         if self.strategy.reference_code:
             return ()
-        if self._omega is not None:  # on a GPU: as the step before left it
+        if self._omega is not None:
             omega = self._omega.get()
         return (omega == 0).nonzero().flatten().tolist()
 
@@ -226,9 +227,9 @@ class Selector(Engine):
         self._gates = GateVector([gate for a in self.adapters if (gate := a.gate) is not None])
         self._weights = [a.weights for a in self.adapters]
         self._names = [a.name for a in self.adapters]
-        self._omega: Reading | None = None
-        self._sum: Reading | None = None
-        self._due: tuple[int, Reading] | None = None
+        self._omega: Reading | None = None  # on a GPU, as the last step left it
+        self._sum: Reading | None = None  # of the gates' last gradients, which tells whether all are finite
+        self._due: tuple[int, Reading] | None = None  # a step, and its omega that is to be recorded
         self._group: dict[str, Any] | None = None  # of the optimizer, the one with the gates
 
     def _move_gates(
@@ -248,7 +249,7 @@ class Selector(Engine):
         self._omega = Reading(moved) if moved.is_cuda else None
         self._informed = self._informed or bool(gradients.norm() > NO_GRADIENT)
         records = max(2, min(GATE_RECORDS, MOST_GATES_RECORDED // len(self.adapters)))
-        every = max(1, (self._cuts or (1,))[-1] // records)
+        every = max(1, (self.cuts or (1,))[-1] // records)
         if self.global_step % every == 0:
             self._due = self.global_step, self._omega or Reading(moved)
             if not moved.is_cuda:
@@ -296,8 +297,7 @@ class Selector(Engine):
             capacity=self.capacity,
             last=self.rounds_done == len(self._limits),
         )
-        before = sum(a.parameters for a in self.adapters)
-        self._report(cut, scores, before)
+        self._report(cut, scores)
         notes = [note for action in self.strategy.then if (note := action(cut))]
         self.adapters = [a for i, a in enumerate(self.adapters) if i in kept]
         self._reached = self._reached[sorted(kept)]
@@ -347,13 +347,13 @@ class Selector(Engine):
             self._due = None
             self.events.add_gates(step, omega.get().tolist())
 
-    def _report(self, cut: Cut, scores: torch.Tensor, before: int) -> None:
+    def _report(self, cut: Cut, scores: torch.Tensor) -> None:
         self.kept = [a.name for a in cut.kept]
         self.dropped += [a.name for a in cut.dropped]
         self.record_cut(
             {a.name: finite(s) for a, s in zip(self.adapters, scores.tolist(), strict=True)},
             dropped=[a.name for a in cut.dropped],
-            before=before,
+            before=self.parameters,
             after=sum(a.parameters for a in cut.kept),
             gates=self.gate_values(),
             **({"predicted": predicted} if (predicted := self._limits[-1].predicted(self.kept)) else {}),
@@ -369,7 +369,7 @@ class Selector(Engine):
     def facts(self) -> dict[str, Any]:
         return {
             "rounds_done": self.rounds_done,
-            "cuts": self._cuts,
+            "cuts": self.cuts,
             "informed": self._informed,
             "reached": self._reached.tolist(),
             "capacity": self.capacity,
@@ -392,6 +392,6 @@ class Selector(Engine):
             self.strategy = replace(self.strategy, score=score)
         self.rounds_done, self.capacity, self._informed = facts["rounds_done"], facts["capacity"], facts["informed"]
         self._reached = torch.tensor(facts["reached"], dtype=torch.bool, device=self._weights[0][0].device)
-        self._cuts = None if facts["cuts"] is None else tuple(facts["cuts"])
+        self.cuts = None if facts["cuts"] is None else tuple(facts["cuts"])
         if self.strategy.gates is not None:
             self.strategy.gates.load_state_dict(facts["rule"])

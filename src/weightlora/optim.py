@@ -63,6 +63,9 @@ def hard_threshold(values: Tensor, k: int | Choose, largest: Largest = "magnitud
     return torch.where(choose(*rank(values, largest)), values, torch.zeros_like(values))
 
 
+# -- how gates move --------------------------------------------------------------------------------------------------
+
+
 class GateRule(Protocol):
     """One optimizer step on the vector of all gates."""
 
@@ -165,6 +168,9 @@ class StoGradMP:
         self.holds_weights = self._left > 0
 
 
+# -- groups and rates of the host optimizer --------------------------------------------------------------------------
+
+
 def param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, gate_lr: float = 5.0
 ) -> list[dict[str, Any]]:
@@ -206,6 +212,15 @@ def lr_scale(group: dict[str, Any]) -> float:
     return float(group["lr"] / initial) if initial else 1.0
 
 
+def is_at_boundary(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether `optimizer.step()` steps here: not in the middle of `accelerator.accumulate`."""
+    state = getattr(optimizer, "gradient_state", None)
+    return state is None or bool(state.sync_gradients)
+
+
+# -- parameters that leave, join and change --------------------------------------------------------------------------
+
+
 def drop_params(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Make a live optimizer forget parameters: out of its groups, their moments freed."""
     optimizer = host(optimizer)
@@ -217,12 +232,6 @@ def drop_params(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
                 group[key] = [value for value, kept in zip(group[key], stays, strict=True) if kept]
     for parameter in [p for p in optimizer.state if id(p) in gone]:
         del optimizer.state[parameter]
-
-
-def is_at_boundary(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Whether `optimizer.step()` steps here: not in the middle of `accelerator.accumulate`."""
-    state = getattr(optimizer, "gradient_state", None)
-    return state is None or bool(state.sync_gradients)
 
 
 class Names:

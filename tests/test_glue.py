@@ -14,9 +14,9 @@ from weightlora.errors import ConfigError
 from weightlora.tasks import get_task
 from weightlora.tasks.data import Source, Splits, load_splits, sources
 from weightlora.tasks.glue import LORA_DROP, WEIGHTLORA, WEIGHTLORA_TABLE_3, average
-from weightlora.training.plan import with_sources
 from weightlora.training.recipe import parse_recipe
 from weightlora.training.run import run
+from weightlora.training.sources import with_sources
 
 TEXTS = ["bread", "soup or rice", "song or drum or choir", "ball", "violin", "race or goal", "apple", "swim or cheese"]
 # {benchmark: (columns, classes)} as the hub's dataset viewer shows them

@@ -147,9 +147,8 @@ def test_without_a_method_there_are_steps_and_losses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", [{"n_gpu": 2, "torch_compile": False}, {"n_gpu": 1, "torch_compile": True}])
 def test_where_it_would_mislead_or_slow_down_it_does_not_look(tmp_path: Path, setting: dict[str, Any]) -> None:
     progress = Progress(costs=True)
-    trainer = make_trainer(tmp_path, WeightLoRA(keep=3, after=5), progress)
-    progress._model = trainer.model
-    progress._find_method()
+    trainer = make_trainer(tmp_path, method := WeightLoRA(keep=3, after=5), progress)
+    progress._model, progress._method = trainer.model, method
     hooks = len(trainer.model._forward_pre_hooks)
     progress._look_at_costs(SimpleNamespace(**setting))  # type: ignore[arg-type]
     assert len(trainer.model._forward_pre_hooks) == hooks

@@ -235,7 +235,7 @@ def test_options_of_the_method_are_left_to_the_method() -> None:
 
 def test_the_test_split_of_a_benchmark_can_be_left_out() -> None:
     from weightlora.tasks import get_task
-    from weightlora.training.plan import with_sources
+    from weightlora.training.sources import with_sources
 
     mnli = get_task("glue/mnli")
     raw = {"model": "a", "task": mnli.name, "output_dir": "b"}

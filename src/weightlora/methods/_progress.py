@@ -25,7 +25,7 @@ from weightlora.adapters import list_attached
 from weightlora.durable import reason
 from weightlora.errors import WeightLoRAError
 from weightlora.methods._step_costs import StepCosts
-from weightlora.methods._trainer import calling_trainer, run_folder
+from weightlora.methods._trainer import calling_trainer, log, method_on, run_folder
 from weightlora.progress import FINISHED, PROGRESS_FILE, Now
 from weightlora.selection.costs import CostLimit
 from weightlora.selection.events import Event, EventLog
@@ -88,7 +88,7 @@ class Progress(TrainerCallback):
         self._start_over()
         self._training, self._model, self._state = True, kwargs["model"], state
         self._began, self._first_step = time.perf_counter(), state.global_step
-        self._find_method()
+        self._method = method_on(self._model)
         self._dropped = self._count_dropped()
         if not state.is_world_process_zero:
             return
@@ -101,7 +101,7 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._method is None and state.global_step == self._first_step:
-            self._find_method()  # it may have come after us
+            self._method = method_on(self._model)  # it may have come after us
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -292,10 +292,6 @@ class Progress(TrainerCallback):
         beside = max(0.0, time.perf_counter() - self._began - self._in_steps) / done
         return max(0, self._state.max_steps - self._state.global_step) * (pace + beside)
 
-    def _find_method(self) -> None:
-        found = (vars(m).get("_weightlora_method") for m in self._model.modules())
-        self._method = next((method for method in found if method is not None), None)
-
     @property
     def _engine(self) -> Any:
         return getattr(self._method, "_engine", None)
@@ -336,7 +332,7 @@ class Progress(TrainerCallback):
     # -- to whom it may concern --------------------------------------------------------------------------------------
 
     def _to_loggers(self, control: TrainerControl) -> None:
-        now, trainer, due = self.now(), calling_trainer(), control.should_log
+        now, trainer = self.now(), calling_trainer()
         if trainer is None or not any(map(_keeps_figures, trainer.callback_handler.callbacks)):
             return
         values = {
@@ -354,8 +350,7 @@ class Progress(TrainerCallback):
         }
         known = {f"weightlora/{name}": float(value) for name, value in values.items() if value is not None}
         if known:
-            Trainer.log(trainer, known)  # not a subclass's: TRL's empties its own averages
-            control.should_log = due  # `log` has cleared it, and the loss of this step is still to be logged
+            log(known, control)
 
     def _tell(self, *, force: bool = False) -> None:
         moment = time.perf_counter()

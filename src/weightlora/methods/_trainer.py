@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora import durable
 from weightlora.adapters import admission
@@ -48,6 +48,20 @@ def run_folder(args: TrainingArguments) -> Path:
             return Path(trainer._get_output_dir(frame.f_locals["trial"]))
         frame = frame.f_back
     return Path(str(args.output_dir))
+
+
+def log(values: Mapping[str, float], control: TrainerControl) -> None:
+    """Log these with the Trainer's own, from an event of a callback."""
+    trainer, due = calling_trainer(), control.should_log
+    if trainer is not None:
+        Trainer.log(trainer, dict(values))  # not a subclass's: TRL's empties its own averages
+        control.should_log = due  # `log` has cleared it, and the loss of this step is still to be logged
+
+
+def method_on(model: nn.Module) -> Any:
+    """The method that is attached to a model, whatever wraps it; None without one."""
+    found = (vars(m).get("_weightlora_method") for m in model.modules())
+    return next((method for method in found if method is not None), None)
 
 
 def write_and_read_state(host: Any, method: Any) -> None:

@@ -32,7 +32,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightlora import durable, optim, options
@@ -47,6 +47,7 @@ from weightlora.methods._trainer import (
     calling_trainer,
     load_best_through,
     load_through,
+    log,
     refuse_sharding,
     run_folder,
     steps_per_epoch,
@@ -355,11 +356,9 @@ class Method(TrainerCallback, ABC, Generic[E]):
         if any(e["event"] == "cut" for e in new):
             # A checkpoint from before the cut is not the model that was asked for, so it cannot be the best one.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-            self._log(
-                {f"weightlora/{k}": v for e in new if e["event"] == "cut" for k, v in _summary(e).items()}, control
-            )
+            log({f"weightlora/{k}": v for e in new if e["event"] == "cut" for k, v in _summary(e).items()}, control)
         elif control.should_log and not self.engine.done and (values := self.progress()):
-            self._log({f"weightlora/{name}": value for name, value in values.items()}, control)
+            log({f"weightlora/{name}": value for name, value in values.items()}, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = run_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -371,12 +370,6 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.finish(kwargs.get("optimizer"))
-
-    def _log(self, values: dict[str, float], control: TrainerControl) -> None:
-        trainer, due = calling_trainer(), control.should_log
-        if trainer is not None:
-            Trainer.log(trainer, values)  # not a subclass's: TRL's empties its own averages
-            control.should_log = due  # `log` has cleared it, and the loss of this step is still to be logged
 
 
 class SelectionMethod(Method[Selector]):

@@ -29,7 +29,7 @@ from weightlora.errors import ConfigError, DivergedError, UnsupportedError
 from weightlora.measure import beside_steps
 from weightlora.methods._head import Features, Head, read_features
 from weightlora.methods._progress import Progress, follow
-from weightlora.methods._trainer import calling_trainer, sharded_by
+from weightlora.methods._trainer import calling_trainer, method_on, sharded_by
 from weightlora.methods.lora_drop.phase_one import Loss, model_loss, seeded, without_trace
 from weightlora.methods.lora_drop.sampling import class_labels, stratified
 
@@ -114,7 +114,7 @@ class HeadFirst(TrainerCallback):
         with without_trace(trainer):
             found = self._fit(model, batches, loss, tell)
         self._was = model
-        engine = getattr(_method_on(model), "_engine", None)
+        engine = getattr(method_on(model), "_engine", None)
         if engine is not None:
             engine.events.add("head_first", 0, **found)
         if follower is not None:
@@ -140,11 +140,6 @@ class HeadFirst(TrainerCallback):
             "the head was fitted to %d rows in %.1f s: loss %.4g to %.4g", rows, self.found["seconds"], before, after
         )
         return self.found
-
-
-def _method_on(model: nn.Module) -> Any:
-    found = (vars(m).get("_weightlora_method") for m in model.modules())
-    return next((method for method in found if method is not None), None)
 
 
 # -- the rows --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from weightlora.adapters.host import base_of, find_host
 from weightlora.errors import ConfigError
 from weightlora.instead import instead
 from weightlora.measure import beside_steps, saved_bytes
-from weightlora.methods._trainer import calling_trainer, refuse_rows_that_belong_together
+from weightlora.methods._trainer import calling_trainer, method_on, refuse_rows_that_belong_together
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,9 @@ class GrowBatch(TrainerCallback):
     ) -> None:
         """Take part in the Trainer's training step, since no event of it can hold a micro-batch back."""
         self.on_init_end(args, state, control)  # it may have been added since
-        if self.wanted is None and _engine_of(kwargs["model"]) is None:
+        method = method_on(find_host(kwargs["model"]))
+        if self.wanted is None and method is None:
             raise ConfigError("`GrowBatch()` waits for a cut and no method is at work; give it a `factor`.")
-        method = getattr(find_host(kwargs["model"]), "_weightlora_method", None)
         if self.effective and method is not None and method.acts_after_cut:
             raise ConfigError(
                 f"`GrowBatch(effective=True)` leaves out optimizer steps, and {type(method).__name__} acts in every "
@@ -214,7 +214,8 @@ class GrowBatch(TrainerCallback):
 
     def _choose_factor(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> None:
         """Between two optimizer steps: measure before the cut, decide after it."""
-        engine = _engine_of(model)
+        method = method_on(find_host(model))
+        engine = None if method is None else method.engine
         if engine is not None and not engine.done:
             if self._before is None and self.wanted is None:
                 self._before = self._bytes_per_token(model, inputs)
@@ -314,8 +315,3 @@ def _padded(values: Sequence[Tensor], fill: int, left: bool) -> Tensor:
         missing = (width - value.shape[1], 0) if left else (0, width - value.shape[1])
         rows.append(F.pad(value, (*(0, 0) * (value.dim() - 2), *missing), value=fill))
     return torch.cat(rows)
-
-
-def _engine_of(model: Any) -> Any:
-    method = getattr(find_host(model), "_weightlora_method", None)
-    return None if method is None else method.engine

@@ -2,9 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -30,8 +29,8 @@ from weightlora.methods import HeadFirst, Method
 from weightlora.methods.stock import head_modules
 from weightlora.savings import GrowBatch, ReusePrefix
 from weightlora.tasks import Task, get_task
-from weightlora.tasks.base import MAX_LENGTH, MAX_TARGET_LENGTH, Encoded, Format, Part
-from weightlora.tasks.data import Source, Splits, load_splits, sources
+from weightlora.tasks.base import MAX_TARGET_LENGTH, Encoded, Format, Part
+from weightlora.tasks.data import Splits
 from weightlora.training.arguments import count_steps, lora_values, training_arguments
 from weightlora.training.fitting import any_keep, fitted
 from weightlora.training.generating import check_lengths
@@ -47,8 +46,9 @@ from weightlora.training.model import (
 from weightlora.training.presets import resolve
 from weightlora.training.quantised import check_method
 from weightlora.training.ranks import of_parameters
-from weightlora.training.recipe import DropoutSpec, GenerationSpec, GrowSpec, Recipe, SourceSpec
+from weightlora.training.recipe import DropoutSpec, GenerationSpec, GrowSpec, Recipe
 from weightlora.training.sharding import engine_of, load_whole
+from weightlora.training.sources import load_rows, with_sources
 
 _BATCHES = 16  # of training data, at most, for methods that need some to start
 
@@ -137,8 +137,7 @@ def prepare(recipe: Recipe, *, resume: bool, progress: bool, choice: LoraConfig 
         load_whole()
     check_source(recipe.model)
     check_method(recipe.model, methods.get_method(recipe.method.name), lora)
-    with _quiet_datasets():
-        splits = _load_data(recipe, task)
+    splits = load_rows(recipe, task)
 
     tokenizer = load_tokenizer(recipe.model)
     recipe, chosen = fitted(recipe, resume=resume)  # here, where most that is no model is in memory
@@ -372,65 +371,3 @@ def _check_batches(rows: int, arguments: TrainingArguments) -> None:
             f"`training.dataloader_drop_last` leaves out all {rows} training rows, since a batch has {size}; lower "
             "`training.per_device_train_batch_size` or leave the key out."
         )
-
-
-def with_sources(recipe: Recipe, task: Task) -> Recipe:
-    """The recipe with every source and the input length filled in from its task or its `data.path`."""
-    data, known = recipe.data, task.benchmark
-    held_out = data.validation
-    path, name = (data.path, data.name) if data.path or known is None else (known.path, known.name)
-
-    def placed(spec: SourceSpec | None, role: str) -> Source | None:
-        if spec is None or spec.path or spec.split is None:
-            return _source(spec)
-        if path is None:
-            raise ConfigError(
-                f"`data.{role}` names the split {spec.split!r} but no place, and task {task.name!r} has no data of its "
-                f"own; add `data.{role}.path`."
-            )
-        return Source(path, name, spec.split)
-
-    train, validation, test = sources(
-        task,
-        Source(data.path, data.name) if data.path else None,
-        placed(data.train, "train"),
-        placed(held_out, "validation") if isinstance(held_out, SourceSpec) else held_out,
-        placed(data.test or None, "test"),
-    )
-    test = None if data.test is False else test
-    named = {"train": _spec(train), "validation": _spec(validation), "test": _spec(test), "path": None, "name": None}
-    length = data.max_length or getattr(task, "max_length", MAX_LENGTH)
-    return recipe.model_copy(update={"data": data.model_copy(update={**named, "max_length": length})})
-
-
-def _source(spec: SourceSpec | None) -> Source | None:
-    return spec and Source(spec.path, spec.name, spec.split)
-
-
-def _spec(source: Source | float | None) -> SourceSpec | float | None:
-    return SourceSpec(**asdict(source)) if isinstance(source, Source) else source
-
-
-def _load_data(recipe: Recipe, task: Task) -> Splits:
-    data = recipe.data
-    train, held_out = _source(data.train), data.validation
-    validation = _source(held_out) if isinstance(held_out, SourceSpec) else held_out
-    assert train is not None and validation is not None
-    test = _source(data.test or None)
-    return load_splits(task, train, validation, test, data.columns, data.limit, data.eval_limit, recipe.seed)
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Reading a local file needs no progress bar, and our own error reports a failure once."""
-    from datasets import disable_progress_bars, enable_progress_bars
-    from datasets.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-        logging.set_verbosity(verbosity)

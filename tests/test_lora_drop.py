@@ -37,7 +37,7 @@ from weightlora import (
 )
 from weightlora.measure import trainable_parameters
 from weightlora.methods.lora_drop import sharing
-from weightlora.methods.lora_drop.method import group, prefix
+from weightlora.methods.lora_drop.choice import group, prefix
 from weightlora.methods.lora_drop.outputs import OutputEnergy, RowEnergy
 from weightlora.methods.lora_drop.sampling import class_labels, stratified
 from weightlora.output import model_card

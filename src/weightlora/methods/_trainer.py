@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 from weightlora import durable
 from weightlora.adapters import admission
 from weightlora.adapters.checkpoint import STATE_FILE, beside, load_adapter
+from weightlora.adapters.combining import combine_as_trained
 from weightlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def run_folder(args: TrainingArguments) -> Path:
 
 
 def write_and_read_state(host: Any, method: Any) -> None:
-    """Make a model's own saving and loading carry the method's state.
+    """Make a model's own saving and loading carry the method's state, and its combining of adapters the gates.
 
     The Trainer resumes with `model.load_adapter(checkpoint)` before it makes the optimizer, and saves with
     `save_pretrained`, then removes older checkpoints, and only then calls `on_save`; it has no earlier event.
@@ -59,6 +60,7 @@ def write_and_read_state(host: Any, method: Any) -> None:
     host._weightlora_method = method
     if isinstance(host, PeftModel):
         host.load_adapter = MethodType(_load_adapter, host)  # type: ignore[method-assign]
+        combine_as_trained(host.base_model)
     if hasattr(host, "save_pretrained"):
         host.save_pretrained = MethodType(_save_pretrained, host)
 

@@ -587,6 +587,8 @@ def test_the_command(folder: Path) -> None:
     command = CliRunner()
     dry = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--dry-run"])
     assert dry.exit_code == 0 and "Runs       2" in dry.stdout and not (folder / "out").exists()
+    equal = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--dry-run", "equal=operations"])
+    assert "Runs       2, after 2 to see what they cost" in equal.stdout
     early = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--table"])
     assert isinstance(early.exception, ConfigError) and "no finished runs" in str(early.exception)
     done = command.invoke(app, ["bench", str(folder / "suite.yaml")])

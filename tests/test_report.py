@@ -290,6 +290,18 @@ def test_flexora_shows_layers_and_fixed_its_order_and_shares(tmp_path: Path) -> 
     assert choice(run).table[1].reason == "place 2 of the 2 in the pattern"
 
 
+def test_modules_of_one_set_share_its_place(tmp_path: Path) -> None:
+    """Halving compares sets: no module is before another of its set, and each comparison is one of its own."""
+    scores = {"a.0.x": -0.5, "a.1.x": -0.5, "a.2.x": -0.25}  # the last one's set went when less was learnt, or more
+    cut = {"event": "cut", "step": 8, "kept": ["a.0.x", "a.1.x"], "dropped": ["a.2.x"], "scores": scores}
+    rungs = [{"event": "rung", "step": step, "losses": losses} for step, losses in ((4, {"0": 0.5}), (8, {"0": 0.5}))]
+    run = run_of(tmp_path / "halving", "halving", *rungs, cut)
+    assert [(kept.place, kept.reason) for kept in choice(run).table] == [(1, "its set was left, with the loss 0.5")] * 2
+    assert "best of the dropped" not in view(run).kept_note
+    tied = run_of(tmp_path / "tied", "weightlora", {**cut, "kept": ["a.0.x", "a.1.x", "a.2.x"], "dropped": []})
+    assert [kept.place for kept in choice(tied).table] == [2, 2, 1]
+
+
 def test_every_rule_that_scored_the_run_is_shown_and_the_chosen_one_first(tmp_path: Path) -> None:
     scores = {"snr": {"a.0.x": 0.5, "a.1.x": 0.25, "a.2.x": -0.125}, "kfac": {"a.0.x": 1.0, "a.1.x": 3.0, "a.2.x": 2.0}}
     run = run_of(

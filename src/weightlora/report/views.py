@@ -407,7 +407,7 @@ def _kept(run: Run, chosen: Choice) -> tuple[Table, str]:
         for k in (chosen.table[:MOST_ROWS] if chosen.step is not None or run.finished else [])
     ]
     note = f"The first {MOST_ROWS} of {len(chosen.table)}." if len(chosen.table) > MOST_ROWS else ""
-    if run.method in RANK_METHODS or not run.of("cut"):
+    if run.method in RANK_METHODS or run.of("rung") or not run.of("cut"):
         return (header, rows), note
     values = shown[0].values if shown else {}
     dropped = [(v, name) for name in chosen.dropped if (v := values.get(name)) is not None]

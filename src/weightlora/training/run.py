@@ -191,6 +191,7 @@ def _run(job: Job, choice: Chosen | None, resume: bool, asked: _Asked) -> dict[s
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
+    begun_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     clock = time.perf_counter()
     with stopping.listening(), following.to_the_end():
         train(trainer, job, checkpoint)
@@ -221,7 +222,11 @@ def _run(job: Job, choice: Chosen | None, resume: bool, asked: _Asked) -> dict[s
         },
         "rows": plan.rows,
         "steps": trainer.state.global_step,
-        "seconds": {"training": round(seconds, 2), "total": round(time.perf_counter() - asked.started, 2)},
+        "seconds": {
+            "training": round(seconds, 2),
+            "total": round(time.perf_counter() - asked.started, 2),
+            "since_step": begun_at,
+        },
         "versions": {name: _version(name) for name in _LIBRARIES},
     }
     weights = sharding.whole_weights(trainer, job.model)

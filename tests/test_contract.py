@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from weightlora import (
     Flexora,
     LoRADrop,
     UnsupportedError,
+    WeightLoRA,
     WeightLoRAPlus,
     last_checkpoint,
     read_events,
@@ -213,6 +215,26 @@ def test_a_second_attach_knows_nothing_of_the_first(name):
     torch.testing.assert_close(model(**inputs).logits, expected)
     assert all(p == 1 for n, p in model.named_parameters() if "lora_gate" in n)
     assert not again.engine.tensors() and not again.engine.finish(optimizer)
+
+
+@pytest.mark.parametrize("name", ["weightlora", "fixed", "dynamic_lora", "increlora"])
+def test_two_methods_at_once_are_refused_and_an_abandoned_one_is_not(name, tmp_path):
+    model, method, _ = made(name, {**options(name), **STILL_OPEN.get(name, {})})
+    second = WeightLoRA(keep=2, after=4)
+    with pytest.raises(ConfigError, match=f"WeightLoRA was attached to the model after {type(method).__name__}"):
+        make_trainer(tmp_path / "one", method, second, model=model).train()
+    make_trainer(tmp_path / "two", second, model=model).train()  # as a cell of a notebook that is run again
+    assert len(second.kept) == 2
+
+
+@every_acting_method
+def test_a_finished_model_can_be_pickled(name):
+    model, method, inputs = made(name)
+    go_on(model, method, inputs, begin(model, method, inputs))
+    expected = model.eval()(**inputs).logits.detach()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(**inputs).logits, expected)
+    assert same(final(again), final(model))
 
 
 # -- loops of one's own ------------------------------------------------------------------------------------------------

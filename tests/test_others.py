@@ -600,6 +600,17 @@ def test_a_model_without_any_linear_adapter_can_be_chosen_in(tmp_path):
     torch.testing.assert_close(outputs(again, case), seen[8], rtol=0, atol=1e-5)
 
 
+def test_a_new_start_is_for_linear_ones_and_leaves_the_others(tmp_path):
+    case = Case(Net, {"target_modules": ["embed", "conv", "one"]}, set())
+    model = case.model().train()
+    method = Fixed(keep=None, modules="all", init_after=3)
+    seen = train(model, method, case, tmp_path)
+    assert len(method.kept) == 3
+    assert next(e for e in method.events if e["event"] == "restart")["adapters"] == ["one"]
+    again = PeftModel.from_pretrained(case.base(), str(tmp_path / "8")).eval()
+    torch.testing.assert_close(outputs(again, case), seen[8], rtol=0, atol=1e-5)
+
+
 # -- methods that leave them as they are -----------------------------------------------------------------------------
 
 LEAVING: dict[str, Callable[[], Any]] = {

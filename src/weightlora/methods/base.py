@@ -45,6 +45,7 @@ from weightlora.methods._progress import follow
 from weightlora.methods._trainer import (
     attach_new_models,
     calling_trainer,
+    check_in_charge,
     load_best_through,
     load_through,
     refuse_sharding,
@@ -157,8 +158,9 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Set the length of the run in optimizer steps; returns the steps after which adapters are cut.
 
         Raises:
-            ConfigError: a cut lies beyond the run or before anything is known.
+            ConfigError: a cut lies beyond the run or before anything is known, or another method has taken the model.
         """
+        check_in_charge(self)
         self._planned = self.engine.plan(total_steps, steps_per_epoch)
         self._last = total_steps
         return self._planned

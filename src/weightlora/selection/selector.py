@@ -192,8 +192,10 @@ class Selector(Engine):
         if self.done:
             return False
         if self._cuts is None:
-            raise ConfigError("the length of the run is not known; call `plan(total_steps)` or give `after` in steps.")
+            raise ConfigError("the length of the run is not known; call `plan(total_steps)` before the first step.")
         self.global_step += 1
+        if self.global_step == 1:
+            self._limits[-1].check_seen()
         if self._observed is not None:
             self._move_gates(*self._observed, optimizer)
             self._observed = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import time
@@ -492,6 +493,16 @@ def test_among_equals_the_first_of_the_grid_wins(tmp_path: Path) -> None:
         assert search.best() == {"lora.r": 8}
 
 
+@pytest.mark.parametrize("maximize", [True, False])
+def test_a_point_without_a_score_never_wins(maximize: bool, tmp_path: Path) -> None:
+    """A run may end with a loss that is no number, and the first of the grid at that."""
+    tune = TuneSpec(grid={"lora.r": [8, 4, 2]})
+    search = Search(Group("task", "", "method"), tune, tmp_path, maximize)
+    for point, score in zip(tune.points(), (math.nan, 0.5, math.nan), strict=True):
+        search.tell(point, score)
+    assert search.best() == {"lora.r": 4} and not search.points()
+
+
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -556,6 +567,18 @@ def test_the_table_by_hand(folder: Path) -> None:
     assert "(1 of 2)" in markdown(suite, part) and part[1].overall is not None and part[1].overall.low is None
 
 
+@pytest.mark.parametrize(("score", "said"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_score_that_is_no_number_is_shown_and_stops_no_table(folder: Path, score: float, said: str) -> None:
+    suite = parse_suite(raw(folder, tasks={"a": {"task": "text-classification", "data.train": "x"}}))
+    diverged = ("kept", suite.seeds[0])
+    found = [
+        (cell, _result(score if (cell.group.method, cell.seed) == diverged else 0.5, 1.0, 110))
+        for cell in runs(suite, {})
+    ]
+    page = markdown(suite, summarise(suite, found))
+    assert f"| kept | {said} | +{said} | 1.00 |" in page and "| lora | 0.500 ± 0.000 |" in page
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -564,6 +587,8 @@ def test_the_command(folder: Path) -> None:
     command = CliRunner()
     dry = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--dry-run"])
     assert dry.exit_code == 0 and "Runs       2" in dry.stdout and not (folder / "out").exists()
+    equal = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--dry-run", "equal=operations"])
+    assert "Runs       2, after 2 to see what they cost" in equal.stdout
     early = command.invoke(app, ["bench", str(folder / "suite.yaml"), "--table"])
     assert isinstance(early.exception, ConfigError) and "no finished runs" in str(early.exception)
     done = command.invoke(app, ["bench", str(folder / "suite.yaml")])

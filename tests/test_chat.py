@@ -245,7 +245,7 @@ def test_layouts_are_recognised_by_their_columns(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     alpaca = [{"instruction": f"bread {i}", "input": "", "output": "soup", "text": "x"} for i in range(4)]
     write_jsonl(tmp_path / "alpaca.jsonl", alpaca)
-    write_jsonl(tmp_path / "plain.jsonl", [{"q": "bread", "a": "soup", "instruction": "x"}] * 2)
+    write_jsonl(tmp_path / "plain.jsonl", [{"q": "bread", "a": a, "instruction": "x"} for a in ("soup", "salt")])
     share = [{"conversations": [{"from": "human", "value": "bread 0"}, {"from": "gpt", "value": "soup"}]}]
     write_jsonl(tmp_path / "share.jsonl", share)
 
@@ -256,7 +256,7 @@ def test_layouts_are_recognised_by_their_columns(tmp_path: Path, monkeypatch: py
     assert load("alpaca.jsonl", input=None).rows.column_names == ["instruction", "output"]
     assert load("share.jsonl").targets == [(Message("user", "bread 0"), Message("assistant", "soup"))]
     own = load_splits(TASK, Source("plain.jsonl"), 0.5, None, {"instruction": "q", "output": "a"})
-    assert own.train.targets[0] == (Message("user", "bread"), Message("assistant", "soup"))
+    assert own.train.targets[0][0] == Message("user", "bread") and own.train.targets[0][1].content in ("soup", "salt")
     for columns, says in [
         ({}, r"none of the layouts of the task \(messages; conversations; instruction, output\); name its columns"),
         ({"instruction": "qq", "output": "a"}, "`data.columns.instruction` is 'qq', not a column"),
@@ -468,6 +468,7 @@ def test_resume_ends_where_a_run_without_interruption_ends(folder: Path) -> None
     run(parse_recipe(recipe(training={**whole, "max_steps": 3})))
     resumed = run(parse_recipe(recipe(training=whole)), resume=True)
     straight = run(parse_recipe(recipe(training=whole, output_dir="straight")))
+    assert (resumed["seconds"]["since_step"], straight["seconds"]["since_step"]) == (3, 0)
     assert resumed["after"] == straight["after"] and resumed["steps"] == 6
     assert resumed["adapters"]["kept"] == straight["adapters"]["kept"] and len(resumed["adapters"]["kept"]) == 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import yaml
 from helpers import bert, train
 from peft import LoraConfig, get_peft_model
 from tiny_text import recipe
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from weightlora import ConfigError, RLoRA, WeightLoRA, list_adapters
 from weightlora.adapters import structure
 from weightlora.training.choice import choose, lines
-from weightlora.training.recipe import parse_recipe
+from weightlora.training.probing import probe
+from weightlora.training.recipe import Recipe, parse_recipe
 from weightlora.training.run import run
 
 
@@ -94,6 +96,17 @@ def test_a_choice_that_no_config_can_say_is_refused_before_the_run(folder: Path)
     method = {"name": "weightlora", "keep": 3, "after": 4, "experts": "each"}
     with pytest.raises(ConfigError, match=r"`experts: each` .* no `LoraConfig` can name; leave it out"):
         choose(parse_recipe(recipe(folder, method=method)))
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("look", [choose, probe, lambda it: run(it, score_first=False)])
+@pytest.mark.parametrize("entries", [{"metric": "f2"}, {"training": {"metric_for_best_model": "f2"}}])
+def test_an_unknown_metric_is_refused_before_any_row_is_computed(
+    look: Callable[[Recipe], Any], entries: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BertForSequenceClassification, "forward", lambda *_, **__: pytest.fail("a row was computed"))
+    with pytest.raises(ConfigError, match=r"is 'f2'; choose one of: loss, accuracy, macro_f1"):
+        look(parse_recipe(recipe(folder, method={"name": "weightlora", "keep": 3}, **entries)))
     assert not (folder / "run").exists()
 
 

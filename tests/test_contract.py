@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,16 @@ from test_methods import TABLE, made_ready
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from weightlora import ConfigError, Flexora, LoRADrop, UnsupportedError, last_checkpoint, read_events
+from weightlora import (
+    ConfigError,
+    Flexora,
+    LoRADrop,
+    UnsupportedError,
+    WeightLoRA,
+    WeightLoRAPlus,
+    last_checkpoint,
+    read_events,
+)
 from weightlora.adapters import checkpoint
 from weightlora.methods import create, get_method, list_methods
 from weightlora.progress import PROGRESS_FILE
@@ -106,6 +116,43 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("steps", [5, STEPS])
+@pytest.mark.parametrize("name", [name for name in ACTING if name != "adalora"])
+def test_peft_reads_of_a_live_model_what_it_computes(name, steps):
+    """While gates train, and of what a run leaves."""
+    torch.manual_seed(0)
+    model, method, inputs = made(name)
+    go_on(model, method, inputs, begin(model, method, inputs), last=steps)
+    gates = {n: p.clone() for n, p in model.named_parameters() if "lora_gate" in n}
+    model.eval().add_weighted_adapter(["default"], [1.0], "copy", combination_type="linear")  # type: ignore[operator]
+    layers: list[Any] = [m for m in model.modules() if "default" in getattr(m, "lora_A", ())]
+    assert layers and same({n: p for n, p in model.named_parameters() if "lora_gate" in n}, gates)
+    for layer in layers:
+        unit = torch.eye(layer.in_features)
+        added = (layer(unit) - layer.get_base_layer()(unit)).T
+        torch.testing.assert_close(layer.get_delta_weight("default"), added, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer.get_delta_weight("copy"), added, rtol=1e-5, atol=1e-6)
+
+
+@every_acting_method
+def test_an_optimizer_made_before_attach_does_as_well_or_is_refused_before_it_steps(name):
+    """What new parameters it lacks the method moves itself, or there are none."""
+    torch.manual_seed(0)
+    model, method, inputs = made(name)
+    optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    begin(model, method, inputs)
+    before = final(model)
+    try:
+        go_on(model, method, inputs, optimizer)
+    except ConfigError as error:
+        assert name in ("sora", "dynamic_lora", "increlora")
+        assert "AdamW was made before `attach(model)` and does not hold lora_" in str(error)
+        left, started = ({n: p for n, p in of.items() if "lora_gate" not in n} for of in (final(model), before))
+        assert same(left, started)  # and SoRA has put its gates aside for the step
+    else:
+        assert same(final(model), plain_run(name))
+
+
 # -- models that would come out wrong ----------------------------------------------------------------------------------
 
 
@@ -168,6 +215,26 @@ def test_a_second_attach_knows_nothing_of_the_first(name):
     torch.testing.assert_close(model(**inputs).logits, expected)
     assert all(p == 1 for n, p in model.named_parameters() if "lora_gate" in n)
     assert not again.engine.tensors() and not again.engine.finish(optimizer)
+
+
+@pytest.mark.parametrize("name", ["weightlora", "fixed", "dynamic_lora", "increlora"])
+def test_two_methods_at_once_are_refused_and_an_abandoned_one_is_not(name, tmp_path):
+    model, method, _ = made(name, {**options(name), **STILL_OPEN.get(name, {})})
+    second = WeightLoRA(keep=2, after=4)
+    with pytest.raises(ConfigError, match=f"WeightLoRA was attached to the model after {type(method).__name__}"):
+        make_trainer(tmp_path / "one", method, second, model=model).train()
+    make_trainer(tmp_path / "two", second, model=model).train()  # as a cell of a notebook that is run again
+    assert len(second.kept) == 2
+
+
+@every_acting_method
+def test_a_finished_model_can_be_pickled(name):
+    model, method, inputs = made(name)
+    go_on(model, method, inputs, begin(model, method, inputs))
+    expected = model.eval()(**inputs).logits.detach()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(**inputs).logits, expected)
+    assert same(final(again), final(model))
 
 
 # -- loops of one's own ------------------------------------------------------------------------------------------------
@@ -412,6 +479,36 @@ def test_a_run_that_starts_over_with_a_smaller_batch_plans_anew(name, tmp_path):
     cuts = [e["step"] for e in method.events if e["event"] == "cut"]
     planned = [min(step, trainer.state.max_steps) for step in method._planned]
     assert not cuts or not planned or cuts[-1] in (0, planned[-1])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        WeightLoRAPlus(keep=0.25, after=9, rounds=3),
+        WeightLoRAPlus(keep=None, after=9, rounds=2),
+        WeightLoRAPlus(keep="30% memory", after=9, rounds=2),
+        WeightLoRAPlus(keep=0.25, after=9, rounds=3, score="snr"),
+    ],
+    ids=["share", "halves", "cost", "evidence"],
+)
+def test_a_share_of_a_run_that_starts_over_after_a_cut_is_of_what_there_was_at_first(method, tmp_path):
+    def come_to(folder: Path, fails_at: int) -> tuple[int, int, int]:
+        trainer = make_trainer(folder, method, auto_find_batch_size=True, max_steps=12)
+        step, calls = trainer.training_step, iter(range(100))
+
+        def training_step(*args: Any) -> Tensor:
+            if next(calls) == fails_at:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+            return step(*args)
+
+        trainer.training_step = training_step
+        trainer.train()
+        made_again = [e for e in method.events if e["event"] == "cut"]
+        assert method.engine.done and len(made_again) == method.when.rounds - (fails_at > 0)
+        return len(method.kept), len(method.dropped), method.engine.parameters
+
+    whole = come_to(tmp_path / "whole", fails_at=-1)
+    assert come_to(tmp_path / "over", fails_at=5) == whole and whole[0] + whole[1] == 9
 
 
 class Again(TrainerCallback):

@@ -397,18 +397,24 @@ def test_a_module_that_mixes_rows_is_refused_by_the_rules_that_need_them_only():
     assert set(evidence_of(run("kfac"))["scores"]) == {"snr", "kfac", "output"}
 
 
-def test_a_model_that_is_not_called_itself_is_said():
-    model = still()
-    method = WeightLoRA(keep=3, after=4, score="snr").attach(model)
+@pytest.mark.parametrize(
+    ("keep", "score", "inside", "wants"),
+    [
+        (3, "snr", True, "call the model itself"),
+        ("auto", "coverage", True, "call the model itself"),
+        ("auto", "coverage", False, r"keep='auto' .*call `model.train\(\)`"),
+        ("50% time", "kfac", False, r"`keep=50% time` .*call `model.train\(\)`"),
+    ],
+)
+def test_a_model_that_is_not_called_itself_in_training_is_said_at_once(keep, score, inside, wants):
+    model = still().eval()
+    method = WeightLoRA(keep=keep, after=4, score=score).attach(model)
     optimizer = torch.optim.AdamW(model.parameters())
     method.plan(8)
-    with pytest.raises(ConfigError, match="call the model itself"):
-        for _ in range(4):
-            losses = model.get_base_model()(**batch()).loss
-            losses.backward()
-            method.observe(optimizer)
-            optimizer.step()
-            method.step(optimizer)
+    (model.get_base_model() if inside else model)(**batch()).loss.backward()
+    with pytest.raises(ConfigError, match=wants):
+        method.observe(optimizer)
+        method.step(optimizer)
 
 
 def test_other_methods_know_no_auto():

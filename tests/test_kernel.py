@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,3 +249,16 @@ def test_evaluation_drops_nothing():
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(**batch()).logits, model(**batch()).logits)
+
+
+def test_the_kernels_compile_for_gpus_from_ampere_to_blackwell_and_fit_into_the_smaller_ones(tmp_path):
+    """Capability 8.6, 8.9 and 12.0 give a program 99 KiB of shared memory, of those that `kernel_triton` serves."""
+    pytest.importorskip("triton")
+    script = Path(__file__).parent / "compile_kernels.py"
+    fresh = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", str(script)]
+    done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for capability, case, shared in json.loads(done.stdout):
+        assert shared.keys() == {"_down_kernel", "_update_kernel", "_columns_kernel"}, (capability, case)
+        assert max(shared.values()) <= 99 * 1024, (capability, case, shared)

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from weightlora import Fixed, RLoRA, SoRA, UnsupportedError, WeightLoRA, WeightLoRAPlus, list_adapters
 from weightlora.adapters import Adapter, list_attached, seam, surgery
 from weightlora.adapters.attach import list_others, use_kernel
+from weightlora.adapters.structure import exactly
 from weightlora.selection.selector import Selector
 
 pytestmark = [  # peft's own: on targets that it has translated, embeddings, and patterns for parameters
@@ -508,6 +509,29 @@ def test_they_are_chosen_among_cut_and_saved(name, method, tmp_path, caplog):
     assert {a.name: a.r for a in list_adapters(again, linear=False)} == {a.name: a.r for a in left}
 
 
+@pytest.mark.parametrize("names_as", ["list", "expression"])
+@pytest.mark.parametrize("combination", ["cat", "linear", "svd", "ties"])
+def test_peft_combines_them_live_as_it_does_where_they_are_loaded(combination, names_as, tmp_path):
+    """With an adapter of the user's, whose config has a set of names where a cut leaves a list, or an expression."""
+    case = Case(Net, {"target_modules": ["embed", "image", "one", "two", "three"]}, set())
+    model, method = case.model().train(), CHOOSING["weightlora, held"]()
+    train(model, method, case, tmp_path)
+    ours: Any = model.peft_config["default"]
+    ours.target_modules = written = ours.target_modules if names_as == "list" else exactly(ours.target_modules)
+    own = {**case.config, "target_modules": ["image", "one", "two"], "init_lora_weights": False}
+    model.add_adapter("own", LoraConfig(r=4, lora_alpha=2, **own))
+    model.save_pretrained(str(tmp_path))
+    stock: Any = PeftModel.from_pretrained(case.base(), str(tmp_path))
+    stock.load_adapter(str(tmp_path / "own"), "own")
+    if names_as == "expression":
+        stock.peft_config["own"].target_modules = exactly(own["target_modules"])
+    for one in (stock, model):
+        one.eval().add_weighted_adapter(["default", "own"], [1.0, -0.5], "both", combination, density=0.6)
+        one.set_adapter("both")
+    assert ours.target_modules is written
+    torch.testing.assert_close(outputs(model, case), outputs(stock, case), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name, step", [("net", 3), ("net", 8), ("attention", 3), ("mixture", 3), ("mixture", 8)])
 def test_a_run_goes_on_bit_for_bit(name, step, tmp_path):
     case = CASES[name]
@@ -568,6 +592,17 @@ def test_a_model_without_any_linear_adapter_can_be_chosen_in(tmp_path):
     case = Case(Net, {"target_modules": ["embed", "conv", "image"]}, set())
     model = case.model().train()
     seen = train(model, WeightLoRA(keep=1, after=4, largest="magnitude"), case, tmp_path)
+    again = PeftModel.from_pretrained(case.base(), str(tmp_path / "8")).eval()
+    torch.testing.assert_close(outputs(again, case), seen[8], rtol=0, atol=1e-5)
+
+
+def test_a_new_start_is_for_linear_ones_and_leaves_the_others(tmp_path):
+    case = Case(Net, {"target_modules": ["embed", "conv", "one"]}, set())
+    model = case.model().train()
+    method = Fixed(keep=None, modules="all", init_after=3)
+    seen = train(model, method, case, tmp_path)
+    assert len(method.kept) == 3
+    assert next(e for e in method.events if e["event"] == "restart")["adapters"] == ["one"]
     again = PeftModel.from_pretrained(case.base(), str(tmp_path / "8")).eval()
     torch.testing.assert_close(outputs(again, case), seen[8], rtol=0, atol=1e-5)
 

@@ -149,7 +149,7 @@ def test_a_run_from_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     save_tiny_bert(tmp_path / "model")
     words = ["bread", "soup", "song", "ball", "goal", "race", "tennis", "swim"]
-    write_jsonl(tmp_path / "rows.jsonl", [row(word, id=str(i)) for i, word in enumerate(words * 2)])
+    write_jsonl(tmp_path / "rows.jsonl", [row(word, question=f"song {word}") for word in words * 2])
     recipe = {
         "model": str(tmp_path / "model"),
         "task": "question-answering",

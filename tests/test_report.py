@@ -26,7 +26,7 @@ from weightlora.report.charts import Point, heat_map, readable
 from weightlora.report.comparison import _frontier, compare, jaccard
 from weightlora.report.evidence import choice, evidence, final_ranks
 from weightlora.report.reading import Place, find_runs, name_apart, read_run
-from weightlora.report.svg import draw
+from weightlora.report.svg import draw, short
 from weightlora.report.views import view
 from weightlora.selection import EventLog
 
@@ -218,6 +218,22 @@ def test_costs_come_from_the_files_or_are_said_to_be_missing(tmp_path: Path) -> 
     assert "0.0615" in page.text and "0.50" in page.text
 
 
+def test_seconds_of_a_resumed_run_are_of_its_last_part(tmp_path: Path) -> None:
+    """Nothing says how long the steps before the checkpoint took, so their number is left out too."""
+    for name, method, since in (("whole", "lora", 0), ("resumed", "weightlora", 6)):
+        write_run(tmp_path / name, llama(1), method=method, seconds=9.0)
+        file = tmp_path / name / "metrics.json"
+        metrics = json.loads(file.read_text())
+        metrics["seconds"]["since_step"] = since
+        file.write_text(json.dumps(metrics))
+    assert "1.000 s" in report([tmp_path / "whole"]).text  # 9 steps
+    page = report([tmp_path / "resumed"])
+    assert "3.000 s" in page.text and "training, since step 6 9 s" in page.text
+    compared = compare([read_run(Place(tmp_path / name)) for name in ("whole", "resumed")])
+    header, rows = compared.runs
+    assert [row[header.index("training, s")] for row in rows] == ["9.0", "–"]
+
+
 # -- the methods' own evidence ---------------------------------------------------------------------------------------
 
 
@@ -272,6 +288,18 @@ def test_flexora_shows_layers_and_fixed_its_order_and_shares(tmp_path: Path) -> 
     )  # fmt: skip
     assert [e.values for e in evidence(run)] == [pattern, {"a.1.x": 0.875}]
     assert choice(run).table[1].reason == "place 2 of the 2 in the pattern"
+
+
+def test_modules_of_one_set_share_its_place(tmp_path: Path) -> None:
+    """Halving compares sets: no module is before another of its set, and each comparison is one of its own."""
+    scores = {"a.0.x": -0.5, "a.1.x": -0.5, "a.2.x": -0.25}  # the last one's set went when less was learnt, or more
+    cut = {"event": "cut", "step": 8, "kept": ["a.0.x", "a.1.x"], "dropped": ["a.2.x"], "scores": scores}
+    rungs = [{"event": "rung", "step": step, "losses": losses} for step, losses in ((4, {"0": 0.5}), (8, {"0": 0.5}))]
+    run = run_of(tmp_path / "halving", "halving", *rungs, cut)
+    assert [(kept.place, kept.reason) for kept in choice(run).table] == [(1, "its set was left, with the loss 0.5")] * 2
+    assert "best of the dropped" not in view(run).kept_note
+    tied = run_of(tmp_path / "tied", "weightlora", {**cut, "kept": ["a.0.x", "a.1.x", "a.2.x"], "dropped": []})
+    assert [kept.place for kept in choice(tied).table] == [2, 2, 1]
 
 
 def test_every_rule_that_scored_the_run_is_shown_and_the_chosen_one_first(tmp_path: Path) -> None:
@@ -373,6 +401,51 @@ def test_only_runs_on_the_same_rows_and_seed_are_paired(tmp_path: Path) -> None:
         report([tmp_path / "a", tmp_path / "b"], reference="wieghtlora")
 
 
+def change(folder: Path, **entries: Any) -> None:
+    """Other entries in a run's recipe."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | entries), encoding="utf-8")
+
+
+def test_only_runs_on_the_same_model_are_paired(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", llama(1), method="lora", score=0.5)
+    write_run(tmp_path / "b", llama(1), score=0.75)
+    assert "+0.250" in report([tmp_path / "a", tmp_path / "b"]).text
+    change(tmp_path / "b", model={"name": "larger"})
+    page = report([tmp_path / "a", tmp_path / "b"])
+    assert "no paired differences" in page.text and "+0.250" not in page.text
+
+
+def test_runs_on_other_rows_of_one_task_are_other_groups(tmp_path: Path) -> None:
+    """A mean over two data sets says nothing, and every `text-classification` is called so."""
+    for name, score in (("a", 0.5), ("b", 0.75), ("c", 0.25)):
+        write_run(tmp_path / name, llama(1), method="lora", score=score, seed=int(name == "b"))
+    change(tmp_path / "c", data={"train": {"path": "reviews.jsonl"}})
+    runs = [read_run(Place(tmp_path / name)) for name in "abc"]
+    name_apart(runs)
+    assert [run.group for run in runs] == ["lora data.train.path=train.jsonl"] * 2 + [
+        "lora data.train.path=reviews.jsonl"
+    ]
+    assert "0.6250 ± 0.1768" in report([tmp_path / name for name in "abc"]).text
+    other = read_run(Place(tmp_path / "c", "another task"))
+    name_apart([*(read_run(Place(tmp_path / name)) for name in "ab"), other])
+    assert other.group == "lora"  # data of another task are of course other ones
+
+
+def test_means_are_of_runs_that_have_a_score_and_say_so(tmp_path: Path) -> None:
+    for seed, score in enumerate((0.5, 0.75, None)):
+        write_run(tmp_path / str(seed), llama(1), method="lora", seed=seed, score=score)
+    write_run(tmp_path / "3", llama(1), method="lora", seed=3)
+    file = tmp_path / "3" / "metrics.json"
+    file.write_text(file.read_text().replace('"accuracy": 0.75', '"accuracy": NaN'))
+    page = report([tmp_path / str(seed) for seed in range(4)])
+    assert "lora topics 4 0.6250 ± 0.1768 (2 of 4)" in page.text
+    assert "Without a score, since they have not finished: 2." in page.text
+    assert "Without a score, though they have finished: 3." in page.text
+    one = report([tmp_path / "3"])
+    assert "accuracy 0.1250 → nan" in one.text
+
+
 def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
     places = [(1, 1.0), (2, 3.0), (3, 2.0), (4, 4.0), (4, 3.5), (1, 1.0)]
     points = [Point(i, str(i), x, y) for i, (x, y) in enumerate(places)]
@@ -443,6 +516,12 @@ def test_cells_share_decimals_and_a_power_of_ten(values: list[float], written: l
     assert re.findall(r'class="on-(?:dark|light)"[^>]*>([^<]*)<', drawn) == written
     assert re.findall(r">(\N{MULTIPLICATION SIGN}[^<]*)<", drawn) == [factor] * bool(factor)
     assert [float(v) for v in re.findall(r'data-value="([^"]*)"', drawn)] == values
+
+
+def test_short_numbers_are_round_ones() -> None:
+    values = [0, 0.00012345, 0.00099999, 0.12345, 999.94, 999.96, 9876.4, 9999.9, 12345, 999_950, 1.5e9, -999.96]
+    written = ["0", "1.2e-04", "0.001", "0.123", "1000", "1000", "9876", "10k", "12.3k", "1M", "1.5G", "-1000"]
+    assert [short(value) for value in values] == written
 
 
 def test_encoder_and_decoder_are_told_apart() -> None:

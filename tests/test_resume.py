@@ -104,6 +104,23 @@ def test_resuming_is_exact(row, tmp_path):
         assert patterns[0] == patterns[1]
 
 
+@pytest.mark.parametrize("row", ["weightlora gate held", "sora", "dynamic_lora", "increlora"])
+def test_a_finished_run_has_no_gate_and_goes_on_from_where_it_had(row, tmp_path):
+    """What is hotswapped and combined is the adapter as it was saved; its own checkpoint brings gates back, exactly."""
+    whole = run_of(row, tmp_path, seed=0)
+    whole.train()
+    model: Any = whole.model
+    expected = trainable_state(model)
+    assert not [n for n in expected if "lora_gate" in n]
+    if row == "weightlora gate held":
+        saved = load_file(tmp_path / "checkpoint-15" / "adapter_model.safetensors")
+        found = get_peft_model_state_dict(model)
+        assert found.keys() == saved.keys() and all(torch.equal(found[key], saved[key]) for key in saved)
+    whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    found = trainable_state(model)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def named_run(row: str, folder: Path, seed: int, **args: Any) -> Trainer:
     """The same of an adapter that is not called "default", which PEFT saves into a folder of its own."""
     bare = bert().unload()

@@ -566,3 +566,10 @@ def test_there_is_no_place_without_evidence_even_where_the_budget_has_room(caplo
     method = WeightLoRA(keep=10, after=6, gate_lr=1e-3)
     train(model, method, 8, of=100)
     assert method.dropped == ["bert.pooler.dense"]
+
+
+@pytest.mark.parametrize("after", [None, 2, 0.5])
+def test_a_loop_that_forgot_its_length_is_told_the_call(after):
+    method = WeightLoRA(keep=2, after=after).attach(bert())
+    with pytest.raises(ConfigError, match=r"call `plan\(total_steps\)` before the first step"):
+        method.step(torch.optim.AdamW(method.engine.model.parameters()))

@@ -39,6 +39,7 @@ TARGETS: dict[str, tuple[dict[str, Any], str | None]] = {
     "some layers": ({**ATTENTION, "layers_to_transform": [1, 2], "layers_pattern": "layers"}, None),
     "but these": ({**ATTENTION, "exclude_modules": ["layers.0.self_attn.q_proj"]}, None),
     "but such": ({**ATTENTION, "exclude_modules": r".*layers\.0\..*"}, None),
+    "all but such": ({"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"}, None),
     "layers twice": ({**ATTENTION, "layer_replication": [[0, 2], [1, 3]]}, "`layer_replication`.*without merged"),
 }
 

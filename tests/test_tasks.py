@@ -348,6 +348,27 @@ def test_what_is_carved_may_be_a_number_of_rows() -> None:
     assert "`data.validation` of 60 cannot be carved from 60 rows" in refusal("a.jsonl", 60)
 
 
+@pytest.mark.parametrize(("validation", "inputs"), [(0.25, 10), (8.0, 8)])
+def test_references_of_one_input_are_not_torn_apart(
+    validation: float, inputs: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A text that is learnt would be scored again by another of its references, as in E2E NLG."""
+    write_jsonl(Path("a.jsonl"), [{"input": f"i{i % 40}", "target": f"t{i}"} for i in range(120)])
+    splits = load_splits(get_task("text-generation"), Source("a.jsonl"), validation, None, {}, seed=3)
+    assert len(set(splits.validation.rows["input"])) == inputs and len(splits.validation) == 3 * inputs
+    assert len(splits.train) == 120 - 3 * inputs and "in the training data too" not in caplog.text
+
+
+def test_rows_that_differ_are_carved_one_by_one() -> None:
+    """As scikit-learn draws them, so that splits stay what they were."""
+    from sklearn.model_selection import train_test_split
+
+    write_jsonl(Path("a.jsonl"), [{"input": f"i{i}", "target": "t"} for i in range(40)])
+    splits = load_splits(get_task("text-generation"), Source("a.jsonl"), 0.25, None, {}, seed=3)
+    _, carved = train_test_split(range(40), test_size=10, random_state=3)
+    assert splits.validation.rows["input"][:] == [f"i{i}" for i in sorted(carved)]
+
+
 # -- encoding, metrics, registry ---------------------------------------------------------------------------------
 
 
@@ -394,6 +415,15 @@ def test_metrics_of_a_constant_prediction_are_numbers() -> None:
     assert constant["accuracy"] == pytest.approx(1 / 3) and constant["matthews"] == 0
     flat = get_task("regression").metrics(np.ones((3, 1)), np.array([1.0, 2.0, 3.0]))
     assert flat == {"pearson": 0.0, "spearman": 0.0, "mse": pytest.approx(5 / 3)}
+    tenths = np.full((3, 1), 0.1)  # whose standard deviation is rounding, and not 0
+    assert get_task("regression").metrics(tenths, np.array([1.0, 2.0, 3.0]))["pearson"] == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_metrics_of_outputs_that_are_no_numbers_are_none_either(value: float) -> None:
+    """Such a run is to end and say so; it has been trained."""
+    scores = get_task("regression").metrics(np.array([[value], [1.0], [2.0]]), np.array([1.0, 2.0, 3.0]))
+    assert not any(map(math.isfinite, scores.values())) and scores.keys() == {"pearson", "spearman", "mse"}
 
 
 def test_regression_metrics_by_hand() -> None:

@@ -249,6 +249,10 @@ class Names:
                 self.trained[p] = name
         self.every = {name for name, _ in model.named_parameters()}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of parameters of this process nothing is known in a pickle or a copy."""
+        return Names, (nn.Module(),)
+
 
 def follow(optimizer: torch.optim.Optimizer, model: nn.Module, before: Names) -> None:
     """Make a live optimizer hold what one made now would hold, each parameter in its place.

@@ -6,6 +6,7 @@ each task; with few seeds it is rough, and it says nothing about other rows.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences; `low` and `high` are None where a bootstrap has nothing to draw from."""
+    """The mean of paired differences; `low` and `high` are None where a bootstrap has no numbers to draw from."""
 
     mean: float
     low: float | None
@@ -40,7 +41,7 @@ def difference(samples: Sequence[Sequence[float]]) -> Difference:
 
     mean = statistics.fmean(statistics.fmean(values) for values in samples)
     pairs = sum(map(len, samples))
-    if min(map(len, samples)) < 2:
+    if min(map(len, samples)) < 2 or not math.isfinite(mean):
         return Difference(mean, None, None, pairs)
     interval = bootstrap(
         [np.asarray(values) for values in samples],

@@ -129,6 +129,28 @@ def admit_held(optimizer: torch.optim.Optimizer, adapters: Iterable[Any]) -> Non
             )
 
 
+def admit_made_before(optimizer: torch.optim.Optimizer, adapters: Iterable[Any], before: optim.Names) -> None:
+    """Refuse an optimizer of the model as it was `before` a method put gates or factors of its own on it.
+
+    Call it with the gradients of a step: what has one is left to the optimizer. One that holds nothing of that model is
+    not judged; where parameters are sharded it has its own.
+
+    Raises:
+        ConfigError: something new takes a gradient, and this optimizer does not hold it.
+    """
+    held = {p for group in optim.host(optimizer).param_groups for p in group["params"]}
+    if not any(p in before.trained for p in held):
+        return
+    for adapter in adapters:
+        for name, p in _own(adapter.layer, adapter.key):
+            if p.grad is not None and p not in held and p not in before.trained:
+                raise ConfigError(
+                    f"{type(optim.host(optimizer)).__name__} was made before `attach(model)` and does not hold {name} "
+                    f"of {adapter.name}, which takes gradients and would never move; make it after `attach`, of all "
+                    "parameters that require a gradient."
+                )
+
+
 def once_a_step(
     closure: Callable[[], Any], optimizer: torch.optim.Optimizer, observe: Callable[[torch.optim.Optimizer], None]
 ) -> Callable[[], Any]:

@@ -350,7 +350,8 @@ def checked_adapters(
     if not adapters:
         raise ConfigError(f"adapter {key!r} is attached to no module; check `target_modules` of its LoraConfig.")
     names = [name for both in paths(peft, key).items() for name in both]
-    _check_every_target_matches(config.target_modules, config.modules_to_save or (), names)
+    left_out = [name for name, _ in base_of(peft).named_modules()] if config.exclude_modules else []
+    _check_every_target_matches(config.target_modules, config.modules_to_save or (), names, left_out)
     return adapters
 
 
@@ -403,15 +404,18 @@ def _check_none_share(adapters: Sequence[Adapter]) -> None:
 
 
 def _check_every_target_matches(
-    targets: Sequence[str] | set[str] | str | None, whole: Sequence[str], names: Sequence[str]
+    targets: Sequence[str] | set[str] | str | None,
+    whole: Sequence[str],
+    names: Sequence[str],
+    left_out: Sequence[str] = (),
 ) -> None:
     """PEFT is silent when some of several target names match nothing; a typo then costs the layers it meant.
 
-    "all-linear" also names what is inside modules that are trained `whole`, which get no adapter.
+    "all-linear" also names what gets no adapter: what is `left_out` on purpose, or inside modules trained `whole`.
     """
     if targets is None or isinstance(targets, str):
         return
-    matched = {end for name in names for end in ends_of(name)}
+    matched = {end for name in (*names, *left_out) for end in ends_of(name)}
     for target in sorted(set(targets) - matched):
         if not any(f".{module}." in f".{target}." for module in whole):
             raise ConfigError(

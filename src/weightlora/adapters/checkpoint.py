@@ -160,9 +160,12 @@ def match_structure(model: PeftModel, adapter_name: str, ranks: Mapping[str, int
 
 @torch.no_grad()
 def load_exact(adapters: Iterable[Adapter], tensors: Mapping[str, Tensor]) -> None:
-    """Restore what `exact` returned, and remove gates that are not among it."""
+    """Restore what `exact` returned; gates that are not among it go, and those that the end of a run folded return."""
     for adapter in adapters:
-        if adapter.gate is not None and f"{adapter.name}.{seam.GATES}" not in tensors:
+        gated = f"{adapter.name}.{seam.GATES}" in tensors
+        if gated and adapter.gate is None:
+            adapter.add_gate(per_rank=seam.has_rank_gate(adapter.layer, adapter.key))
+        elif not gated and adapter.gate is not None:
             adapter.remove_gate()
         for key, parameter in _exact(adapter).items():
             parameter.copy_(tensors[key])

@@ -134,10 +134,15 @@ class _Form:
         key = (arguments[0].device, *[a.dtype for a in arguments if type(a) is not int and type(a) is not float])
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compiled[key] = self._kernel.warmup(
-                *arguments, *self._constants, grid=grid, num_warps=self._warps, num_stages=self._stages
-            )
+            compiled = self._compiled[key] = self.compile(grid, *arguments)
         compiled[grid](*arguments, *self._constants)
+
+    def compile(self, grid: tuple[int, int, int], *arguments: Any) -> Any:
+        """For arguments of these dtypes, on the current device."""
+        return self._kernel.warmup(
+            *arguments, *self._constants, grid=grid, num_warps=self._warps, num_stages=self._stages,
+            enable_fp_fusion=True,  # so that a product and a sum are rounded once whatever Triton's default is
+        )  # fmt: skip
 
 
 def _padded(r: int) -> int:

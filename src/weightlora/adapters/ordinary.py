@@ -8,8 +8,9 @@ that place, in forward, mixed batches, merging and unmerging alike, so omega get
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -94,30 +95,39 @@ class _Ordinary(_Changed):
         return (lhs * scaling, rhs, 1.0) if isinstance(scaling, Tensor) else (lhs, rhs, scaling)
 
 
-class _Merging(_Changed):
-    """For layers that let our kernel compute them, but merge by themselves."""
+class _Linear(_Changed):
+    """For layers that our kernel computes: only what PEFT and others take for their update is changed."""
 
-    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        with _multiplied(self):
-            self.stock.merge(self, *args, **kwargs)
-
-    def unmerge(self: Any) -> None:
-        with _multiplied(self):
-            self.stock.unmerge(self)
+    def get_delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's, of omega B A or B diag(g) A."""
+        B, gate = self.lora_B[adapter], gate_of(self, adapter)
+        if gate is None:
+            return self.stock.get_delta_weight(self, adapter, *args, **kwargs)
+        self.lora_B._modules[adapter] = SimpleNamespace(weight=(B.weight * gate).to(B.weight.dtype), bias=B.bias)
+        try:
+            return self.stock.get_delta_weight(self, adapter, *args, **kwargs)
+        finally:
+            self.lora_B._modules[adapter] = B
 
 
 @contextmanager
-def _multiplied(layer: Any) -> Iterator[None]:
-    """B is omega B, or B diag(g)."""
-    plain = {}
-    for adapter, gate in getattr(layer, GATES).items():
-        B = layer.lora_B[adapter].weight
-        plain[B], B.data = B.data, (B.data * gate.detach()).to(B.dtype)
+def folded(layers: Iterable[Any]) -> Iterator[None]:
+    """B is omega B or B diag(g), and all gates are 1: for what reads factors and knows of no gates."""
+    plain: dict[nn.Parameter, Tensor] = {}
+    gates: set[nn.Parameter] = set()
+    for layer in layers:
+        for adapter, gate in getattr(layer, GATES, {}).items():
+            gates.add(gate)
+            outer = layer.lora_B[adapter].parameters() if adapter in layer.lora_B else [layer.lora_embedding_B[adapter]]
+            for p in outer:
+                plain[p], p.data = p.data, (p.data * gate.detach()).to(p.dtype)
+    for gate in gates:
+        plain[gate], gate.data = gate.data, torch.ones_like(gate)
     try:
         yield
     finally:
-        for B, data in plain.items():
-            B.data = data
+        for p, data in plain.items():
+            p.data = data
 
 
 @functools.cache
@@ -131,10 +141,10 @@ def _made(change: type, stock: type) -> Any:
     return cls.__new__(cls)
 
 
-def use(layer: Any, *, merging_only: bool = False) -> None:
-    """Multiply a layer's `scaling` by its gates from now on; or only see to it that merging does not leave them out."""
+def use(layer: Any, *, linear: bool = False) -> None:
+    """Multiply a layer's `scaling` by its gates from now on; where it is linear, B in what is read as its update."""
     if not isinstance(layer, _Changed):
-        layer.__class__ = _class_for(_Merging if merging_only else _Ordinary, type(layer))
+        layer.__class__ = _class_for(_Linear if linear else _Ordinary, type(layer))
 
 
 def leave(layer: Any) -> None:

@@ -6,6 +6,7 @@ instance by instance, and its gate next to `lora_A` and `lora_B` in a `Parameter
     h = W_0 x + b + scaling * omega B A dropout(x)                one omega for the adapter (WeightLoRA, section 3.1)
     h = W_0 x + b + scaling * B diag(g) A dropout(x)              or one gate for each rank
 
+`get_delta_weight`, which merging and much else in PEFT goes by, has the gate in it as well.
 What our kernel does not compute is gated by ordinary operations, and always by one omega (`ordinary.py`).
 
 The model's `state_dict`, and so PEFT's own saving, holds B already multiplied by the gate and no
@@ -31,8 +32,6 @@ from weightlora.errors import UnsupportedError
 
 # Quantised LoRA layers that hand their forward to a variant, by name: importing them needs their backends.
 _QUANTISED = frozenset({"Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"})
-# Linear ones that do so in forward and not when they merge.
-_MERGING_WITHOUT = frozenset({"TorchaoLoraLinear"})
 
 
 class KernelVariant(LoraVariant):
@@ -69,7 +68,8 @@ class KernelVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        merged, bias = orig_weight + _delta(module, active_adapter, orig_weight), module.lora_B[active_adapter].bias
+        delta, bias = module.get_delta_weight(active_adapter), module.lora_B[active_adapter].bias
+        merged = orig_weight + delta.to(orig_weight.dtype)
         # Otherwise PEFT refuses to merge, and the base layer has to be as it was.
         if torch.isfinite(merged).all() and (bias is None or torch.isfinite(bias).all()):
             _shift_bias(module, active_adapter, +1)
@@ -78,22 +78,12 @@ class KernelVariant(LoraVariant):
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         _shift_bias(module, active_adapter, +1)
-        orig_weight.data += _delta(module, active_adapter, orig_weight)
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         _shift_bias(module, active_adapter, -1)
-        return orig_weight - _delta(module, active_adapter, orig_weight)
-
-
-def _delta(layer: Any, adapter: str, weight: Tensor) -> Tensor:
-    B = layer.lora_B[adapter].weight
-    plain = B.data
-    try:
-        B.data = (plain * _gate_value(layer, adapter)).to(plain.dtype)
-        return layer.get_delta_weight(adapter).to(weight.dtype)
-    finally:
-        B.data = plain
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
 def _shift_bias(layer: Any, adapter: str, sign: int) -> None:
@@ -185,8 +175,7 @@ def add_gate(layer: Any, adapter: str, *, per_rank: bool = False) -> nn.Paramete
     if not isinstance(layer.lora_variant.get(adapter), KernelVariant):
         use_kernel(layer, adapter)
     layer.lora_variant[adapter].per_rank = per_rank
-    if type(layer).__name__ in _MERGING_WITHOUT:
-        ordinary.use(layer, merging_only=True)
+    ordinary.use(layer, linear=True)
     return gate
 
 

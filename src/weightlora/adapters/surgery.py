@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightlora import optim
 from weightlora.adapters import experts, ordinary, seam
 from weightlora.adapters.attach import Adapter, ExpertAdapter, OtherAdapter, paths
 from weightlora.adapters.blocks import find_stacks
@@ -111,11 +112,17 @@ def fold(adapter: Adapter) -> nn.Parameter:
     return gate
 
 
-def fold_gates(adapters: Iterable[Adapter]) -> None:
-    """Fold the gates that an earlier `attach` has left on a model, so that new ones start at 1."""
+def fold_gates(adapters: Iterable[Adapter], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Fold the gates that there are; an optimizer's moments are rescaled to match, and it forgets the gates."""
+    gone: list[nn.Parameter] = []
     for adapter in adapters:
-        if adapter.gate is not None:
-            fold(adapter)
+        if adapter.gate is None:
+            continue
+        gone.append(fold(adapter))
+        for parameter in adapter.outer.values() if optimizer is not None else ():
+            optim.rescale_moments(optimizer, parameter, gone[-1].detach())  # type: ignore[arg-type]
+    if optimizer is not None:
+        optim.drop_params(optimizer, gone)
 
 
 def resize(adapter: Adapter, A: Tensor, B: Tensor) -> dict[nn.Parameter, nn.Parameter]:

@@ -6,6 +6,7 @@ a percentile bootstrap over seeds, within each task; with few seeds it is rough,
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -244,9 +245,9 @@ def _metric(suite: Suite, task: str) -> str:
 
 
 def _with_spread(values: Sequence[float], wanted: int) -> str:
-    """`.812 ± .011`; gives the number of runs while some are missing."""
+    """`.812 ± .011`; gives the number of runs while some are missing, and no spread where one has diverged."""
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and all(map(math.isfinite, values)) else ""
     missing = f" ({len(values)} of {wanted})" if len(values) < wanted else ""
     return f"{statistics.fmean(values):.3f}{spread}{missing}"

@@ -7,6 +7,7 @@ was killed and restarted makes the choice it would have made anyway.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ class Search:
         return [self._suggestion()] if len(self._complete()) < self._tune.trials else []
 
     def tell(self, point: Patch, score: float) -> None:
-        """Records the score of a point."""
+        """Records the score of a point; one that is no number is the worst there can be."""
         import optuna
 
+        if math.isnan(score):
+            score = -math.inf if self._maximize else math.inf
         places = {key: self._tune.grid[key].index(value) for key, value in point.items()}
         self._study.add_trial(
             optuna.trial.create_trial(params=places, distributions=dict(self._space), value=float(score))

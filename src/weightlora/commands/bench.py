@@ -54,7 +54,9 @@ def bench(
         count = len(groups(loaded))
         trials = 0 if loaded.tune is None else count * (loaded.tune.trials or len(loaded.tune.points()))
         print(f"Suite      {len(loaded.tasks)} tasks, {len(loaded.methods)} methods, {len(loaded.seeds)} seeds")
-        print(f"Runs       {count * len(loaded.seeds)}" + (f", after {trials} to choose by" if trials else ""))
+        first = [f"{trials} to choose by"] if trials else []
+        first += [f"{count} to see what they cost"] if loaded.equal else []
+        print(f"Runs       {count * len(loaded.seeds)}" + (f", after {' and '.join(first)}" if first else ""))
     if dry_run:
         runner.check(loaded)
         print("Dry run: nothing was trained or written.")

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 from weightlora import durable
 from weightlora.adapters import admission
 from weightlora.adapters.checkpoint import STATE_FILE, beside, load_adapter
+from weightlora.adapters.combining import combine_as_trained
 from weightlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,31 @@ def method_on(model: nn.Module) -> Any:
 
 
 def write_and_read_state(host: Any, method: Any) -> None:
-    """Make a model's own saving and loading carry the method's state.
+    """Make a model's own saving and loading carry the method's state, and its combining of adapters the gates.
 
     The Trainer resumes with `model.load_adapter(checkpoint)` before it makes the optimizer, and saves with
     `save_pretrained`, then removes older checkpoints, and only then calls `on_save`; it has no earlier event.
     """
+    before = getattr(host, "_weightlora_method", method)
+    if before is not method and before.engine.model is host:  # of a cell that was run again, say
+        before.unbind()
+        before.engine.let_go()
     host._weightlora_method = method
     if isinstance(host, PeftModel):
         host.load_adapter = MethodType(_load_adapter, host)  # type: ignore[method-assign]
+        combine_as_trained(host.base_model)
     if hasattr(host, "save_pretrained"):
         host.save_pretrained = MethodType(_save_pretrained, host)
+
+
+def check_in_charge(method: Any) -> None:
+    """Raise ConfigError if a method that has not finished is no longer the one whose state the model carries."""
+    other = getattr(method.engine.model, "_weightlora_method", method)
+    if other is not method and not method.engine.done:
+        raise ConfigError(
+            f"{type(other).__name__} was attached to the model after {type(method).__name__}, which has not finished, "
+            "and one method at a time can work on a model; leave one of them out."
+        )
 
 
 def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +104,9 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
     if adapter_name != method.engine.key or not (beside(folder, adapter_name) / STATE_FILE).is_file():
         return load()
     return method.restore(folder, load)
+
+
+_load_adapter.__name__ = "load_adapter"  # in a pickle a method of an object is its name: there it is the model's own
 
 
 def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,6 +123,9 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if ours:
         method.save_state(save_directory)
+
+
+_save_pretrained.__name__ = "save_pretrained"
 
 
 def attach_new_models(trainer: Trainer, attach: Callable[[nn.Module], Any]) -> None:

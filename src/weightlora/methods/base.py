@@ -45,6 +45,7 @@ from weightlora.methods._progress import follow
 from weightlora.methods._trainer import (
     attach_new_models,
     calling_trainer,
+    check_in_charge,
     load_best_through,
     load_through,
     log,
@@ -87,7 +88,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._before = optim.Names(nn.Module())  # of the model as it was before `attach`
         self._planned: tuple[int, ...] = ()
         self._last: int | None = None  # step of the run
-        self._resumed = False
+        self._resumed = self._admitted = False
         self._reported = 0
 
     @abstractmethod
@@ -143,7 +144,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         chosen = next((s for s in (self.seed, seed) if s is not None), 0)
         self._engine = self.start(host, adapter_name, chosen)
         self._engine.arguments = self.arguments
-        self._resumed, self._reported = False, 0
+        self._resumed, self._admitted, self._reported = False, False, 0
         if isinstance(model, DistributedDataParallel):
             self._wrapper.take(model)
             self._wrapper.rebuild()  # it was made before this changed the model
@@ -158,8 +159,9 @@ class Method(TrainerCallback, ABC, Generic[E]):
         """Set the length of the run in optimizer steps; returns the steps after which adapters are cut.
 
         Raises:
-            ConfigError: a cut lies beyond the run or before anything is known.
+            ConfigError: a cut lies beyond the run or before anything is known, or another method has taken the model.
         """
+        check_in_charge(self)
         self._planned = self.engine.plan(total_steps, steps_per_epoch)
         self._last = total_steps
         return self._planned
@@ -213,6 +215,9 @@ class Method(TrainerCallback, ABC, Generic[E]):
             if optimizer is not None and self.engine.global_step == 0:
                 optim.note_rates(optimizer)
             self.engine.observe(optimizer)
+            if optimizer is not None and not self._admitted:
+                admission.admit_made_before(optimizer, self.engine.adapters, self._before)
+                self._admitted = True
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Call after `optimizer.step()`; returns whether adapters were cut."""
@@ -225,7 +230,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Training has ended, perhaps early: make the remaining cuts now, with what is known, and log a warning.
 
-        The Trainer calls it; in a loop of your own call it where you leave early. After the last cut it does nothing.
+        A gate that is held is folded. The Trainer calls it; call it at the end of a loop of your own.
         """
         self.unbind()
         engine = self.engine
@@ -325,6 +330,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
             # The callback came after the trainer was built, `model_init` made a new model, or the run starts over, as
             # `auto_find_batch_size` does with a smaller batch.
             self.attach(model, seed=args.seed)
+            if engine is not None and over and engine.model is self.engine.model:
+                self.engine.begin_again(engine)
         optim.follow(optimizer, model, self._before)
         admission.admit_held(optimizer, self.engine.adapters)
         self._reported = 0 if over else self._reported

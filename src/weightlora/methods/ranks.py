@@ -243,13 +243,7 @@ class RankEngine(Engine):
     def settle(self, optimizer: torch.optim.Optimizer | None) -> None:
         """B <- B diag(g), AdamW's moments to match, and the gates are removed."""
         values = {a.name: gate.tolist() for a, gate in zip(self.adapters, self.gates, strict=bool(self.gates))}
-        gone = []
-        for adapter in self.adapters if self.gates else ():
-            gone.append(surgery.fold(adapter))
-            if optimizer is not None:
-                optim.rescale_moments(optimizer, adapter.B.weight, gone[-1])  # type: ignore[arg-type]
-        if optimizer is not None:
-            optim.drop_params(optimizer, gone)
+        surgery.fold_gates(self.adapters, optimizer)
         self.list_gates()
         self.settled = True
         self.events.add("settle", self.global_step, gate="fold", gates=values)

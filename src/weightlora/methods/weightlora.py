@@ -41,7 +41,7 @@ class WeightLoRA(SelectionMethod):
         gate_lr: eta of omega's own step; follows the schedule of the main learning rate. Default 5.0.
         gate_optimizer: "stoiht" or "stogradmp".
         project_from, project_every: when StoIHT thresholds, in optimizer steps.
-        gate: treatment of omega after T: "fold" (into B) or "hold" (as a constant). Default: fold, in paper mode hold.
+        gate: omega after T: "fold" (into B) or "hold" (a constant until `finish`). Default: fold, in paper mode hold.
         compat: reproduce what only the authors' code does, see `AUTHORS_CODE`. Implies `largest="signed"`.
         experts: of one parameter: "together", with one omega, or "each" chosen by itself; its adapter is `name[3]`.
         seed: of the whole method; default the Trainer's.

@@ -15,7 +15,7 @@ from weightlora.names import lower_is_better
 from weightlora.paired import CONFIDENCE, difference
 from weightlora.report.charts import Cell, Chart, HeatMap, Line, Lines, Point, Points, Spread, Spreads, Table, heat_map
 from weightlora.report.evidence import choice, digits
-from weightlora.report.reading import Run, at, number
+from weightlora.report.reading import Run, at, number, resumed_at
 
 MOST_RUNS_IN_A_MATRIX = 48
 _PARTS = 20  # of the reference's cost, at which lines of several runs are averaged
@@ -48,9 +48,10 @@ def compare(runs: Sequence[Run], reference: str | None = None) -> Comparison:
     against = _reference(runs, names, reference)
     tasks = list(dict.fromkeys(run.task for run in runs))
     notes = []
-    unscored = [run.name for run in runs if run.score is None]
-    if unscored:
-        notes.append(f"Without a score, since they have not finished: {', '.join(unscored)}.")
+    for why, finished in (("since they have not finished", False), ("though they have finished", True)):
+        unscored = [run.name for run in runs if run.score is None and run.finished is finished]
+        if unscored:
+            notes.append(f"Without a score, {why}: {', '.join(unscored)}.")
     scores: list[Chart] = []
     for i, task in enumerate(tasks):
         own = [run for run in runs if run.task == task and run.score is not None]
@@ -59,7 +60,7 @@ def compare(runs: Sequence[Run], reference: str | None = None) -> Comparison:
             scores += _differences(f"differences-{i}", task, own, against, names)
     if against and not any(chart.key.startswith("differences") for chart in scores) and len(names) > 1:
         notes.append(
-            f"No run has the same task, rows and seed as one of {against}, so there are no paired differences."
+            f"No run has the same model, task, rows and seed as one of {against}, so there are no paired differences."
         )
     if against and len(names) > 1 and not any(run.costs.get("operations") for run in runs):
         notes.append("Operations are not compared: no file of these runs counts them.")
@@ -89,8 +90,8 @@ def _reference(runs: Sequence[Run], names: Sequence[str], wanted: str | None) ->
 
 def _case(run: Run) -> tuple[str, str, str]:
     """Runs of one case learn from the same rows, from the same start."""
-    data = run.recipe.get("data") or run.metrics.get("data")
-    return run.task, json.dumps(data, sort_keys=True, default=str), repr(run.seed)
+    same = [run.recipe.get(key) or run.metrics.get(key) for key in ("model", "data")]
+    return run.task, json.dumps(same, sort_keys=True, default=str), repr(run.seed)
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -127,7 +128,10 @@ def _differences(key: str, task: str, runs: Sequence[Run], against: str, names: 
             rows.append(Spread(label, pairs, found.mean, found.low, found.high, colour))
     if not rows:
         return []
-    text = f"Pairs have the same task, rows and seed. Lines: a {CONFIDENCE:.0%} bootstrap over seeds, rough where few."
+    text = (
+        "Pairs have the same model, task, rows and seed. Lines: a "
+        f"{CONFIDENCE:.0%} bootstrap over seeds, rough where few."
+    )
     title = f"Difference from {against}: {task}"
     return [Spreads(key, title, text, f"Δ {runs[0].metric}", rows, f"{CONFIDENCE:.0%} interval", zero=True)]
 
@@ -143,8 +147,8 @@ def trained(run: Run) -> float | None:
 
 
 def seconds(run: Run) -> float | None:
-    """Of training."""
-    return number(at(run.metrics, "seconds", "training"))
+    """Of training; None for a run that was resumed, whose files have those of its last part."""
+    return None if resumed_at(run) else number(at(run.metrics, "seconds", "training"))
 
 
 _COSTS: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
@@ -343,11 +347,13 @@ def runs_of(runs: Sequence[Run], task: str) -> list[Run]:
 
 
 def _with_spread(values: Sequence[float | None], places: int) -> str:
+    """The mean of what is known, with its spread where that is not 0; says how many it is of if some are not."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
     spread = statistics.stdev(known) if len(known) > 1 else 0
-    return f"{statistics.fmean(known):,.{places}f}" + (f" ± {spread:,.{places}f}" if spread else "")
+    missing = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{statistics.fmean(known):,.{places}f}" + (f" ± {spread:,.{places}f}" if spread else "") + missing
 
 
 def _runs(runs: Sequence[Run]) -> Table:

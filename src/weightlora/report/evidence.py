@@ -181,6 +181,9 @@ def _meaning(run: Run) -> tuple[str, str, str]:
             "The weight of each adapter when the choice was made; while they train, all but the largest are held at 0."
         )
         return ("omega", "Omega at the cut", text)
+    if run.of("rung"):
+        text = "Sets are compared: minus the loss of the best that a module was in, when that was last compared."
+        return ("minus the loss", "Minus the loss of each module's set (Halving)", text)
     if run.method == "sparse_adapter":
         return (
             "share",
@@ -285,8 +288,11 @@ def _table(run: Run, found: Choice) -> list[Kept]:
     main = shown[0] if shown else None
     ranks, first = final_ranks(run), {name: adapter.rank for name, adapter in run.adapters.items()}
     scores = _last_scores(run) or (main.values if main else {})
-    order = sorted((n for n, v in scores.items() if v is not None), key=lambda n: -(scores[n] or 0))
-    places = {name: i for i, name in enumerate(order, start=1)} if run.of("cut") else {}
+    order = sorted((v for v in scores.values() if v is not None), reverse=True)
+    first_at = {score: place for place, score in reversed([*enumerate(order, start=1)])}  # equal ones share a place
+    places = {name: first_at[v] for name, v in scores.items() if v is not None} if run.of("cut") else {}
+    if run.of("rung"):
+        places = dict.fromkeys(found.kept, 1)  # sets are compared, and in each comparison fewer
     types = _types(run)
     layers = next((cut["layers"] for cut in reversed(run.of("cut")) if cut.get("layers")), {})
     rows = []
@@ -316,6 +322,8 @@ def _reason(run: Run, place: int | None, of: int, score: float | None, start: in
         return "; ".join(parts) or "it is still there after the cut"
     if score is None:
         return "kept without a score: it does not compete"
+    if run.of("rung"):
+        return f"its set was left, with the loss {digits(-score)}"
     name = _meaning(run)[0]
     grown = f"; its rank grew from {start} to {rank}" if rank and start and rank > start else ""
     budget = "; one of the best set that fits the cost" if run.of("cut")[-1].get("predicted") else ""

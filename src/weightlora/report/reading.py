@@ -219,6 +219,11 @@ def at(values: Any, *keys: str) -> Any:
     return values
 
 
+def resumed_at(run: Run) -> int:
+    """The step from which the seconds in its files count: 0, or that of the checkpoint it went on from."""
+    return int(number(at(run.metrics, "seconds", "since_step")) or 0)
+
+
 def _a_mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -382,14 +387,19 @@ def name_apart(runs: Sequence[Run]) -> None:
     settings = [_settings(run) for run in runs]
     keys = list(dict.fromkeys(key for values in settings for key in values))
     for run, own in zip(runs, settings, strict=True):
-        rivals = [values for other, values in zip(runs, settings, strict=True) if other.method == run.method]
-        apart = [key for key in keys if len({repr(values.get(key)) for values in rivals}) > 1]
+        rivals = [(other, values) for other, values in zip(runs, settings, strict=True) if other.method == run.method]
+        apart = [key for key in keys if len({repr(v.get(key)) for o, v in rivals if _comparable(key, o, run)}) > 1]
         said = [f"{key.removeprefix('method.').removeprefix('training.')}={own.get(key)}" for key in apart]
         run.group = run.group or " ".join([run.method, *said])
 
 
+def _comparable(key: str, one: Run, other: Run) -> bool:
+    """Another task has other data."""
+    return not key.startswith("data.") or one.task == other.task
+
+
 def _settings(run: Run) -> dict[str, Any]:
-    """What makes a run, without seed, place and data, by dotted key."""
+    """What makes a run, without seed, place and task, by dotted key."""
     flat: dict[str, Any] = {}
 
     def add(values: Mapping[str, Any], above: str) -> None:
@@ -399,5 +409,5 @@ def _settings(run: Run) -> dict[str, Any]:
             else:
                 flat[f"{above}{key}"] = value
 
-    add({k: v for k, v in run.recipe.items() if k not in ("seed", "output_dir", "task", "data")}, "")
+    add({k: v for k, v in run.recipe.items() if k not in ("seed", "output_dir", "task")}, "")
     return flat

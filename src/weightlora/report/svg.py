@@ -94,6 +94,7 @@ def short(value: float) -> str:
     """A number for an axis or a cell."""
     if value == 0:
         return "0"
+    value = float(f"{value:.{4 if 1000 <= abs(value) < 1e4 else 3}g}")  # 999.9 is 1000 then, and not 1e+03
     if abs(value) >= 1e4 or abs(value) < 1e-3:
         for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
             if size <= abs(value) < size * 1e3:

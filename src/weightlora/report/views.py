@@ -32,7 +32,7 @@ from weightlora.report.evidence import (
     in_front,
     losses,
 )
-from weightlora.report.reading import STATE_FILE, Run, at, number
+from weightlora.report.reading import STATE_FILE, Run, at, number, resumed_at
 from weightlora.selection.events import EVENTS_FILE
 
 MOST_ROWS = 500  # of a table of adapters
@@ -213,16 +213,17 @@ def _tiles(run: Run, chosen: Choice) -> list[Fact]:
         tiles.append(Fact("adapters kept", f"{len(chosen.kept)} of {len(run.adapters)}"))
     if chosen.step is not None:
         tiles.append(Fact("cut after step", str(chosen.step)))
-    if run.score is not None:
+    if isinstance(after := at(run.metrics, "after", run.metric), int | float):
         before = number(at(run.metrics, "before", run.metric))
         was = f"{before:.4f} → " if before is not None else ""
-        tiles.append(Fact(readable(run.metric), f"{was}{run.score:.4f}", digits(run.score), METRICS_FILE))
+        shown, exact = (f"{after:.4f}", digits(after)) if run.score is not None else (readable(after), "")
+        tiles.append(Fact(readable(run.metric), f"{was}{shown}", exact, METRICS_FILE))
     after = number(at(run.metrics, "trainable_parameters", "after"))
     if after is not None:
         tiles.append(Fact("trainable at the end", f"{after:,.0f}", digits(after), METRICS_FILE))
     seconds = number(at(run.metrics, "seconds", "training"))
     if seconds is not None:
-        tiles.append(Fact("training", f"{seconds:,.0f} s", digits(seconds), METRICS_FILE))
+        tiles.append(Fact(_of_part("training", run), f"{seconds:,.0f} s", digits(seconds), METRICS_FILE))
     if run.now is not None and not run.finished:
         tiles += _tiles_of_now(run, run.now)
     elif not run.finished:
@@ -253,10 +254,11 @@ def _costs(run: Run) -> list[Fact]:
         if number(value) is not None:
             facts.append(Fact(label, text.format(value), digits(value), source))
 
-    seconds, steps = at(run.metrics, "seconds", "training"), number(run.metrics.get("steps"))
-    add("training", seconds, "{:,.2f} s", METRICS_FILE)
-    add("whole run, with scoring", at(run.metrics, "seconds", "total"), "{:,.2f} s", METRICS_FILE)
-    if number(seconds) is not None and steps:
+    seconds, steps = at(run.metrics, "seconds", "training"), number(run.metrics.get("steps")) or 0
+    steps -= resumed_at(run)
+    add(_of_part("training", run), seconds, "{:,.2f} s", METRICS_FILE)
+    add(_of_part("whole run, with scoring", run), at(run.metrics, "seconds", "total"), "{:,.2f} s", METRICS_FILE)
+    if number(seconds) is not None and steps > 0:
         facts.append(
             Fact("mean of a step", f"{seconds / steps:.3f} s", "", f"{METRICS_FILE}: training / {steps:g} steps")
         )
@@ -284,6 +286,12 @@ def _costs(run: Run) -> list[Fact]:
         text = f"{run.adapter_bytes / 2**20:,.2f} MiB"
         facts.append(Fact("the saved adapter", text, digits(run.adapter_bytes), "its file"))
     return facts
+
+
+def _of_part(label: str, run: Run) -> str:
+    """A time's label where it is not of the whole run."""
+    step = resumed_at(run)
+    return f"{label}, since step {step:,}" if step else label
 
 
 def _costs_of_now(now: Now) -> list[Fact]:
@@ -399,7 +407,7 @@ def _kept(run: Run, chosen: Choice) -> tuple[Table, str]:
         for k in (chosen.table[:MOST_ROWS] if chosen.step is not None or run.finished else [])
     ]
     note = f"The first {MOST_ROWS} of {len(chosen.table)}." if len(chosen.table) > MOST_ROWS else ""
-    if run.method in RANK_METHODS or not run.of("cut"):
+    if run.method in RANK_METHODS or run.of("rung") or not run.of("cut"):
         return (header, rows), note
     values = shown[0].values if shown else {}
     dropped = [(v, name) for name in chosen.dropped if (v := values.get(name)) is not None]

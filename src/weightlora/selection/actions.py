@@ -9,10 +9,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from weightlora import optim
+from weightlora import optim, options
 from weightlora.adapters import surgery
 from weightlora.adapters.attach import Adapter
-from weightlora.errors import ConfigError
 from weightlora.selection.budgets import deal, fill
 
 
@@ -73,8 +72,7 @@ class Expand:
     gains: Callable[[], Mapping[str, Sequence[float]]] | None = None
 
     def __post_init__(self) -> None:
-        if self.init not in ("qr", "gaussian"):
-            raise ConfigError(f"`init={self.init!r}` is not a rank extension; use 'qr' or 'gaussian'.")
+        options.one_of("init", self.init, ("qr", "gaussian"))
 
     def __call__(self, cut: Cut) -> tuple[str, dict[str, Any]]:
         grown = [*cut.kept, *cut.dropped] if self.double else list(cut.kept)
@@ -125,32 +123,23 @@ class Settle:
     """After the last cut omega is fixed: folded into B, or held as it is.
 
     "fold": B <- omega B, AdamW's moments rescaled to match, and the gate goes: from here on the model is a LoRA with
-    fewer adapters. "hold": omega stays in the forward as a constant, as the paper writes it; saving folds a copy.
+    fewer adapters. "hold": omega stays in the forward until `finish`, as the paper writes it; saving folds a copy.
     """
 
     gate: Literal["fold", "hold"] = "fold"
 
     def __post_init__(self) -> None:
-        if self.gate not in ("fold", "hold"):
-            raise ConfigError(f"`gate={self.gate!r}` is not a way to fix the gates; use 'fold' or 'hold'.")
+        options.one_of("gate", self.gate, ("fold", "hold"))
 
     def __call__(self, cut: Cut) -> tuple[str, dict[str, Any]] | None:
         if not cut.last:
             return None
-        values = {a.name: a.gate.item() for a in cut.kept if a.gate is not None}
-        gone = [gate for adapter in cut.kept for gate in self._settle(adapter, cut.optimizer)]
-        if cut.optimizer is not None:
-            optim.drop_params(cut.optimizer, gone)
-        return "settle", {"gate": self.gate, "gates": values}
-
-    def _settle(self, adapter: Adapter, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-        """The gate that the optimizer has to forget, if there is one."""
-        if adapter.gate is None:
-            return []
-        if self.gate == "hold":
+        gated = [a for a in cut.kept if a.gate is not None]
+        values = {a.name: a.gate.item() for a in gated if a.gate is not None}
+        if self.gate == "fold":
+            surgery.fold_gates(gated, cut.optimizer)
+        for adapter in gated if self.gate == "hold" else ():
             adapter.freeze_gate()
-            return [adapter.gate]
-        gate = surgery.fold(adapter)
-        for parameter in adapter.outer.values() if optimizer is not None else ():
-            optim.rescale_moments(optimizer, parameter, gate.item())  # type: ignore[arg-type]
-        return [gate]
+        if cut.optimizer is not None:
+            optim.drop_params(cut.optimizer, [a.gate for a in gated if a.gate is not None])
+        return "settle", {"gate": self.gate, "gates": values}

@@ -148,6 +148,9 @@ class Limit:
 
     # What `costs.CostLimit`, which takes its place, has to do with the costs of a step.
 
+    def check_seen(self) -> None:
+        """After the first step: refuse a model whose costs were not seen; none have to be here."""
+
     def let_go(self) -> None:
         """Stop looking at the model; nothing does here."""
 

@@ -64,8 +64,8 @@ class Costs:
         """The profile in the unit of the budget."""
         if self._table is None:
             raise ConfigError(
-                f"`keep={self.keep}` needs to see what adapters cost, but the PEFT model was not called in training "
-                "yet; call the model itself (not a module inside it) before `step`, or give `keep` in adapters."
+                f"`keep={self.keep}` needs to see what a training step costs, but the model was not called in training "
+                "mode; call `model.train()`, and the model itself, not a module inside it; or give `keep` in adapters."
             )
         return self._table
 
@@ -112,6 +112,10 @@ class CostLimit:
     def predicted(self, kept: Sequence[str]) -> dict[str, float]:
         """Memory and time of these adapters as shares of all."""
         return self.costs.predicted(kept)
+
+    def check_seen(self) -> None:
+        """Raise ConfigError if the model was not called in training."""
+        _ = self.costs.table
 
     def let_go(self) -> None:
         """Stop looking at the model."""

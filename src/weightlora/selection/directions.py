@@ -48,16 +48,20 @@ class DirectedSelector(Selector):
     def __init__(self, *args: Any, init_after: int | float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._init_after = init_after
-        self._starts_again = admission.is_fresh(self.adapters)
+        self._starts_again = admission.is_fresh(self._linear)
         if not self._starts_again:
             logger.info("adapter %r was trained already, so it goes on from there: `init` does nothing", self.key)
         self.restart_at: int | None = None
         self.done = False
         self._watch()
 
+    @property
+    def _linear(self) -> list[Adapter]:
+        """Others go on as they are."""
+        return [a for a in self.adapters if not isinstance(a, OtherAdapter)]
+
     def _watch(self) -> None:
-        linear = [a for a in self.adapters if not isinstance(a, OtherAdapter)]  # others go on as they are
-        self._sketches = [_Sketch(adapter, self.seed) for adapter in linear if self._starts_again]
+        self._sketches = [_Sketch(adapter, self.seed) for adapter in self._linear if self._starts_again]
 
     def let_go(self) -> None:
         super().let_go()

@@ -78,6 +78,10 @@ class Engine(ABC):
         """The run begins again, with weights as they are: forget all but these. False: only a new engine can."""
         return False
 
+    def begin_again(self, old: Engine) -> None:
+        """The run of `old`, which could not start over, begins again with this one: what was dropped stays so."""
+        self.dropped = old.dropped
+
     def let_go(self) -> None:  # noqa: B027
         """Another engine takes over: remove what watches the model."""
 

@@ -60,7 +60,7 @@ class Evidence:
         self._sums = [_Sums(a) for a in self.adapters]
         self._of_rows = torch.zeros(4, n, dtype=torch.float64, device=self.device)  # sums of 1, u, w, w^2
         self._Q = torch.zeros(n, n, dtype=torch.float64, device=self.device) if n <= MOST else None
-        self._watching = False
+        self._called = self._watching = False
         self._effects: Effects | None = None  # of what was seen so far
         self._page: _Page | None = None
         self._pages: list[_Page] = []
@@ -81,7 +81,7 @@ class Evidence:
     @torch.no_grad()
     def observe(self, step: int) -> None:
         """After backward: read the gradients of step `step`, counted from 1, and file its rows."""
-        if self._watching and not any(page.seen for page in self._pages):
+        if not self._called or (self._watching and not any(page.seen for page in self._pages)):
             raise ConfigError(
                 "the adapters' scores need to see the model called in training; call the model itself, not a module "
                 "inside it, or use score='omega'."
@@ -114,6 +114,7 @@ class Evidence:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._page = None
         if torch.is_grad_enabled() and (first := first_tensor((args, kwargs))) is not None:
+            self._called = True
             self._page = _Page(len(first), len(self.adapters), self.device)
             if self._watching:
                 self._pages.append(self._page)

@@ -148,6 +148,11 @@ class InformedSelector(Selector):
         if self.done or self.evidence is None:
             return
         self.evidence.observe(self.global_step + 1)
+        if self._costs is not None and self._costs.profile is None:
+            raise ConfigError(
+                "keep='auto' needs to see what a training step costs, but the model was not called in training mode; "
+                "call `model.train()`, and the model itself, not a module inside it."
+            )
         if not self.evidence.turned and self.global_step + 1 >= self._half:
             self.evidence.turn()
         self._informed = self.evidence.ready
@@ -204,11 +209,6 @@ class InformedSelector(Selector):
     def _auto(self, effects: Effects, tolerance: float) -> dict[str, Any]:
         """Find the cheapest set that covers enough, and say how much the choice mattered."""
         assert self._costs is not None
-        if self._costs.profile is None:
-            raise ConfigError(
-                "keep='auto' needs to see what a training step costs, but the model was not called in training mode; "
-                "call `model.train()`, and the model itself, not a module inside it."
-            )
         table, place = self._costs.table, {name: i for i, name in enumerate(self._names)}
         order = [place[name] for name in table.names.tolist()]  # as they run
         self._found, cost = cheapest(effects, order, tolerance, lambda chosen: table.cost(_mask(order, chosen)))

@@ -193,8 +193,10 @@ class Selector(Engine):
         if self.done:
             return False
         if self.cuts is None:
-            raise ConfigError("the length of the run is not known; call `plan(total_steps)` or give `after` in steps.")
+            raise ConfigError("the length of the run is not known; call `plan(total_steps)` before the first step.")
         self.global_step += 1
+        if self.global_step == 1:
+            self._limits[-1].check_seen()
         if self._observed is not None:
             self._move_gates(*self._observed, optimizer)
             self._observed = None
@@ -205,12 +207,14 @@ class Selector(Engine):
 
     @torch.no_grad()
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Make the cuts that are left, if anything is known to choose by. Returns whether one was made."""
-        if self.done or self.global_step == 0 or not self._informed:
-            return False
-        while not self.done:
+        """Make the cuts that are left, if anything is known, and fold gates that are held; whether a cut was made."""
+        cut = not self.done and self.global_step > 0 and self._informed
+        while cut and not self.done:
             self._cut(optimizer)
-        return True
+        if self.done and self._gates.gates:
+            surgery.fold_gates(self.adapters, optimizer)
+            self._list_parameters()
+        return cut
 
     def _at_rest(self, rule: GateRule, omega: torch.Tensor) -> Iterable[int]:
         """Which adapters' A and B must not move in this step."""
@@ -274,6 +278,12 @@ class Selector(Engine):
         if not self._gates.gates:
             return {}
         return dict(zip(self._names, self._gates.read().tolist(), strict=True))
+
+    def begin_again(self, old: Engine) -> None:
+        super().begin_again(old)
+        if isinstance(old, Selector) and old.rounds_done:  # a share is of what there was, and no cut is made twice
+            Selector.let_go(self)
+            self._limits, self.capacity, self.rounds_done = old._limits, old.capacity, old.rounds_done
 
     def let_go(self) -> None:
         for limit in self._limits:
@@ -383,9 +393,8 @@ class Selector(Engine):
         self._limits = [limit.among(attached) for limit in self._limits]
         self._limits[-1].load_state_dict(facts["costs"])
         self.adapters = attach.list_adapters(self.model, self.key, linear=self.linear)
-        for adapter in self.adapters if self.done else ():
-            if adapter.gate is not None:
-                adapter.freeze_gate()
+        for adapter in (a for a in self.adapters if self.done and a.gate is not None):
+            adapter.freeze_gate()
         self._list_parameters()
         if hasattr(self.strategy.score, "seed"):  # the run goes on with the seed it was started with
             score = replace(self.strategy.score, seed=self.seed)  # type: ignore[type-var]

@@ -149,27 +149,23 @@ class Regression(_Texts):
 
     def metrics(self, predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """Pearson and Spearman correlation and mean squared error, or the benchmark's metrics."""
-        from sklearn.metrics import mean_squared_error
-
         values, wanted = predictions.reshape(-1).astype("float64"), targets.reshape(-1).astype("float64")
         if self.scorer is not None:
             return self.scorer(wanted, values)
-        return {**correlations(wanted, values), "mse": float(mean_squared_error(wanted, values))}
+        return {**correlations(wanted, values), "mse": float(((values - wanted) ** 2).mean())}
 
 
 def correlations(targets: np.ndarray, values: np.ndarray) -> dict[str, float]:
-    """Pearson and Spearman correlation, 0 where one side is constant."""
+    """Pearson and Spearman correlation, 0 where one side is constant, NaN where a value is no finite number."""
+    import numpy as np
     from scipy.stats import pearsonr, spearmanr
 
-    constant = len(values) < 2 or math.isclose(values.std(), 0) or math.isclose(targets.std(), 0)
-    return {
-        "pearson": 0.0 if constant else _correlation(pearsonr(values, targets)),
-        "spearman": 0.0 if constant else _correlation(spearmanr(values, targets)),
-    }
-
-
-def _correlation(result: Any) -> float:
-    return float(result.statistic)
+    if not np.isfinite(values).all():
+        return {"pearson": math.nan, "spearman": math.nan}
+    if (values == values[0]).all() or (targets == targets[0]).all():
+        return {"pearson": 0.0, "spearman": 0.0}
+    found: tuple[Any, Any] = pearsonr(values, targets), spearmanr(values, targets)
+    return {name: float(one.statistic) for name, one in zip(("pearson", "spearman"), found, strict=True)}
 
 
 def _class_names(rows: Dataset) -> list[str] | None:

@@ -76,8 +76,8 @@ def load_splits(
     """Loads, checks and splits the data of one run.
 
     Args:
-        validation: a source, or the amount to carve from train, stratified by class for classification: a share below
-            1, or a number of rows.
+        validation: a source, or the amount to carve from train: a share below 1, or a number of rows. It is stratified
+            by class for classification; elsewhere it is of distinct inputs, all rows of which come along.
         columns: {role: its name in the data}, where that is not the task's own.
         limit: keep that many random training rows.
         eval_limit: keep the rows of that many random inputs of validation and of test.
@@ -92,8 +92,9 @@ def load_splits(
     if isinstance(validation, Source):
         kept, held_out = list(range(len(rows))), _load_part(task, validation, columns, names)
     else:
-        kept, carved = _carve(targets, validation, seed, task.stratify)
-        held_out = _select(Part(rows, targets), carved)
+        whole = Part(rows, targets)
+        kept, carved = _carve(targets, None if task.stratify else _inputs(task, whole), validation, seed)
+        held_out = _select(whole, carved)
     if task.stratify and not isinstance(validation, Source):
         _check_seen(targets, kept, names, validation)
     part = _limited(_select(Part(rows, targets), kept), limit, seed)
@@ -202,30 +203,40 @@ def _check_text(texts: Any, column: str, source: Source) -> None:
             raise ConfigError(f"Row {number} of {source}: {column!r} {what}; fix the row or `data.columns`.")
 
 
-def _carve(targets: list[Any], share: float, seed: int, stratify: bool) -> tuple[list[int], list[int]]:
-    """Row numbers to train on and to hold out. A class with a single row stays in train."""
+def _carve(targets: list[Any], inputs: list[Any] | None, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Row numbers to train on and to hold out.
+
+    Args:
+        inputs: of each row: rows with the same stay together. None: stratify by target; a class with a single row
+            stays in train.
+    """
     from sklearn.model_selection import train_test_split
 
-    counts = Counter(targets) if stratify else {}
+    counts = Counter(targets) if inputs is None else {}
     single = [row for row, target in enumerate(targets) if counts.get(target) == 1]
-    rows = [row for row, target in enumerate(targets) if counts.get(target) != 1]
-    classes = [targets[row] for row in rows] if stratify else None
-    held_out = math.ceil(share * len(rows)) if share < 1 else int(share)
-    _check_room(share, len(targets), len(rows), held_out, len(set(classes)) if classes else 1)
-    kept, carved = train_test_split(rows, test_size=held_out, random_state=seed, stratify=classes)
-    return sorted(kept + single), sorted(carved)
+    units: dict[Any, list[int]] = {}
+    for row, target in enumerate(targets):
+        if counts.get(target) != 1:
+            units.setdefault(row if inputs is None else inputs[row], []).append(row)
+    classes = [targets[row] for row in units] if inputs is None else None
+    held_out = math.ceil(share * len(units)) if share < 1 else int(share)
+    what = "rows" if len(units) + len(single) == len(targets) else "inputs"
+    _check_room(share, len(units) + len(single), what, len(units), held_out, len(set(classes)) if classes else 1)
+    parts = train_test_split(list(units.values()), test_size=held_out, random_state=seed, stratify=classes)
+    kept, carved = (sorted(row for unit in part for row in unit) for part in parts)
+    return sorted(kept + single), carved
 
 
-def _check_room(share: float, rows: int, free: int, held_out: int, needed: int) -> None:
-    """Both parts need a row, or one of every class; `free` is the number of rows that may go into either."""
+def _check_room(share: float, count: int, what: str, free: int, held_out: int, needed: int) -> None:
+    """Both parts need one, or one of every class; `free` is how many of the `count` may go into either."""
     if needed <= held_out <= free - needed:
         return
     remedy = "raise it" if held_out < needed else "lower it"
     remedy = remedy if free >= 2 * needed else "add rows"
     classes = " of different classes" if needed > 1 else ""
     raise ConfigError(
-        f"`data.validation` of {share:g} cannot be carved from {rows} rows: it takes {held_out} and leaves "
-        f"{max(rows - held_out, 0)}, and each part needs {needed}{classes}; {remedy}, or give a validation file."
+        f"`data.validation` of {share:g} cannot be carved from {count} {what}: it takes {held_out} and leaves "
+        f"{max(count - held_out, 0)}, and each part needs {needed}{classes}; {remedy}, or give a validation file."
     )
 
 

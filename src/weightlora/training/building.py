@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trai
 
 from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first
-from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.errors import ConfigError, WeightLoRAError, did_you_mean
 from weightlora.instead import instead
 from weightlora.methods import Progress
 from weightlora.tasks.base import Encoded
@@ -21,12 +22,15 @@ from weightlora.training.diverging import OnNan
 from weightlora.training.generating import Generating, generation_config
 from weightlora.training.plan import Job
 
+_BEST = "training.metric_for_best_model"
+
 
 def build_trainer(job: Job, progress: bool, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Trainer, Encoded]:
     """The Trainer with the method as its callback, and the rows that score it."""
     acting: list[TrainerCallback] = [] if job.method is None else [job.method]
     own = [*job.first, *acting, *job.after, OnNan(job.recipe.on_nan)]
     validation = job.encode(job.splits.validation)
+    check_metrics(job, validation)
     try:
         trainer = job.head.trainer(job.model.config)(
             model=job.model,
@@ -95,6 +99,44 @@ def _scored_by(rows: Encoded, file: Path | None = None) -> Callable[[EvalPredict
         return score(output.predictions, output.label_ids)
 
     return metrics
+
+
+def check_metrics(job: Job, rows: Encoded, scores: dict[str, float] | None = None) -> None:
+    """Raise ConfigError where the recipe names a metric that `rows` are not scored by.
+
+    The Trainer would fail only after its first evaluation, and an unknown `metric` only at the end.
+
+    Args:
+        scores: of the model before training, if there are any.
+    """
+    if {job.recipe.metric, job.arguments.metric_for_best_model} <= {None, "loss", "eval_loss"}:
+        return
+    try:
+        known = scores if scores and job.scores_during_training else {"loss": 0.0, **_scores_of_nothing(job, rows)}
+    except Exception:  # somebody's own score may need outputs that a model gives
+        return
+    _check_metric(job, "metric", known)
+    _check_metric(job, _BEST, known if job.scores_during_training else scores or {"loss": 0.0})
+
+
+def _scores_of_nothing(job: Job, rows: Encoded) -> dict[str, float]:
+    """What `rows` are scored by, with the scores of outputs that say nothing."""
+    if rows.score is None:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such scores may be undefined
+        return rows.score(*job.head.nothing(rows.features, job.model.config))
+
+
+def _check_metric(job: Job, key: str, scores: dict[str, float]) -> None:
+    wanted = job.recipe.metric if key == "metric" else job.arguments.metric_for_best_model
+    if wanted is None or wanted.removeprefix("eval_") in scores:
+        return
+    hint = did_you_mean(wanted, list(scores))
+    more = "" if key == "metric" or job.scores_during_training else "; `generation.during_training: true` adds others"
+    raise ConfigError(
+        f"`{key}` is {wanted!r}{f'{hint} Choose' if hint else '; choose'} one of: {', '.join(scores)}{more}."
+    )
 
 
 def _set_rates(trainer: Trainer, job: Job) -> None:

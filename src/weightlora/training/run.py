@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -26,16 +25,15 @@ from transformers import TrainerCallback
 from weightlora import durable, methods
 from weightlora.adapters.distributed import is_first, processes, wait_for_all
 from weightlora.durable import RECIPE_FILE
-from weightlora.errors import ConfigError, TooLargeError, did_you_mean
+from weightlora.errors import TooLargeError
 from weightlora.measure import trainable_parameters
 from weightlora.methods import Progress
 from weightlora.methods.adalora import as_lora
 from weightlora.output import METRICS_FILE, model_card
 from weightlora.progress import Now
 from weightlora.selection.events import EVENTS_FILE
-from weightlora.tasks.base import Encoded
 from weightlora.training import fitting, sharding
-from weightlora.training.building import alone, build_trainer, evaluate, train
+from weightlora.training.building import alone, build_trainer, check_metrics, evaluate, train
 from weightlora.training.choice import FACTS_FILE, Chosen, check_chooses, choose, read_choice
 from weightlora.training.plan import Job, Plan, check_output_dir, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
@@ -47,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 CHOICE_DIR = "choice"
 PREDICTIONS_FILE = "predictions.jsonl"
-_BEST = "training.metric_for_best_model"
 _LIBRARIES = ("weightlora", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -187,10 +184,11 @@ def _run(job: Job, choice: Chosen | None, resume: bool, asked: _Asked) -> dict[s
         if asked.score_first or recipe.metric is not None or job.arguments.metric_for_best_model is not None:
             before = evaluate(trainer, validation, scored=job.scores_during_training)
     if before is not None:
-        _check_metrics(job, before, validation)
+        check_metrics(job, validation, before)
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
+    begun_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     clock = time.perf_counter()
     with stopping.listening(), following.to_the_end():
         train(trainer, job, checkpoint)
@@ -221,7 +219,11 @@ def _run(job: Job, choice: Chosen | None, resume: bool, asked: _Asked) -> dict[s
         },
         "rows": plan.rows,
         "steps": trainer.state.global_step,
-        "seconds": {"training": round(seconds, 2), "total": round(time.perf_counter() - asked.started, 2)},
+        "seconds": {
+            "training": round(seconds, 2),
+            "total": round(time.perf_counter() - asked.started, 2),
+            "since_step": begun_at,
+        },
         "versions": {name: _version(name) for name in _LIBRARIES},
     }
     weights = sharding.whole_weights(trainer, job.model)
@@ -243,52 +245,10 @@ def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
     if job.method is not None:
         job.method.attach(job.model)
     plan = make_plan(job)
-    _check_names(job)
+    check_metrics(job, job.encode(job.splits.validation))
     if is_first():
         durable.check_writable(Path(recipe.output_dir), needed=plan.bytes_written)
     return plan
-
-
-def _check_names(job: Job) -> None:
-    """As `_check_metrics`, before there are any scores."""
-    if {job.recipe.metric, job.arguments.metric_for_best_model} <= {None, "loss", "eval_loss"}:
-        return
-    rows = job.encode(job.splits.validation)
-    try:
-        known = _scores_of_nothing(job, rows)
-    except Exception:  # somebody's own score may need outputs that a model gives
-        return
-    _check_metric(job, "metric", {"loss": 0.0, **known})
-    _check_metric(job, _BEST, {"loss": 0.0, **(known if job.scores_during_training else {})})
-
-
-def _check_metrics(job: Job, scores: dict[str, float], rows: Encoded) -> None:
-    """The Trainer would fail only after the first evaluation, and an unknown `metric` only at the end."""
-    known = scores
-    if job.recipe.metric is not None and not job.scores_during_training:
-        known = {**scores, **_scores_of_nothing(job, rows)}
-    _check_metric(job, "metric", known)
-    _check_metric(job, _BEST, scores)
-
-
-def _scores_of_nothing(job: Job, rows: Encoded) -> dict[str, float]:
-    """What `rows` are scored by, with the scores of outputs that say nothing."""
-    if rows.score is None:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such scores may be undefined
-        return rows.score(*job.head.nothing(rows.features, job.model.config))
-
-
-def _check_metric(job: Job, key: str, scores: dict[str, float]) -> None:
-    wanted = job.recipe.metric if key == "metric" else job.arguments.metric_for_best_model
-    if wanted is None or wanted.removeprefix("eval_") in scores:
-        return
-    hint = did_you_mean(wanted, list(scores))
-    more = "" if key == "metric" or job.scores_during_training else "; `generation.during_training: true` adds others"
-    raise ConfigError(
-        f"`{key}` is {wanted!r}{f'{hint} Choose' if hint else '; choose'} one of: {', '.join(scores)}{more}."
-    )
 
 
 def _save(job: Job, output_dir: Path, metrics: dict[str, Any], weights: dict[str, Tensor] | None) -> None:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from datasets import Dataset
 from demo_topics import package_folder
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, TaskType, get_peft_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -49,7 +49,7 @@ def train(
 ) -> Fixed:
     """Train a LoRA on a tenth of the model's layers; returns the method, which tells which."""
     config = LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=8, lora_alpha=16, target_modules="all-linear")
-    model.add_adapter(config)
+    model[0].model = get_peft_model(model[0].model, config)
     method = Fixed(keep=keep)
     trainer = SentenceTransformerTrainer(
         model,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -28,6 +29,16 @@ def bert(layers: int = 3, **lora: Any) -> PeftModel:
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "task_type": "SEQ_CLS"} | lora
     settings.setdefault("target_modules", ["query", "key", "value"])
     return get_peft_model(BertForSequenceClassification(config), LoraConfig(**settings))
+
+
+def add_adapter(model: Any, config: LoraConfig, **more: Any) -> None:
+    """`model.add_adapter`; skips the test where transformers refuses this PEFT, as 5.24 does below PEFT 0.22."""
+    try:
+        model.add_adapter(config, **more)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"`add_adapter`: {error}")
 
 
 def check_gates(model: Any, run: Callable[[], Tensor], *, atol: float = 1e-6) -> list[Adapter]:

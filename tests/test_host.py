@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, make_trainer, train
+from helpers import add_adapter, batch, make_trainer, train
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
@@ -42,7 +42,7 @@ class Holder(nn.Module):
 
 def added() -> nn.Module:
     model = plain()
-    model.add_adapter(lora())
+    add_adapter(model, lora())
     return model
 
 
@@ -123,7 +123,8 @@ def run(
         with torch.random.fork_rng():  # the order of the rows is drawn from the same generator
             model = plain()
             torch.manual_seed(seed)
-            model.add_adapter(lora(lora_dropout=0.05, modules_to_save=["classifier"]), adapter_name=name or "default")
+            config = lora(lora_dropout=0.05, modules_to_save=["classifier"])
+            add_adapter(model, config, adapter_name=name or "default")
         return model
 
     return make_trainer(folder, method, *others, model=make if init else make(), max_steps=steps, save_steps=5)
@@ -194,7 +195,7 @@ def pairs_run(folder: Path, kind: str, seed: int = 0, *, resume: Path | None = N
     torch.manual_seed(seed)
     config = lora(task_type="FEATURE_EXTRACTION", target_modules="all-linear")
     if kind == "add_adapter":
-        base.add_adapter(config)
+        add_adapter(base, config)
     else:
         base[0].model = get_peft_model(base[0].model, config)
     anchors = [f"w{i} w{i + 1} w{i + 2}" for i in range(60)]

@@ -13,6 +13,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from helpers import add_adapter
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
@@ -44,7 +45,7 @@ class Holder(nn.Module):
 
 def added() -> nn.Module:
     model: Any = tiny.build("llama").model
-    model.add_adapter(lora())
+    add_adapter(model, lora())
     return model
 
 

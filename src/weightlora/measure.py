@@ -109,13 +109,15 @@ def flop_counter() -> FlopCounterMode:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    for name in ("_grouped_mm", "_scaled_grouped_mm"):
-        if hasattr(aten, name):
-            formulas[getattr(aten, name)] = _grouped_flops
-    fallback: Any = torch.ops.transformers  # of transformers, where torch has none
-    if hasattr(fallback, "grouped_mm_fallback"):
-        formulas[fallback.grouped_mm_fallback] = _grouped_flops
-        formulas[fallback.grouped_mm_fallback_backward] = lambda x, weight, *_, **__: 2 * _grouped_flops(x, weight)
+    for space, name, formula in (
+        (aten, "_grouped_mm", _grouped_flops),
+        (aten, "_scaled_grouped_mm", _grouped_flops),
+        # of transformers, where torch has none; in its 5.18 the backward pass is of products that torch knows
+        (torch.ops.transformers, "grouped_mm_fallback", _grouped_flops),
+        (torch.ops.transformers, "grouped_mm_fallback_backward", lambda x, w, *_, **__: 2 * _grouped_flops(x, w)),
+    ):
+        if hasattr(space, name):
+            formulas[getattr(space, name)] = formula
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora import optim
 from weightlora.adapters import experts, ordinary, seam
@@ -67,8 +68,9 @@ def release_inputs(model: nn.Module) -> None:
     stacks = find_stacks(base)
     if reentrant:
         lowest = next((s.blocks[s.frozen] for s in stacks if s.frozen < len(s.blocks)), None)
-        # Where transformers checkpoints the call and not `forward`, a hook would run inside: then all stays as it is.
-        if lowest is None or not hasattr(type(lowest).forward, "__wrapped__"):
+        # Where the call is checkpointed and not `forward`, as in models of one's own and by transformers before 5.23,
+        # a hook would run inside: then all stays as it is.
+        if not isinstance(lowest, GradientCheckpointingLayer) or "__call__" in vars(GradientCheckpointingLayer):
             return
         for module in base.modules():  # a block that is frozen since would make backward run through it
             for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _require_input_gradient]:

@@ -262,3 +262,18 @@ def test_the_kernels_compile_for_gpus_from_ampere_to_blackwell_and_fit_into_the_
     for capability, case, shared in json.loads(done.stdout):
         assert shared.keys() == {"_down_kernel", "_update_kernel", "_columns_kernel"}, (capability, case)
         assert max(shared.values()) <= 99 * 1024, (capability, case, shared)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "serves"), [((3, 3), 8, True), ((3, 2), 9, False), ((3, 9), 7, False)]
+)
+def test_the_kernels_serve_gpus_and_versions_of_triton_that_they_were_launched_by(
+    version, capability, serves, monkeypatch
+):
+    pytest.importorskip("triton")
+    from weightlora.adapters import kernel_triton
+
+    monkeypatch.setattr(kernel_triton, "VERSION", version)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    assert kernel_triton._is_supported.__wrapped__(0) is serves

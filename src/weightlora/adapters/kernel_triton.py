@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 MAX_RANK = 128  # above it cuBLAS does better than a program that holds all ranks of its rows
 
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -53,8 +54,11 @@ def serves(x: Tensor, dtype: torch.dtype, r: int) -> bool:
 
 @functools.cache
 def _is_supported(device: int) -> bool:
-    """NVIDIA's from Ampere on, the ones with bfloat16 and asynchronous copies."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """NVIDIA's from Ampere on, the ones with bfloat16 and asynchronous copies.
+
+    Triton before 3.3, which comes with torch 2.6, takes other arguments at a launch than `_Form` hands it.
+    """
+    return VERSION >= (3, 3) and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Products:

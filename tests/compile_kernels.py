@@ -1,6 +1,6 @@
 """Compile and launch the Triton kernels of a step for GPUs that need not be there; prints, as JSON, what they take.
 
-Triton does all but load and run what it has compiled: what it is handed at a launch is held against its own way to launch.
+Triton does all but load and run what it has compiled: what a launch hands it is held against its own way to launch.
 A process of its own, because Triton's interpreter, in which other tests run the kernels, changes Triton's language.
 """
 

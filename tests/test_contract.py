@@ -210,8 +210,10 @@ def test_a_second_attach_knows_nothing_of_the_first(name):
     moved = [p for n, p in model.named_parameters() if "lora_gate" in n and p != 1]
     assert moved or method.engine.tensors()
     expected = model.eval()(**inputs).logits.detach()
+    watching = len(model._forward_pre_hooks)
     again: Any = create(name, own)
     again.attach(model, seed=0)
+    assert len(model._forward_pre_hooks) <= watching
     torch.testing.assert_close(model(**inputs).logits, expected)
     assert all(p == 1 for n, p in model.named_parameters() if "lora_gate" in n)
     assert not again.engine.tensors() and not again.engine.finish(optimizer)

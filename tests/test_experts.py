@@ -178,6 +178,22 @@ def test_experts_are_chosen_among_cut_and_saved(name, method, tmp_path):
         assert len(whole.pairs) == 1 or alive == {n for n in made.kept if n.startswith(f"{whole.name}[")}
 
 
+def test_peft_combines_other_adapters_beside_them():
+    case = CASES["mixture"]
+    model = case.model().eval()
+    set_gates(CHOOSING["weightlora"]().attach(model).adapters)
+    for name in ("some", "more"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["one", "two"], init_lora_weights=False))
+    before = outputs(model, case)
+    model.add_weighted_adapter(["some", "more"], [1.0, 0.0], "both", combination_type="cat")
+    torch.testing.assert_close(outputs(model, case), before, rtol=0, atol=0)
+    found = []
+    for name in ("some", "both"):
+        model.set_adapter(name)
+        found.append(outputs(model, case))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_an_expert_at_rest_does_not_move():
     case = CASES["mixture"]
     model = case.model().train()

@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers import batch, bert, trainable_state
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import layer as peft_layers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -165,6 +167,29 @@ def test_several_adapters_keep_to_themselves():
     model.set_adapter("default")
     active = {name for a in list_adapters(model, "other") for name in a.layer.active_adapters}
     assert active == {"default"}, "taking one adapter away must not switch another on"
+
+
+def stock_classes(model) -> set[bool]:
+    """Whether the LoRA layers are of a class that PEFT has under their name."""
+    return {type(m) is getattr(peft_layers, type(m).__name__) for m in model.modules() if isinstance(m, LoraLayer)}
+
+
+@pytest.mark.parametrize("leaving", ["cut", "deleted"])
+def test_where_one_of_two_adapters_leaves_the_layer_is_a_stock_one_again(leaving):
+    model = bert()
+    targets = model.peft_config["default"].target_modules
+    model.add_adapter("other", LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS"))
+    WeightLoRA(keep=1, after=2).attach(model, adapter_name="default")
+    assert stock_classes(model) == {False}
+    if leaving == "cut":
+        first, *rest = list_adapters(model, "default")
+        surgery.disconnect(model, rest)
+        surgery.fold(first)
+    else:
+        model.set_adapter("other")
+        model.delete_adapter("default")
+    assert len(list_adapters(model, "other")) > 1
+    assert stock_classes(model) == {True}
 
 
 def test_modules_to_save_stay():

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
+
 from weightlora.adapters import ordinary
 from weightlora.adapters.attach import list_adapters
 from weightlora.adapters.structure import exactly
@@ -24,7 +26,7 @@ def combine_as_trained(tuner: Any) -> None:
 
 def add_weighted_adapter(tuner: Any, adapters: Sequence[str], *args: Any, **kwargs: Any) -> None:
     """The model's own `add_weighted_adapter`, which sees B with the gates in it, and configs in one form."""
-    with ordinary.folded(tuner.modules()), _in_one_form(tuner, adapters):
+    with ordinary.folded(m for m in tuner.modules() if isinstance(m, LoraLayer)), _in_one_form(tuner, adapters):
         type(tuner).add_weighted_adapter(tuner, adapters, *args, **kwargs)
 
 

@@ -68,6 +68,11 @@ class _Changed:
     def __reduce__(self) -> tuple[Any, ...]:
         return _made, (type(self).__bases__[0], self.stock), self.__dict__  # the class has no name to be found by
 
+    def delete_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; without a gate of another adapter's the layer is a stock one again."""
+        self.stock.delete_adapter(self, *args, **kwargs)
+        leave(self)
+
 
 class _Ordinary(_Changed):
     """PEFT's own code, with another `scaling`."""
@@ -148,8 +153,8 @@ def use(layer: Any, *, linear: bool = False) -> None:
 
 
 def leave(layer: Any) -> None:
-    """Make a layer a stock one again."""
-    if isinstance(layer, _Changed):
+    """Make a layer a stock one again, unless it holds a gate."""
+    if isinstance(layer, _Changed) and not getattr(layer, GATES):
         layer.__class__ = layer.stock
 
 

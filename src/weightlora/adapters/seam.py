@@ -219,8 +219,7 @@ def remove_gate(layer: Any, adapter: str) -> None:
     """Remove the gate: a plain LoRA is left, without omega in its output."""
     for part in (layer, *inside(layer)):
         del getattr(part, GATES)[adapter]
-        if not getattr(part, GATES):
-            ordinary.leave(part)
+        ordinary.leave(part)
 
 
 def remove_adapter(layer: Any, adapter: str) -> None:
@@ -231,6 +230,7 @@ def remove_adapter(layer: Any, adapter: str) -> None:
             if adapter in container:
                 del container[adapter]
         part.lora_variant.pop(adapter, None)
+        ordinary.leave(part)
 
 
 def bare(layer: Any) -> nn.Module:

@@ -74,6 +74,7 @@ def write_and_read_state(host: Any, method: Any) -> None:
     before = getattr(host, "_weightlora_method", method)
     if before is not method and before.engine.model is host:  # of a cell that was run again, say
         before.unbind()
+        before._wrapper.stop_looking()
         before.engine.let_go()
     host._weightlora_method = method
     if isinstance(host, PeftModel):

@@ -278,9 +278,10 @@ class Estimator:
         if not self.adapters:
             raise ConfigError("The LoRA matches no module of the model; check `target_modules`.")
         self.shapes = {a.name: [tuple(p.shape) for p in a.weights] for a in self.adapters}
-        named = peft.named_parameters()
-        self.head_shapes = [tuple(p.shape) for n, p in named if p.requires_grad and "lora_" not in n]
-        self.head = sum(map(math.prod, self.head_shapes))
+        weights = {id(p) for a in self.adapters for p in a.weights}
+        others = {n: p for n, p in peft.named_parameters() if p.requires_grad and id(p) not in weights}
+        self.other_shapes = [tuple(p.shape) for p in others.values()]  # DoRA's magnitudes among them
+        self.head = sum(p.numel() for n, p in others.items() if "lora_" not in n)
 
     def costs(self, precision: Precision, *, batch: int | None = None, flops: bool = False) -> Costs:
         """A pass of the model."""
@@ -352,12 +353,12 @@ class Estimator:
         return found | sets.possible_sets(costs.profile, self.adapters, strategy.keep)
 
     def _trainable(self, costs: Costs, mask: np.ndarray) -> int:
-        return sum(map(math.prod, self._shapes(costs, mask)))
+        return sum(math.prod(shape) for shapes in self._shapes(costs, mask) for shape in shapes)
 
-    def _shapes(self, costs: Costs, mask: np.ndarray) -> list[tuple[int, ...]]:
-        """Of everything that is trained."""
+    def _shapes(self, costs: Costs, mask: np.ndarray) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Of adapters, and of everything else that is trained."""
         names = [name for name, kept in zip(costs.names, mask, strict=True) if kept]
-        return [*self.head_shapes, *(shape for name in names for shape in self.shapes[name])]
+        return [shape for name in names for shape in self.shapes[name]], self.other_shapes
 
     def memory(
         self,
@@ -369,8 +370,10 @@ class Estimator:
         step: Step | None = None,
     ) -> Memory:
         step = step or costs.step(mask, checkpointing=checkpointing)
-        shapes = self._shapes(costs, mask)
-        trained = 4 * sum(math.prod(shape) for shape in shapes)
+        adapters, others = self._shapes(costs, mask)
+        each = 2 if precision == "bf16" else 4  # PEFT keeps adapters in float32, copies of modules as they were
+        name = self.training.optimizer
+        trained = 4 * sum(map(math.prod, adapters)) + each * sum(map(math.prod, others))
         return Memory(
             precision=precision,
             checkpointing=checkpointing,
@@ -378,7 +381,7 @@ class Estimator:
             weights_bytes=self.base.weight_bytes(precision),
             trained_bytes=trained,
             gradient_bytes=trained,
-            optimizer_bytes=optimizer_bytes(self.training.optimizer, shapes),
+            optimizer_bytes=optimizer_bytes(name, adapters) + optimizer_bytes(name, others, each),
             saved_bytes=step.saved_bytes,
             working_bytes=step.working_bytes,
         )

@@ -56,6 +56,11 @@ class Module(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Judged(Module):
+    def validation_step(self, inputs: Any, index: int) -> None:
+        self.logits = self.model(**inputs).logits
+
+
 def batches(parts: int = 1) -> list[Any]:
     return [batch(8 // parts, start=8 // parts * (i % 8)) for i in range(STEPS * parts)]
 
@@ -150,6 +155,24 @@ def test_it_resumes_exactly_and_saves_what_peft_loads(name, tmp_path):
         stock = PeftModel.from_pretrained(Module().model.unload(), str(tmp_path / str(step))).eval()
         logits = torch.load(tmp_path / str(step) / "logits.pt", weights_only=True)
         torch.testing.assert_close(stock(**batch(8)).logits, logits, rtol=1e-5, atol=1e-6)
+        fresh = Judged()
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[LightningCallback(METHODS[name]())]
+        )
+        loader = DataLoader([batch(8)], batch_size=None)
+        trainer.validate(fresh, loader, ckpt_path=str(tmp_path / f"{step}.ckpt"), verbose=False)
+        torch.testing.assert_close(fresh.logits, logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("averages", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averages_of_parameters_that_go_are_refused(averages: str, tmp_path: Path) -> None:
+    if not hasattr(pl.callbacks, averages):
+        pytest.skip(f"this Lightning has no {averages}")
+    callback = getattr(pl.callbacks, averages)(**({"swa_lrs": 1e-2} if averages.startswith("S") else {}))
+    with pytest.raises(UnsupportedError, match=f"Lightning's {averages} averages the parameters"):
+        fit(tmp_path, WeightLoRA(keep=3), gradient_clip_val=None, callbacks=[callback])
+    module = fit(tmp_path, Fixed(keep=3, init=None), gradient_clip_val=None, callbacks=[callback])
+    assert len(list_adapters(module)) == 3
 
 
 def test_what_cannot_work_is_said_before_the_first_step(tmp_path):

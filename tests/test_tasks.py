@@ -85,6 +85,40 @@ def test_words_that_look_like_missing_values_stay_text() -> None:
     assert {*splits.train.rows["text"], *splits.validation.rows["text"]} == {"NA", "null", "nan", "None"}
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["007", "7", "1.0"], ["007", "1.0", "7"]),
+        (["1.1", "1.10", "2"], ["1.1", "1.10", "2"]),
+        (["True", "False"], ["False", "True"]),
+        (["10", "2", "0"], ["0", "2", "10"]),
+        (["1.0", "0.0"], ["0", "1"]),
+    ],
+)
+def test_labels_of_a_csv_stay_as_written_and_numbers_are_numbers(labels: list[str], names: list[str]) -> None:
+    rows = [f"{12 + i},{label}" for i, label in enumerate(labels * 4)]
+    for name, lines in (("a.csv", rows), ("b.csv", rows), ("one.csv", [f"12,{labels[-1]}"])):
+        Path(name).write_text("\n".join(["question,topic", *lines]), encoding="utf-8")
+    assert load("a.csv", Source("b.csv")).names == names
+    (target,) = load("a.csv", Source("one.csv")).validation.targets
+    shown = names[target]
+    assert shown == labels[-1] or float(shown) == float(labels[-1])
+    assert {*load("a.csv", Source("b.csv")).train.rows["text"]} == {str(12 + i) for i in range(len(rows))}
+
+
+def test_a_csv_of_numbers_suits_every_task() -> None:
+    from weightlora.tasks.files import read_rows
+
+    Path("a.csv").write_text("text,label\n2+2,4.5\n3,07\n1,.5\n0,1e1\n", encoding="utf-8")
+    splits = load("a.csv", 0.5, task="regression", columns={})
+    assert sorted([*splits.train.targets, *splits.validation.targets]) == [0.5, 4.5, 7.0, 10.0]
+    assert read_rows(Source("a.csv"))["label"][:] == ["4.5", "07", ".5", "1e1"]
+    Path("a.csv").write_text("question,topic\na,0.5\nb,1\nc,2.5\n", encoding="utf-8")
+    assert "use `task: regression`" in refusal("a.csv")
+    Path("a.csv").write_text("question,topic\na,-1\nb,-1\nc,0\n", encoding="utf-8")
+    assert "-1 marks rows whose labels are kept secret" in refusal("a.csv")
+
+
 def test_a_stray_quotation_mark_in_tsv_swallows_nothing() -> None:
     Path("a.tsv").write_text('question\ttopic\n"open\tx\nb\ty\nc\tx\nd"\ty\n', encoding="utf-8")
     splits = load("a.tsv", 0.5)
@@ -208,6 +242,8 @@ def test_a_class_in_validation_that_train_never_saw() -> None:
         ("a.jsonl", '["a", "x"]\n["b", "y"]\n', 'JSONL: line 1 is not an object such as {"text": ...}'),
         ("a.jsonl", b"\x89PNG\r\n", "is not UTF-8 from line 1 on"),
         ("a.csv", "question,topic\na,x\nb,y,z\n", "cannot be read as CSV: Error tokenizing data"),
+        ("a.csv", "question,topic\na, b,x\nc, d,y\n", "more cells in its first row than its header names (2)"),
+        ("a.tsv", "question\ttopic\na\tb\tx\n", "more cells in its first row than its header names (2)"),
         ("a.csv", 'question,topic\n"a,x\nb,y\n', "cannot be read as CSV: Error tokenizing data"),
         ("a.csv", "question,topic\ncaf\xe9,x\n".encode("latin-1"), "; save the file as UTF-8"),
         ("a.parquet", "oops", "cannot be read as PARQUET"),

@@ -424,13 +424,14 @@ def test_in_a_real_browser_the_page_follows_the_run(
 
 def test_the_command_ends_with_ctrl_c(tmp_path: Path) -> None:
     write_run(tmp_path / "run", llama(1), score=None)
+    (tmp_path / "empty").mkdir()
     before = files(tmp_path)
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
         "from weightlora.cli import main; main()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "watch", "run", "later", "--port", "0"],
+        [sys.executable, "-c", script, "watch", "run", "empty", "runn", "--port", "0"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
         stdout=subprocess.PIPE,
@@ -440,11 +441,14 @@ def test_the_command_ends_with_ctrl_c(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        port = re.search(r"Watching run, later at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C", line)
+        port = re.search(r"Watching run, empty, runn at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C", line)
         assert port is not None, line
+        assert process.stdout.readline() == "There is no run in empty yet; the page waits for one.\n"
+        there = "There is no folder runn yet; the page waits for it; did you mean 'run'?\n"
+        assert process.stdout.readline() == there
         connection = http.client.HTTPConnection("127.0.0.1", int(port[1]), timeout=20)
         connection.request("GET", "/")
-        assert "Waiting for later" in connection.getresponse().read().decode()
+        assert "Waiting for empty" in connection.getresponse().read().decode()
         connection.close()
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20) == ("No longer watching; the runs go on.\n", "")

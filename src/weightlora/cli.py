@@ -373,6 +373,8 @@ def watch(
 
     server = Watch(runs, port)
     print(f"Watching {', '.join(map(str, runs))} at {server.address} (Ctrl-C ends it; the runs go on)", flush=True)
+    for line in server.waiting():
+        print(line, flush=True)
     if open_browser:
         import webbrowser
 

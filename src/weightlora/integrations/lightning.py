@@ -36,6 +36,7 @@ except ImportError as error:
 
 STATE = "weightlora"
 _ADAPTER = "adapter_model.safetensors"
+_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 
 
@@ -46,7 +47,8 @@ class LightningCallback(pl.Callback):
         method: such as `WeightLoRA(keep=10)`; its `kept`, `events` and `lora_config()` are there afterwards.
 
     Raises:
-        UnsupportedError: in `fit`, under a strategy that shards parameters.
+        UnsupportedError: in `fit`, under a strategy that shards parameters, or with averages of parameters that it will
+            change.
         ConfigError: in `fit`, a module without a LoRA, or adapters spread over several optimizers.
     """
 
@@ -54,23 +56,39 @@ class LightningCallback(pl.Callback):
         if not isinstance(method, Method):
             raise ConfigError(f"`LightningCallback({method!r})` takes a method, such as `WeightLoRA(keep=10)`.")
         self.method = method
+        self._module: pl.LightningModule | None = None  # at work on
         self._logged = 0
 
     # -- the run -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Attach before the checkpoint is read and the optimizers are made."""
-        if stage != "fit":
-            return
-        strategy = type(trainer.strategy).__name__
-        if strategy.startswith(_SHARDED):
-            raise UnsupportedError(
-                f"adapters cannot be disconnected under Lightning's {strategy}, which owns the parameters; select in a "
-                "short run without it, then train the exported adapter with it."
-            )
-        self.method.attach(pl_module)
-        self._logged = 0
+        """Attach before the checkpoint is read and the optimizers are made; to evaluate, when one is read."""
+        if stage == "fit":
+            strategy = type(trainer.strategy).__name__
+            if strategy.startswith(_SHARDED):
+                raise UnsupportedError(
+                    f"adapters cannot be disconnected under Lightning's {strategy}, which owns the parameters; select "
+                    "in a short run without it, then train the exported adapter with it."
+                )
+            self._attach(pl_module)
+            self._refuse_averaging(trainer)
+            self._logged = 0
         pl_module.on_load_checkpoint = MethodType(self._before_loading(pl_module), pl_module)  # type: ignore[method-assign]
+
+    def _attach(self, pl_module: pl.LightningModule) -> None:
+        self.method.attach(pl_module)
+        self._module = pl_module
+
+    def _refuse_averaging(self, trainer: pl.Trainer) -> None:
+        """Averages are of a copy of the module as it is now, so its parameters must be those of the end."""
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            kinds = {kind.__name__ for kind in type(callback).__mro__}
+            if kinds & _AVERAGING and not self.method.engine.done:
+                raise UnsupportedError(
+                    f"Lightning's {type(callback).__name__} averages the parameters that the module starts with, and "
+                    f"{type(self.method).__name__} changes them on the way; choose in a short run without it, then "
+                    "train `method.lora_config()` with it."
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan the cuts and take part in the optimizer's steps."""
@@ -127,6 +145,10 @@ class LightningCallback(pl.Callback):
         def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
             """The module's own, and then the structure, before Lightning loads the weights into it."""
             stock(module, checkpoint)
+            if self._module is not module:  # evaluated by a process that has not trained it
+                if STATE not in checkpoint:
+                    return
+                self._attach(module)
             with tempfile.TemporaryDirectory() as folder:
                 _unpack(checkpoint, Path(folder))
                 self.method.restore(
@@ -139,6 +161,8 @@ class LightningCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Lightning has loaded what an ordinary LoRA is; bring gates, and B without them, back once more."""
+        if self._module is not pl_module:
+            return
         with tempfile.TemporaryDirectory() as folder:
             _unpack(checkpoint, Path(folder))
             self.method.engine.bring_back_exact(saved.read_state(Path(folder))[0])

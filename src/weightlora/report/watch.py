@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from weightlora import durable
-from weightlora.errors import ConfigError, short
+from weightlora.errors import ConfigError, did_you_mean, short
 from weightlora.report import page
 from weightlora.report.comparison import compare
 from weightlora.report.reading import FILES, STATE_FILE, Place, find_runs, is_run, name_apart, read_run, runs_inside
@@ -56,6 +56,10 @@ class Watch:
     def address(self) -> str:
         return f"http://{ADDRESS}:{self.port}/"
 
+    def waiting(self) -> list[str]:
+        """A line for every place without a run as yet, with the folder that may be meant."""
+        return [_no_run_in(Path(place)) for place in _find(self.pages.folders)[1]]
+
     def serve(self) -> None:
         """Answer until `close` is called from another thread, or Ctrl-C is pressed."""
         try:
@@ -76,7 +80,7 @@ class _Pages:
             if folder.is_file():
                 shown = short(str(folder), 200)
                 raise ConfigError(f"{shown} is a file; give the folder of a run, its `output_dir`, or that of a suite.")
-        self._folders = folders
+        self.folders = folders
         self._lock = threading.Lock()
         self._stamp: Any = None
         self._page, self._tag = b"", ""
@@ -93,7 +97,7 @@ class _Pages:
             return self._page, self._tag
 
     def _renew(self) -> None:
-        places, waiting = _find(self._folders)
+        places, waiting = _find(self.folders)
         stamp = waiting, [(place, _stamp(place.folder)) for place in places]
         if stamp == self._stamp:
             return
@@ -116,6 +120,13 @@ def _find(folders: Sequence[Path]) -> tuple[list[Place], list[str]]:
         waiting.append(str(folder))
     once = {place.folder.resolve(): place for place in places}
     return list(once.values()), waiting
+
+
+def _no_run_in(folder: Path) -> str:
+    if folder.is_dir():
+        return f"There is no run in {folder} yet; the page waits for one."
+    beside = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    return f"There is no folder {folder} yet; the page waits for it{did_you_mean(folder.name, beside) or '.'}"
 
 
 def _runs_in(folder: Path) -> list[Place]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import ConfigError, did_you_mean, short
 from weightlora.tasks.base import Part, Task
-from weightlora.tasks.files import Source, read_rows
+from weightlora.tasks.files import Source, read_rows, untyped
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17}|(?=\.))(\.[0-9]+)?(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,13 @@ def load_splits(
 
 
 def _load_part(task: Task, source: Source, columns: Mapping[str, str | None], names: list[str] | None) -> Part:
-    rows = _load_rows(task, source, columns)
+    rows = _load_rows(task, source, columns, names)
     return Part(rows, task.encode_labels(task.read_labels(rows, str(source)), names, str(source)))
 
 
-def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) -> Dataset:
+def _load_rows(
+    task: Task, source: Source, columns: Mapping[str, str | None], names: list[str] | None = None
+) -> Dataset:
     """The rows of one source with standard column names, text columns checked to be text."""
     rows = read_rows(source)
     wanted = _wanted_columns(task, columns, source, rows.column_names)
@@ -122,6 +126,9 @@ def _load_rows(task: Task, source: Source, columns: Mapping[str, str | None]) ->
                 f"{did_you_mean(column, rows.column_names)} (columns there: {', '.join(rows.column_names)})."
             )
     rows = _renamed(rows, wanted)
+    if "label" in wanted and untyped(source):
+        numbers = _numbers(rows["label"][:], names or ())
+        rows = rows.remove_columns("label").add_column("label", numbers)  # pyright: ignore
     for role in task.inputs:
         if role in wanted:
             _check_text(rows[role][:], wanted[role], source)
@@ -151,6 +158,16 @@ def _renamed(rows: Dataset, wanted: dict[str, str]) -> Dataset:
 
     features = Features({role: rows.features[column] for role, column in wanted.items()})
     return Dataset.from_dict({role: rows[column][:] for role, column in wanted.items()}, features=features)
+
+
+def _numbers(texts: list[Any], names: Sequence[str]) -> list[Any]:
+    """Texts as numbers, if all are and they are not `names`: no leading zeros, and no number written in two ways."""
+    distinct = set(texts)
+    if not all(text and _NUMBER.fullmatch(text) for text in distinct) or distinct <= set(names):
+        return texts
+    if len(set(map(float, distinct))) < len(distinct):
+        return texts
+    return [*map(int if all(text.lstrip("-").isdigit() for text in distinct) else float, texts)]
 
 
 def _wanted_columns(task: Task, columns: Mapping[str, str | None], source: Source, there: list[str]) -> dict[str, str]:

@@ -14,8 +14,8 @@ from weightlora.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Suffix -> builder of `datasets` and its options. Empty cells stay empty text, so that "NA" and "null"
-# survive; TSV files by convention have no quoting: a stray quotation mark must not swallow lines.
+# Suffix -> builder of `datasets` and its options. Cells of CSV and TSV stay the text that they are, "NA", "007" and
+# "" too; TSV files by convention have no quoting: a stray quotation mark must not swallow lines.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
@@ -89,7 +89,9 @@ def _open_file(path: Path, source: Source) -> Dataset:
         _check_text(path, source)
     builder, options = _BUILDERS[path.suffix.lower()]
     try:
-        return load_dataset(builder, data_files=str(path), split="train", **options)  # pyright: ignore
+        return load_dataset(builder, data_files=str(path), split="train", **_as_text([path]), **options)  # pyright: ignore
+    except ConfigError:
+        raise
     except Exception as error:  # the parsers under `datasets` may raise anything
         if _means_no_rows(error):
             raise ConfigError(f"Data file {source.path!r} has no rows; it needs at least one.") from None
@@ -97,6 +99,41 @@ def _open_file(path: Path, source: Source) -> Dataset:
         raise ConfigError(
             f"Data file {source.path!r} cannot be read as {path.suffix[1:].upper()}: {reason or _cause(error)}"
         ) from error
+
+
+def untyped(source: Source) -> bool:
+    """Whether its files hold text alone, so that what is a number is for the reader to say."""
+    path = Path(source.path).expanduser()
+    split = (source.split or "train").partition("+")[0].strip()
+    files = _split_files(path / (source.name or ""), split) if path.is_dir() else [path]
+    return any(_is_untyped(file) for file in files)
+
+
+def _is_untyped(file: Path) -> bool:
+    return _BUILDERS.get(file.suffix.lower(), ("",))[0] == "csv"
+
+
+def _as_text(files: list[Path]) -> dict[str, Any]:
+    """What makes `datasets` take all columns of CSV and TSV files as text; pandas would guess, "007" and "7" alike.
+
+    Raises:
+        ConfigError: rows are longer than the header, of which pandas would take the first cell for a row's name.
+    """
+    if not _is_untyped(files[0]):
+        return {}
+    import pandas as pd
+    from datasets import Features, Value
+
+    columns = []
+    for file in files:
+        first = pd.read_csv(file, nrows=1, dtype=str, **_BUILDERS[file.suffix.lower()][1])
+        columns = columns or list(first.columns)
+        if len(first) and not isinstance(first.index, pd.RangeIndex):
+            raise ConfigError(
+                f"Data file {str(file)!r} has more cells in its first row than its header names "
+                f"({len(first.columns)}); put texts that hold the separator into quotation marks, or name every column."
+            )
+    return {"features": Features({name: Value("string") for name in columns})}
 
 
 def _check_text(path: Path, source: Source) -> None:
@@ -142,8 +179,11 @@ def _open_folder(path: Path, source: Source) -> Dataset:
     try:
         if files:
             builder, options = _BUILDERS[files[0].suffix.lower()]
-            return load_dataset(builder, data_files=[*map(str, files)], split="train", **options)  # pyright: ignore
+            named = [*map(str, files)]
+            return load_dataset(builder, data_files=named, split="train", **_as_text(files), **options)  # pyright: ignore
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path), source.name)
+    except ConfigError:
+        raise
     except Exception as error:
         if _means_no_rows(error):
             raise ConfigError(f"Data folder {source.path!r} holds a split that has no rows; leave it out.") from None

@@ -36,6 +36,7 @@ from weightlora import (
 )
 from weightlora.adapters import checkpoint
 from weightlora.methods import create, get_method, list_methods
+from weightlora.methods._loop import has_gates
 from weightlora.progress import PROGRESS_FILE
 
 ACTING = [info.name for info in list_methods() if info.callback is not None]
@@ -272,7 +273,9 @@ def test_a_loop_that_leaves_the_method_out_is_told_so_before_its_second_step(nam
     if left_out == "observe":
         method.step(optimizer)
     reached = final(model)
-    missing = "`observe` and `step`" if left_out == "bind" else f"`{left_out}`"
+    if left_out == "observe" and not has_gates(method.engine):
+        return optimizer.step()  # it has nothing to do there
+    missing = "(`observe` and )?`step`" if left_out == "bind" else f"`{left_out}`"
     with pytest.raises(ConfigError, match=rf"AdamW has made a step in which {missing} of .*method.bind.optimizer"):
         optimizer.step()
     assert same(final(model), reached)

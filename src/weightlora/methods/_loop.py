@@ -102,11 +102,12 @@ class Watch:
         self._stepped = self._stepped or (method is not None and _trains(optimizer, method.engine))
 
     def _check_called(self, optimizer: torch.optim.Optimizer, method: Any) -> None:
-        missing = [f"`{name}`" for name in ("observe", "step") if name not in self.called]
+        needed = ("observe", "step") if has_gates(method.engine) else ("step",)
+        missing = [f"`{name}`" for name in needed if name not in self.called]
         if missing:
             raise ConfigError(
                 f"{type(optimizer).__name__} has made a step in which {' and '.join(missing)} of "
-                f"{type(method).__name__} were not called, so it would train the adapters and nothing would be chosen; "
+                f"{type(method).__name__} had no call, so it would train the adapters and nothing would be chosen; "
                 "call `method.plan(total_steps)` and `method.bind(optimizer)` after `attach`, before the first step."
             )
 
@@ -127,6 +128,11 @@ def _look_at_optimizers() -> None:
 
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)
+
+
+def has_gates(engine: Any) -> bool:
+    """Whether gates are trained, which `observe` keeps from the optimizer or adds to."""
+    return any((gate := getattr(a, "gate", None)) is not None and gate.requires_grad for a in engine.adapters)
 
 
 def _trains(optimizer: torch.optim.Optimizer, engine: Any) -> bool:

@@ -173,7 +173,7 @@ class SetSearch(Engine):
         self._start = {i: [kept.value for kept in aside] for i, aside in self._aside.items()}
         self._last: dict[int, float] = {}
         self._show()
-        self._hook: Any = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._hook: Any = self.model.register_forward_pre_hook(self._see, with_kwargs=True)  # type: ignore[arg-type]
         self.record_attach()
         self.events.add("sets", 0, sets=[list(names) for names in self.sets])
 

@@ -180,7 +180,7 @@ class _Sketch:
         self.Y = torch.zeros(adapter.in_features, q, device=device)
         self._rows: Tensor | None = None
         layer: Any = adapter.layer
-        self._hook = layer.register_forward_hook(self._see, with_kwargs=True)
+        self._hook = layer.register_forward_hook(self._see, with_kwargs=True)  # type: ignore[arg-type]
 
     def stop(self) -> None:
         self._hook.remove()

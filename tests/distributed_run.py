@@ -209,7 +209,7 @@ def costs(folder: Path, rank: int) -> None:
     wrapped = DistributedDataParallel(model_without_dropout())
     method = WeightLoRA(keep="50% memory", after=6).attach(wrapped)
     wrapped.train()(**{key: value[:, : 6 + rank] if value.dim() == 2 else value for key, value in batch().items()})
-    (folder / f"costs-{rank}.json").write_text(json.dumps(method.state_dict()["costs"]))
+    (folder / f"costs-{rank}.json").write_text(json.dumps(method.engine.facts()["costs"]))
 
 
 def hooked(folder: Path, rank: int, batch_size: int) -> None:

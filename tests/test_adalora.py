@@ -145,7 +145,7 @@ def test_it_is_there_in_training_once_and_never_in_the_loss(task_type):
     for part in (batch(4), batch(4, start=4)):  # two micro-batches
         (model(**part).loss / 2).backward()
     method.observe(optimizer)
-    twin.base_model.forward = model.base_model.forward.__func__.__get__(twin.base_model)
+    twin.base_model.forward = model.base_model.forward.func.__get__(twin.base_model)
     (twin.eval()(**batch()).loss + penalty(twin, 0.5)).backward()
     expected = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
@@ -312,7 +312,7 @@ def test_a_run_records_what_it_did_and_evaluates_without_the_regulariser(tmp_pat
     model, method = model_of(), AdaLoRA()
     trainer = make_trainer(tmp_path, method, model=model, max_steps=12, logging_steps=2)
     twin = copy.deepcopy(model)
-    twin.base_model.forward = model.base_model.forward.__func__.__get__(twin.base_model)
+    twin.base_model.forward = model.base_model.forward.func.__get__(twin.base_model)
     with torch.no_grad():
         inputs = {key: torch.tensor([row[key] for row in rows(16)]) for key in rows(1)[0]}
         clean = twin.eval()(**inputs).loss.item()

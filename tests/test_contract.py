@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from weightlora import (
+    CheckpointError,
     ConfigError,
     Flexora,
     LoRADrop,
@@ -35,6 +36,7 @@ from weightlora import (
 )
 from weightlora.adapters import checkpoint
 from weightlora.methods import create, get_method, list_methods
+from weightlora.methods._loop import has_gates
 from weightlora.progress import PROGRESS_FILE
 
 ACTING = [info.name for info in list_methods() if info.callback is not None]
@@ -239,7 +241,97 @@ def test_a_finished_model_can_be_pickled(name):
     assert same(final(again), final(model))
 
 
+@pytest.mark.parametrize("score", ["omega", "coverage"])
+@every_acting_method
+def test_a_run_goes_on_from_a_pickle_of_model_and_method(name, score):
+    if score != "omega" and name != "weightlora":
+        return
+    own = {**options(name), **STILL_OPEN.get(name, {}), **({} if score == "omega" else {"score": score})}
+    torch.manual_seed(0)
+    model, method, inputs = made(name, own)
+    optimizer = begin(model, method, inputs)
+    go_on(model, method, inputs, optimizer, last=FAILS)
+    pickled = pickle.dumps((model, method, optimizer))
+    go_on(model, method, inputs, optimizer, first=FAILS)
+    again, resumed, optimizer = pickle.loads(pickled)
+    go_on(again, resumed, inputs, optimizer, first=FAILS)
+    assert same(final(again), final(model)) and resumed.events == method.events
+
+
 # -- loops of one's own ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left_out", ["bind", "observe", "step"])
+@every_acting_method
+def test_a_loop_that_leaves_the_method_out_is_told_so_before_its_second_step(name, left_out):
+    model, method, inputs = made(name, {**options(name), **STILL_OPEN.get(name, {})})
+    optimizer = begin(model, method, inputs)
+    if method.engine.done and not method.acts_after_cut:
+        return
+    model(**inputs).loss.backward()
+    if left_out == "step":
+        method.observe(optimizer)
+    optimizer.step()
+    if left_out == "observe":
+        method.step(optimizer)
+    reached = final(model)
+    if left_out == "observe" and not has_gates(method.engine):
+        return optimizer.step()  # it has nothing to do there
+    missing = "(`observe` and )?`step`" if left_out == "bind" else f"`{left_out}`"
+    with pytest.raises(ConfigError, match=rf"AdamW has made a step in which {missing} of .*method.bind.optimizer"):
+        optimizer.step()
+    assert same(final(model), reached)
+    other = nn.Linear(2, 2)  # whose optimizer is none of the method's business
+    for _ in range(2):
+        other(torch.ones(2)).sum().backward()
+        torch.optim.AdamW(other.parameters()).step()
+
+
+def prepared(name: str, method: Any = None) -> tuple[Any, ...]:
+    """A run under accelerate, before its first step."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    model, made_method, inputs = made(name)
+    method = method or made_method
+    optimizer = begin(model, method, inputs)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return accelerator, model, method, inputs, optimizer
+
+
+@pytest.mark.parametrize("steps", [4, CUT + 1])
+@every_acting_method
+def test_a_state_of_accelerate_carries_the_method(name, steps, tmp_path):
+    accelerator, model, method, inputs, optimizer = prepared(name)
+    method.checkpoint_with(accelerator)
+    go_on(model, method, inputs, optimizer, last=steps)
+    accelerator.save_state(str(tmp_path))
+    go_on(model, method, inputs, optimizer, first=steps)
+    accelerator, again, resumed, inputs, optimizer = prepared(name)
+    resumed.checkpoint_with(accelerator)
+    accelerator.load_state(str(tmp_path))
+    go_on(again, resumed, inputs, optimizer, first=steps)
+    assert same(trained(again), trained(model))
+    assert (resumed.kept, resumed.dropped) == (method.kept, method.dropped)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("name", ["weightlora", "rlora", "sora"])
+def test_a_state_of_accelerate_without_the_method_is_noticed(name, fresh, tmp_path):
+    accelerator, model, method, inputs, optimizer = prepared(name)
+    go_on(model, method, inputs, optimizer, last=4)
+    accelerator.save_state(str(tmp_path))
+    if fresh:
+        accelerator, model, method, inputs, optimizer = prepared(name)
+    accelerator.load_state(str(tmp_path))
+    if name == "rlora" and not fresh:  # no gate was lost: averaged weights that were evaluated, say
+        return go_on(model, method, inputs, optimizer, first=4)
+    with pytest.raises(ConfigError, match=r"loaded without the state of .*`method.checkpoint_with\(accelerator\)`"):
+        go_on(model, method, inputs, optimizer, first=4)
+    accelerator, model, method, inputs, optimizer = prepared(name)
+    method.checkpoint_with(accelerator)
+    with pytest.raises(CheckpointError, match="was saved without the state of"):
+        accelerator.load_state(str(tmp_path))
 
 
 @every_acting_method

@@ -315,7 +315,7 @@ def test_a_resumed_run_keeps_the_same_adapters(tmp_path):
         tmp_path / "whole", second := WeightLoRA(keep="50% memory", after=8), max_steps=12, save_steps=5
     )
     part.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
-    assert second.kept == first.kept and second.state_dict()["costs"] == first.state_dict()["costs"]
+    assert second.kept == first.kept and second.engine.facts()["costs"] == first.engine.facts()["costs"]
     expected, found = trainable_state(whole.model), trainable_state(part.model)
     assert expected.keys() == found.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
     assert not part.model._forward_pre_hooks
@@ -327,9 +327,9 @@ def test_evaluation_is_no_training_step():
     model.eval()(**batch())
     with torch.no_grad():
         model.train()(**batch())
-    assert method.state_dict()["costs"] is None
+    assert method.engine.facts()["costs"] is None
     model(**batch())
-    assert method.state_dict()["costs"] is not None
+    assert method.engine.facts()["costs"] is not None
 
 
 # ---- What cannot work ------------------------------------------------------------------------------------------

@@ -173,6 +173,11 @@ def once_a_step(
     return seen
 
 
+def trained(adapter: Any) -> list[nn.Parameter]:
+    """The parameters of an adapter that take gradients."""
+    return [p for _, p in _own(adapter.layer, adapter.key) if p.requires_grad]
+
+
 def _is_trained(layer: nn.Module, key: str) -> bool:
     return any(p.requires_grad for _, p in _own(layer, key))
 

@@ -25,11 +25,15 @@ class Wrapper:
     """The DDP wrapper of a model, whoever makes it and whenever: found, and rebuilt when the model has changed."""
 
     def __init__(self) -> None:
-        self._ddp: weakref.ref[DistributedDataParallel] | None = None  # weak: a model that is copied copies this too
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._looking: Any = None
         self._steps: int | None = None  # since the structure is final; None where nothing is to be found out
         self._reached: Counter[str] = Counter()  # passes, by the parameter they reach in this process
         self._counting: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy of the model, or in a pickle: no DDP wraps that."""
+        return vars(self) | {"_ddp": None, "_counting": [], "_steps": None}
 
     @property
     def ddp(self) -> DistributedDataParallel | None:

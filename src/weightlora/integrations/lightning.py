@@ -12,20 +12,16 @@ exactly; the adapter as a stock one is written by the model's `save_pretrained`,
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from weightlora.adapters import checkpoint as saved
 from weightlora.errors import ConfigError, UnsupportedError
+from weightlora.methods._loop import unpacked
 from weightlora.methods.base import Method
 from weightlora.selection.events import EVENTS_FILE
 
@@ -35,7 +31,6 @@ except ImportError as error:
     raise ConfigError("this needs Lightning; install it with `pip install 'weightlora[lightning]'`.") from error
 
 STATE = "weightlora"
-_ADAPTER = "adapter_model.safetensors"
 _AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 
@@ -131,13 +126,7 @@ class LightningCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the state needed to resume; the module's own `state_dict` is that of an ordinary LoRA."""
-        engine = self.method.engine
-        engine.check_finite()
-        with tempfile.TemporaryDirectory() as folder:
-            adapter = get_peft_model_state_dict(engine.model, adapter_name=engine.key)
-            save_file({name: t.detach().cpu().contiguous() for name, t in adapter.items()}, Path(folder) / _ADAPTER)
-            self.method.save_state(folder)
-            checkpoint[STATE] = {file.name: _bytes(file) for file in Path(folder).iterdir()}
+        checkpoint[STATE] = self.method.state_dict()
 
     def _before_loading(self, pl_module: pl.LightningModule) -> Any:
         stock = type(pl_module).on_load_checkpoint
@@ -149,11 +138,8 @@ class LightningCallback(pl.Callback):
                 if STATE not in checkpoint:
                     return
                 self._attach(module)
-            with tempfile.TemporaryDirectory() as folder:
-                _unpack(checkpoint, Path(folder))
-                self.method.restore(
-                    Path(folder), lambda: module.load_state_dict(checkpoint["state_dict"], strict=False)
-                )
+            with unpacked(_state(checkpoint)) as folder:
+                self.method.restore(folder, lambda: module.load_state_dict(checkpoint["state_dict"], strict=False))
 
         return on_load_checkpoint
 
@@ -161,28 +147,19 @@ class LightningCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Lightning has loaded what an ordinary LoRA is; bring gates, and B without them, back once more."""
-        if self._module is not pl_module:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            _unpack(checkpoint, Path(folder))
-            self.method.engine.bring_back_exact(saved.read_state(Path(folder))[0])
+        if self._module is pl_module:
+            self.method.load_exact(_state(checkpoint))
 
 
-def _bytes(file: Path) -> Tensor:
-    return torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-
-
-def _unpack(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Write the files that lie in a checkpoint.
+def _state(checkpoint: Mapping[str, Any]) -> Any:
+    """What `state_dict` of the method returned.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: it is not there.
     """
-    files = checkpoint.get(STATE)
-    if not isinstance(files, Mapping) or not files.keys() >= {_ADAPTER, saved.STATE_FILE}:
+    if STATE not in checkpoint:
         raise ConfigError(
             "the checkpoint was written without `LightningCallback`, so the state of the method is not in it; resume "
             "from one that was written with it, or start anew."
         )
-    for name in (_ADAPTER, saved.STATE_FILE):
-        (folder / name).write_bytes(files[name].numpy().tobytes())
+    return checkpoint[STATE]

@@ -21,6 +21,7 @@ from weightlora.adapters import admission
 from weightlora.adapters.checkpoint import STATE_FILE, beside, load_adapter
 from weightlora.adapters.combining import combine_as_trained
 from weightlora.errors import ConfigError
+from weightlora.methods._loop import note_loading
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,10 @@ def write_and_read_state(host: Any, method: Any) -> None:
     if before is not method and before.engine.model is host:  # of a cell that was run again, say
         before.unbind()
         before._wrapper.stop_looking()
+        before.watch.stop()
         before.engine.let_go()
+    if "_weightlora_method" not in vars(host):
+        host.register_load_state_dict_pre_hook(note_loading)
     host._weightlora_method = method
     if isinstance(host, PeftModel):
         host.load_adapter = MethodType(_load_adapter, host)  # type: ignore[method-assign]

@@ -41,6 +41,7 @@ from weightlora.adapters.attach import Adapter
 from weightlora.adapters.distributed import Wrapper, check_rewrap, wait_for_all
 from weightlora.adapters.host import active_adapter, find_host
 from weightlora.errors import ConfigError
+from weightlora.methods._loop import Carried, Watch, hook_into
 from weightlora.methods._progress import follow
 from weightlora.methods._trainer import (
     attach_new_models,
@@ -64,7 +65,7 @@ logger = logging.getLogger(__name__)
 E = TypeVar("E", bound=Engine)
 
 
-class Method(TrainerCallback, ABC, Generic[E]):
+class Method(Carried, TrainerCallback, ABC, Generic[E]):
     """A method that acts while a model trains: it selects adapters or allocates ranks.
 
     A subclass defines its work in `start`, and the numbers it logs in `progress`.
@@ -85,6 +86,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         self._engine: E | None = None
         self._wrapper = Wrapper()
         self._hooks: list[Any] = []
+        self.watch = Watch(self)
         self._before = optim.Names(nn.Module())  # of the model as it was before `attach`
         self._planned: tuple[int, ...] = ()
         self._last: int | None = None  # step of the run
@@ -105,7 +107,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         loaded = self.engine.restore(folder, load)
         if optimizer is not None:  # it was given, or this is the best checkpoint
             optim.follow(optimizer, self.engine.model, before)
-        self._resumed = True
+        self._resumed, self.watch.loaded = True, False
         self._finish_if_done()
         return loaded
 
@@ -152,6 +154,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
         if not self.engine.done:
             self._wrapper.look(host)
         write_and_read_state(host, self)
+        self.watch.look()
         self._finish_if_done()
         return self
 
@@ -185,23 +188,8 @@ class Method(TrainerCallback, ABC, Generic[E]):
                 check_rewrap(ddp)
             self._wrapper.take(ddp)
         self.unbind()
-        if self.engine.done and not self.acts_after_cut:
-            return
-
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-            if closure is None:
-                self.observe(optimizer)
-                return None
-            seen = admission.once_a_step(closure, optimizer, self.observe)  # backward runs in there
-            return ((args[0], seen, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": seen})
-
-        def after(*_: Any) -> None:
-            self.step(optimizer)
-
-        admission.admit_optimizer(optimizer)
-        hooked = optim.host(optimizer)
-        self._hooks = [hooked.register_step_pre_hook(before), hooked.register_step_post_hook(after)]
+        if not self.engine.done or self.acts_after_cut:
+            self._hooks = hook_into(self, optimizer)
 
     def unbind(self) -> None:
         """Take the hooks of `bind` off again."""
@@ -211,6 +199,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call after backward, before `optimizer.step()`; idle while `accelerator.accumulate` only accumulates."""
+        self.watch.called.add("observe")
         if optim.is_at_boundary(optimizer) and not self._is_over:
             if optimizer is not None and self.engine.global_step == 0:
                 optim.note_rates(optimizer)
@@ -221,6 +210,7 @@ class Method(TrainerCallback, ABC, Generic[E]):
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Call after `optimizer.step()`; returns whether adapters were cut."""
+        self.watch.called.add("step")
         cut = optim.is_at_boundary(optimizer) and not self._is_over and self.engine.step(optimizer)
         if cut:
             self._wrapper.rebuild()
@@ -260,10 +250,6 @@ class Method(TrainerCallback, ABC, Generic[E]):
             if not self.acts_after_cut:
                 self.unbind()
             surgery.release_inputs(self.engine.model)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The method's own state as JSON data; `save_state` writes it with the exact weights."""
-        return self.engine.state_dict()
 
     # -- what it did ---------------------------------------------------------------------------------------------
 

@@ -173,8 +173,7 @@ class SetSearch(Engine):
         self._start = {i: [kept.value for kept in aside] for i, aside in self._aside.items()}
         self._last: dict[int, float] = {}
         self._show()
-        see = torch.compiler.disable(self._see)
-        self._hook: Any = self.model.register_forward_pre_hook(see, with_kwargs=True)
+        self._hook: Any = self.model.register_forward_pre_hook(self._see, with_kwargs=True)  # type: ignore[arg-type]
         self.record_attach()
         self.events.add("sets", 0, sets=[list(names) for names in self.sets])
 
@@ -236,6 +235,7 @@ class SetSearch(Engine):
     def let_go(self) -> None:
         self._hook.remove()
 
+    @torch.compiler.disable
     def _see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the last batches that are trained on, to compare sets by them."""
         if self._comparing or self.held_out or not torch.is_grad_enabled():

@@ -180,12 +180,12 @@ class _Sketch:
         self.Y = torch.zeros(adapter.in_features, q, device=device)
         self._rows: Tensor | None = None
         layer: Any = adapter.layer
-        see = torch.compiler.disable(self._see)  # a compiled model is in parts until the new start
-        self._hook = layer.register_forward_hook(see, with_kwargs=True)
+        self._hook = layer.register_forward_hook(self._see, with_kwargs=True)  # type: ignore[arg-type]
 
     def stop(self) -> None:
         self._hook.remove()
 
+    @torch.compiler.disable  # a compiled model is in parts until the new start
     def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         if torch.is_grad_enabled() and out.requires_grad:
             x: Tensor = (args[0] if args else kwargs["x"]).detach()

@@ -22,6 +22,7 @@ Q = E[u u'] is the empirical Fisher matrix of steps of unit norm, one along each
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,23 +128,22 @@ class Evidence:
             loss.register_hook(page.scaled)
 
     def _watch(self, i: int) -> Any:
-        adapter, sums = self.adapters[i], self._sums[i]
-        module: Any = adapter.layer
+        module: Any = self.adapters[i].layer
+        return module.register_forward_hook(partial(self._see, i), with_kwargs=True)  # type: ignore[arg-type]
 
-        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-            page = self._page
-            if page is None or not (torch.is_grad_enabled() and out.requires_grad):
-                return
-            if out.numel() // out.shape[-1] % page.rows:
-                self._mixed = adapter.name
-                if self._needs_rows:
-                    self._check_rows()
-            if self._watching:
-                x: Tensor = (args[0] if args else kwargs["x"]).detach()
-                a = adapter.scaling * F.linear(x, adapter.A.weight.detach().to(x.dtype)).float()
-                out.register_hook(lambda d: sums.add(a, d, page, i))
-
-        return module.register_forward_hook(torch.compiler.disable(see), with_kwargs=True)
+    @torch.compiler.disable
+    def _see(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        adapter, sums, page = self.adapters[i], self._sums[i], self._page
+        if page is None or not (torch.is_grad_enabled() and out.requires_grad):
+            return
+        if out.numel() // out.shape[-1] % page.rows:
+            self._mixed = adapter.name
+            if self._needs_rows:
+                self._check_rows()
+        if self._watching:
+            x: Tensor = (args[0] if args else kwargs["x"]).detach()
+            a = adapter.scaling * F.linear(x, adapter.A.weight.detach().to(x.dtype)).float()
+            out.register_hook(lambda d: sums.add(a, d, page, i))
 
     def _check_rows(self) -> None:
         if self._mixed is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,9 @@ class Reading:
             self._arrived.record()
         else:
             self._values = values.cpu()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reading, (self.get(),)  # an event is of this process
 
     def get(self) -> Tensor:
         """The values, on the CPU."""

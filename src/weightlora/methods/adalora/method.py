@@ -18,8 +18,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -129,7 +129,8 @@ class RankAllocation(Engine):
         self._allocator.reset_ipt()  # scores of an earlier `attach`
         admission.refuse_frozen_parts((a.name, _factors(a).values()) for a in self.adapters)
         # PEFT's adds the regulariser to every loss, in evaluation too, and refuses a weight of 0, which would end that.
-        model.base_model.forward = MethodType(BaseTuner.forward, model.base_model)  # type: ignore[method-assign]
+        # A bound method would be looked up by its name in a pickle, and PEFT's found.
+        model.base_model.forward = partial(BaseTuner.forward, model.base_model)  # type: ignore[method-assign]
         self.record_attach()
 
     # -- planning ------------------------------------------------------------------------------------------------

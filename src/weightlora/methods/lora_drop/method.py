@@ -191,6 +191,7 @@ class LoRADrop(Method[OutputSelection]):
         self._finish_if_done()
 
     def _run(self, sample: Sample, training: Training, optimizer: torch.optim.Optimizer | None) -> None:
+        self.watch.stop()  # phase 1 trains without hooks
         ddp = self._wrapper.ddp
         if ddp is not None and self.share:
             sharing.check_checkpointing(ddp)

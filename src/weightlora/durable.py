@@ -185,7 +185,12 @@ def flaw(folder: Path, *, to_resume: bool = True) -> str | None:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest first, whole or not."""
     found = [path for path in folder.glob(f"{_CHECKPOINT}*") if path.is_dir() and is_checkpoint(path)]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix(_CHECKPOINT)))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which it was written."""
+    return int(checkpoint.name.removeprefix(_CHECKPOINT))
 
 
 def last_checkpoint(folder: str | Path, *, to_resume: bool = True) -> Path | None:

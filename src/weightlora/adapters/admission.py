@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -118,15 +118,12 @@ def admit_held(optimizer: torch.optim.Optimizer, adapters: Iterable[Any]) -> Non
     Raises:
         ConfigError: it does not hold something that takes a gradient.
     """
-    kind = type(optim.host(optimizer)).__name__
-    held = {id(p) for group in optim.host(optimizer).param_groups for p in group["params"]}
-    for adapter in adapters:
-        out = next((n for n, p in _own(adapter.layer, adapter.key) if p.requires_grad and id(p) not in held), None)
-        if out is not None:
-            raise ConfigError(
-                f"{kind} does not hold {out} of {adapter.name}, which would take gradients and never move; make it of "
-                "all parameters that require a gradient, of the very model that is trained."
-            )
+    out = _left_out(_held(optimizer), adapters, lambda p: p.requires_grad)
+    if out is not None:
+        raise ConfigError(
+            f"{type(optim.host(optimizer)).__name__} does not hold {out}, which would take gradients and never move; "
+            "make it of all parameters that require a gradient, of the very model that is trained."
+        )
 
 
 def admit_made_before(optimizer: torch.optim.Optimizer, adapters: Iterable[Any], before: optim.Names) -> None:
@@ -138,17 +135,27 @@ def admit_made_before(optimizer: torch.optim.Optimizer, adapters: Iterable[Any],
     Raises:
         ConfigError: something new takes a gradient, and this optimizer does not hold it.
     """
-    held = {p for group in optim.host(optimizer).param_groups for p in group["params"]}
+    held = _held(optimizer)
     if not any(p in before.trained for p in held):
         return
-    for adapter in adapters:
-        for name, p in _own(adapter.layer, adapter.key):
-            if p.grad is not None and p not in held and p not in before.trained:
-                raise ConfigError(
-                    f"{type(optim.host(optimizer)).__name__} was made before `attach(model)` and does not hold {name} "
-                    f"of {adapter.name}, which takes gradients and would never move; make it after `attach`, of all "
-                    "parameters that require a gradient."
-                )
+    out = _left_out(held, adapters, lambda p: p.grad is not None and p not in before.trained)
+    if out is not None:
+        raise ConfigError(
+            f"{type(optim.host(optimizer)).__name__} was made before `attach(model)` and does not hold {out}, which "
+            "takes gradients and would never move; make it after `attach`, of all parameters that require a gradient."
+        )
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+    return {p for group in optim.host(optimizer).param_groups for p in group["params"]}
+
+
+def _left_out(
+    held: Container[nn.Parameter], adapters: Iterable[Any], counts: Callable[[nn.Parameter], bool]
+) -> str | None:
+    """The name of the first parameter of these adapters that counts and is not held."""
+    own = ((n, a, p) for a in adapters for n, p in _own(a.layer, a.key))
+    return next((f"{n} of {a.name}" for n, a, p in own if counts(p) and p not in held), None)
 
 
 def once_a_step(

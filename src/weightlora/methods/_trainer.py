@@ -74,10 +74,7 @@ def write_and_read_state(host: Any, method: Any) -> None:
     """
     before = getattr(host, "_weightlora_method", method)
     if before is not method and before.engine.model is host:  # of a cell that was run again, say
-        before.unbind()
-        before._wrapper.stop_looking()
-        before.watch.stop()
-        before.engine.let_go()
+        before.let_go()
     if "_weightlora_method" not in vars(host):
         host.register_load_state_dict_pre_hook(note_loading)
     host._weightlora_method = method

@@ -197,6 +197,13 @@ class Method(Carried, TrainerCallback, ABC, Generic[E]):
             hook.remove()
         self._hooks = []
 
+    def let_go(self) -> None:
+        """Another method takes over the model: remove all that watches it."""
+        self.unbind()
+        self._wrapper.stop_looking()
+        self.watch.stop()
+        self.engine.let_go()
+
     def observe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call after backward, before `optimizer.step()`; idle while `accelerator.accumulate` only accumulates."""
         self.watch.called.add("observe")

@@ -109,7 +109,7 @@ def check_metrics(job: Job, rows: Encoded, scores: dict[str, float] | None = Non
     Args:
         scores: of the model before training, if there are any.
     """
-    if {job.recipe.metric, job.arguments.metric_for_best_model} <= {None, "loss", "eval_loss"}:
+    if not names_metrics(job):
         return
     try:
         known = scores if scores and job.scores_during_training else {"loss": 0.0, **_scores_of_nothing(job, rows)}
@@ -117,6 +117,11 @@ def check_metrics(job: Job, rows: Encoded, scores: dict[str, float] | None = Non
         return
     _check_metric(job, "metric", known)
     _check_metric(job, _BEST, known if job.scores_during_training else scores or {"loss": 0.0})
+
+
+def names_metrics(job: Job) -> bool:
+    """Whether the recipe names a metric beside the loss."""
+    return not {job.recipe.metric, job.arguments.metric_for_best_model} <= {None, "loss", "eval_loss"}
 
 
 def _scores_of_nothing(job: Job, rows: Encoded) -> dict[str, float]:

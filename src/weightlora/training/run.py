@@ -33,7 +33,7 @@ from weightlora.output import METRICS_FILE, model_card
 from weightlora.progress import Now
 from weightlora.selection.events import EVENTS_FILE
 from weightlora.training import fitting, sharding
-from weightlora.training.building import alone, build_trainer, check_metrics, evaluate, train
+from weightlora.training.building import alone, build_trainer, check_metrics, evaluate, names_metrics, train
 from weightlora.training.choice import FACTS_FILE, Chosen, check_chooses, choose, read_choice
 from weightlora.training.plan import Job, Plan, check_output_dir, make_plan, prepare
 from weightlora.training.recipe import Recipe, save_recipe
@@ -188,7 +188,7 @@ def _run(job: Job, choice: Chosen | None, resume: bool, asked: _Asked) -> dict[s
     if trainer.is_world_process_zero():
         save_recipe(job.recipe, output_dir / RECIPE_FILE)
 
-    begun_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    begun_at = 0 if checkpoint is None else durable.step_of(checkpoint)
     clock = time.perf_counter()
     with stopping.listening(), following.to_the_end():
         train(trainer, job, checkpoint)
@@ -245,7 +245,8 @@ def dry_run(recipe: Recipe, *, resume: bool = False) -> Plan:
     if job.method is not None:
         job.method.attach(job.model)
     plan = make_plan(job)
-    check_metrics(job, job.encode(job.splits.validation))
+    if names_metrics(job):
+        check_metrics(job, job.encode(job.splits.validation))
     if is_first():
         durable.check_writable(Path(recipe.output_dir), needed=plan.bytes_written)
     return plan
